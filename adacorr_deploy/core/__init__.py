@@ -1,0 +1,1 @@
+"""Values every layer shares: errors, tensor and part specs, samplers' tables, the bundle's manifest. No framework."""

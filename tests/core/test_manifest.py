@@ -1,0 +1,134 @@
+"""A manifest is untrusted: whatever is wrong in it, the error is a BundleError that names the field."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adacorr_deploy.core.errors import BundleError
+from adacorr_deploy.core.manifest import Manifest, bundle_path, manifest_from_json
+from adacorr_deploy.core.samplers import NoiseSchedule
+from adacorr_deploy.core.specs import DType, ModelSpec, PartSpec, TensorSpec
+
+Raw = dict[str, Any]
+
+
+def manifest() -> Manifest:
+    tensor = TensorSpec(name="tokens", dtype=DType.FLOAT16, shape=("rows", 4, 8))
+    part = PartSpec(name="embed", inputs=(tensor,), outputs=(tensor,))
+    record = {"spec": part, "onnx": "parts/embed.onnx", "artefact": "parts/embed.onnx", "build_seconds": 0.5}
+    return Manifest(
+        schema_version=1,
+        model_name="tiny",
+        model=ModelSpec(
+            family="dit",
+            precision=DType.FLOAT16,
+            latent_shape=(1, 4, 4),
+            tokens=4,
+            width=8,
+            num_classes=2,
+            blocks=(1,),
+            learned_variance=False,
+        ),
+        checkpoint_sha256="0" * 64,
+        schedule=NoiseSchedule(betas=(0.1, 0.2), variance_type="fixed_large"),
+        backend="onnxruntime",
+        parts={"embed": record},  # type: ignore[dict-item]  # validated by pydantic
+        files={"parts/embed.onnx": {"sha256": "1" * 64, "size_bytes": 3}},  # type: ignore[dict-item]
+        tool_versions={"onnx": "1.23"},
+        class_names=("boot", "bag"),
+    )
+
+
+def test_a_manifest_survives_its_own_json() -> None:
+    assert manifest_from_json(manifest().model_dump_json(), where="b") == manifest()
+
+
+def set_(raw: Raw, path: str, value: object) -> None:
+    *parents, last = path.split("/")
+    for key in parents:
+        raw = raw[key]
+    raw[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("schema_version", 2, "schema version 2, this release reads 1"),
+        ("schema_version", None, "schema version None"),
+        ("schema_version", True, "schema version True"),
+        ("checkpoint_sha256", "xyz", "checkpoint_sha256"),
+        ("model/precision", "bfloat16", "model.precision"),
+        ("model/tokens", "many", "model.tokens"),
+        ("schedule/betas", [0.1, 2.0], r"schedule: betas\[1\] is 2.0"),
+        ("schedule/betas", [], "schedule: betas: got 0 values"),
+        ("schedule/variance_type", "learned", "schedule.variance_type"),
+        ("parts/embed", {}, "parts.embed"),
+        ("files", [], "files"),
+        ("surprise", 1, "surprise: Extra inputs are not permitted"),
+    ],
+)
+def test_a_bad_field_is_named(path: str, value: object, message: str) -> None:
+    raw: Raw = json.loads(manifest().model_dump_json())
+    set_(raw, path, value)
+    with pytest.raises(BundleError, match=message) as caught:
+        manifest_from_json(json.dumps(raw), where="b")
+    assert "Rebuild" in str(caught.value)
+
+
+LEAVING = ["../x", "parts/../../x", "/etc/passwd", "", ".", "..", "parts\\..\\x", "C:/x", "a\0b", "a\nb"]
+
+
+@pytest.mark.parametrize("path", LEAVING)
+@pytest.mark.parametrize("place", ["onnx", "artefact", "files"])
+def test_no_path_leaves_the_bundle(path: str, place: str) -> None:
+    raw: Raw = json.loads(manifest().model_dump_json())
+    if place == "files":
+        raw["files"][path] = raw["files"]["parts/embed.onnx"]
+    else:
+        raw["parts"]["embed"][place] = path
+    with pytest.raises(BundleError, match="not a path inside the bundle"):
+        manifest_from_json(json.dumps(raw), where="b")
+
+
+@given(st.lists(st.sampled_from(["..", ".", "a", "", "b.c"]), max_size=5).map("/".join))
+def test_an_accepted_path_stays_below_its_folder(path: str) -> None:
+    try:
+        accepted = bundle_path(path)
+    except ValueError:
+        return
+    depth = 0
+    for part in accepted.split("/"):
+        depth += {"": 0, ".": 0, "..": -1}.get(part, 1)
+        assert depth >= 0
+    assert depth > 0
+    assert not accepted.startswith("/")
+
+
+@pytest.mark.parametrize("text", ["", "{", "null", "[]", "3", '"x"', "[" * 100_000, '{"schema_version": 1}'])
+def test_what_is_no_manifest_is_refused(text: str) -> None:
+    with pytest.raises(BundleError, match=r"not JSON|schema version|Field required"):
+        manifest_from_json(text, where="b")
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(),
+        lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=3), values, max_size=3),
+        max_leaves=5,
+    ),
+    st.sampled_from(["model", "schedule", "parts", "files", "class_names", "tool_versions"]),
+)
+@settings(max_examples=50, deadline=None)
+def test_garbage_in_a_field_never_fails_otherwise(value: object, field: str) -> None:
+    raw: Raw = json.loads(manifest().model_dump_json())
+    raw[field] = value
+    try:
+        manifest_from_json(json.dumps(raw), where="b")
+    except BundleError:
+        return
+    assert field in ("parts", "files", "class_names", "tool_versions")  # whose empty forms are valid here
