@@ -1,0 +1,113 @@
+"""The validity-and-blend op in NumPy: the oracle of every other form of it (ONNX function, CUDA kernel).
+
+All sums are taken in float64 and only results are rounded, so that a difference is the other form's error. Where
+float32 overflows, the other forms give inf or NaN and this one may give a large number; both make a block recompute.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adacorr_deploy.plugins.service_parts import GATE_ROWS, MODULATION_ROWS
+
+EPSILON: Final = 1e-6  # keeps a token or an image that is all zeros from dividing by zero
+
+Floats = NDArray[np.floating]
+
+
+def p95_rank(tokens: int) -> int:
+    """Return which largest of N values is their 95th percentile by nearest rank: N − ceil(0.95·N) + 1."""
+    return tokens - -(-95 * tokens // 100) + 1  # in integers, since 0.95·N may round up past a whole number
+
+
+def signals(tokens: Floats, reference: Floats) -> NDArray[np.float32]:
+    """Return how far a block's input is from the one that its slot was filled with.
+
+    Args:
+        tokens: Block input now, (R, N, D), float16 or float32.
+        reference: Block input when the slot was filled; same shape and dtype.
+
+    Returns:
+        (R, 5): relative_offset, relative_offset_p95, spatial_change, paper_temporal, paper_spatial, as in
+        `caching.decisions.Signals`. The deviation over channels is the population's (divided by D).
+    """
+    with np.errstate(all="ignore"):  # NaN and inf are answers here
+        x, x_ref = tokens.astype(np.float64), reference.astype(np.float64)
+        distance = np.linalg.norm(x - x_ref, axis=2)
+        ratio = distance / (np.linalg.norm(x_ref, axis=2) + EPSILON)
+        ranked = np.sort(ratio, axis=1)[:, ::-1]
+        spread, spread_ref = x.std(axis=2).mean(axis=1), x_ref.std(axis=2).mean(axis=1)
+        columns = (
+            np.sqrt(np.mean(ratio**2, axis=1)),
+            ranked[:, p95_rank(tokens.shape[1]) - 1],
+            np.abs(spread - spread_ref) / (spread_ref + EPSILON),
+            distance.mean(axis=1),
+            spread,
+        )
+        return np.stack(columns, axis=1).astype(np.float32)
+
+
+def predict(
+    tokens: Floats, history: Floats, modulation: Floats, gate_steps: NDArray[np.int64], coefficients: Floats
+) -> Floats:
+    """Return what a slot says a block would give: tokens + Σₜ Σᵤ cₜ·gateᵤ[gate_stepsₜ] ⊙ history[t, u].
+
+    Args:
+        tokens: Block input, (R, N, D), float16 or float32: also the dtype of the result.
+        history: Results of the units before their gates, (T, U, R, N, D), units in block order.
+        modulation: (S, R, 3U, D): for each block shift, scale, gate of the attention, then of the MLP.
+        gate_steps: (T,): the row of `modulation` whose gates weigh each evaluation.
+        coefficients: (T,).
+    """
+    with np.errstate(all="ignore"):
+        estimate = tokens.astype(np.float64)
+        for evaluation, (step, coefficient) in enumerate(zip(gate_steps, coefficients, strict=True)):
+            for unit, row in enumerate(gate_rows(history.shape[1] // len(GATE_ROWS))):
+                gate = modulation[step, :, row, None, :].astype(np.float64)
+                estimate = estimate + float(coefficient) * gate * history[evaluation, unit]
+        return estimate.astype(tokens.dtype)
+
+
+def gate_rows(blocks: int) -> list[int]:
+    """Return the rows of a part's modulation that hold gates, one per unit, in order."""
+    return [MODULATION_ROWS * block + row for block in range(blocks) for row in GATE_ROWS]
+
+
+def blend_weight(estimate: NDArray[np.float32], thresholds: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the share of the fresh output: clip(γ·(ê − τ_reuse)/(τ_recompute − τ_reuse), 0, 1), and 1 if unknown.
+
+    Args:
+        estimate: Estimated relative error of reuse, (R,).
+        thresholds: (3,): τ_reuse, τ_recompute, γ.
+    """
+    reuse, recompute, gain = (float(value) for value in thresholds)
+    with np.errstate(all="ignore"):
+        raw = gain * (estimate.astype(np.float64) - reuse) / np.float64(recompute - reuse)
+        known = np.isfinite(estimate) & ~np.isnan(raw)
+        return np.where(known, np.clip(raw, 0.0, 1.0), 1.0).astype(np.float32)
+
+
+def blend(
+    base: Floats,
+    history: Floats,
+    modulation: Floats,
+    gate_steps: NDArray[np.int64],
+    coefficients: Floats,
+    fresh: Floats,
+    estimate: NDArray[np.float32],
+    thresholds: NDArray[np.float32],
+) -> tuple[Floats, NDArray[np.float32]]:
+    """Return ((1 − w)·cached + w·fresh, w) for cached = `predict(base, …)`; the tensors are those of the blend part.
+
+    Where w is 0 or 1 the other side is not read, so that a NaN in a slot can't survive its recomputation.
+    """
+    weight = blend_weight(estimate, thresholds)
+    cached = predict(base, history, modulation, gate_steps, coefficients)
+    share = weight[:, None, None].astype(np.float64)
+    with np.errstate(all="ignore"):
+        mixed = (1.0 - share) * cached + share * fresh
+    mixed = np.where(share <= 0.0, cached, np.where(share >= 1.0, fresh, mixed))
+    return mixed.astype(base.dtype), weight

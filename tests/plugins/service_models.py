@@ -1,0 +1,42 @@
+"""Models of every size that the tests of the plugins need, and how to run a service part in ONNX Runtime."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from adacorr_deploy.core.specs import DType, ModelSpec
+from adacorr_deploy.plugins.onnx_functions import service_parts
+
+PRECISIONS = (DType.FLOAT32, DType.FLOAT16)
+
+
+def model_spec(
+    *, tokens: int = 7, width: int = 8, blocks: tuple[int, ...] = (1,), precision: DType = DType.FLOAT32
+) -> ModelSpec:
+    return ModelSpec(
+        family="dit",
+        precision=precision,
+        latent_shape=(1, 4, 4),
+        tokens=tokens,
+        width=width,
+        num_classes=10,
+        blocks=blocks,
+        learned_variance=False,
+    )
+
+
+@functools.cache
+def session(model: ModelSpec, part: str) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(service_parts(model)[part][1].SerializeToString(), options)
+
+
+def run(model: ModelSpec, part: str, **inputs: NDArray[np.generic]) -> list[NDArray[np.floating]]:
+    """Return the outputs of a service part; the inputs are passed by their contract names."""
+    outputs: list[NDArray[np.floating]] = session(model, part).run(None, inputs)
+    return outputs

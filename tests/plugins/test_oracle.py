@@ -1,0 +1,44 @@
+"""The oracle itself, against numbers worked out by hand and the invariants of METHOD §1 to §3."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from adacorr_deploy.plugins import oracle
+
+
+@pytest.mark.parametrize(("tokens", "rank"), [(1, 1), (2, 1), (20, 2), (49, 3), (100, 6), (256, 13)])
+def test_p95_is_the_nearest_rank(tokens: int, rank: int) -> None:
+    assert oracle.p95_rank(tokens) == rank
+
+
+def test_signals_of_a_case_worked_out_by_hand() -> None:
+    reference = np.array([[[3.0, 4.0], [0.0, 2.0]]], np.float32)  # norms 5 and 2, deviations 0.5 and 1
+    tokens = np.array([[[3.0, 5.0], [0.0, 4.0]]], np.float32)  # moved by 1 and 2, deviations 1 and 2
+    expected = [np.sqrt((0.2**2 + 1.0**2) / 2), 1.0, 1.0, 1.5, 1.5]
+    np.testing.assert_allclose(oracle.signals(tokens, reference)[0], expected, rtol=1e-5)
+
+
+def test_prediction_worked_out_by_hand() -> None:
+    """Two evaluations of one block, extrapolated with weights 2 and −1, the gates of step 1 and step 0."""
+    modulation = np.zeros((2, 1, 6, 1), np.float32)
+    modulation[:, 0, 2, 0] = [10.0, 1.0]  # gate of the attention at steps 0 and 1
+    modulation[:, 0, 5, 0] = [20.0, 3.0]  # gate of the MLP
+    history = np.array([5.0, 7.0, 11.0, 13.0], np.float32).reshape(2, 2, 1, 1, 1)
+    result = oracle.predict(
+        np.ones((1, 1, 1), np.float32), history, modulation, np.array([1, 0]), np.array([2.0, -1.0], np.float32)
+    )
+    assert result.item() == 1 + 2 * (1 * 5 + 3 * 7) - (10 * 11 + 20 * 13)
+
+
+def test_weight_is_a_ramp_between_the_thresholds_and_one_where_nothing_is_known() -> None:
+    estimate = np.array([0.0, 0.1, 0.2, 0.3, 9.0, np.nan, np.inf, -np.inf], np.float32)
+    weight = oracle.blend_weight(estimate, np.array([0.1, 0.3, 1.0], np.float32))
+    np.testing.assert_allclose(weight, [0, 0, 0.5, 1, 1, 1, 1, 1], atol=1e-6)
+
+
+def test_equal_thresholds_are_a_switch() -> None:
+    estimate = np.array([0.1, 0.2, 0.3], np.float32)
+    weight = oracle.blend_weight(estimate, np.array([0.2, 0.2, 1.0], np.float32))
+    np.testing.assert_array_equal(weight, [0, 1, 1])

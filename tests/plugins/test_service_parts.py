@@ -1,0 +1,70 @@
+"""The service parts' names and specs follow the model, and agree with the ONNX files made from them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import onnx
+import pytest
+
+from adacorr_deploy.core.specs import DType, PartSpec
+from adacorr_deploy.plugins import blend_part_name, common_block_count, predict_part_name, service_part_specs
+from adacorr_deploy.plugins.onnx_functions import DOMAIN, service_parts
+from tests.plugins.service_models import PRECISIONS, model_spec
+
+ELEMENT_TYPES = {
+    DType.FLOAT32: onnx.TensorProto.FLOAT,
+    DType.FLOAT16: onnx.TensorProto.FLOAT16,
+    DType.INT64: onnx.TensorProto.INT64,
+}
+
+
+def tensors_of(graph: onnx.GraphProto) -> dict[str, tuple[int, tuple[int | str, ...]]]:
+    return {
+        value.name: (
+            value.type.tensor_type.elem_type,
+            tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim),
+        )
+        for value in (*graph.input, *graph.output)
+    }
+
+
+def expected_tensors(spec: PartSpec) -> dict[str, tuple[int, tuple[int | str, ...]]]:
+    return {tensor.name: (ELEMENT_TYPES[tensor.dtype], tensor.shape) for tensor in (*spec.inputs, *spec.outputs)}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_each_onnx_part_is_valid_and_has_the_tensors_of_its_spec(precision: DType) -> None:
+    model = model_spec(blocks=(2, 2, 1), precision=precision)
+    parts = service_parts(model)
+    assert {name: spec for name, (spec, _) in parts.items()} == service_part_specs(model)
+    for spec, proto in parts.values():
+        onnx.checker.check_model(proto, full_check=True)
+        assert tensors_of(proto.graph) == expected_tensors(spec)
+
+
+def test_each_part_is_one_node_of_our_domain_that_asks_for_a_plugin() -> None:
+    for _, proto in service_parts(model_spec()).values():
+        (node,) = proto.graph.node
+        (function,) = proto.functions
+        assert (node.domain, node.op_type) == (function.domain, function.name) == (DOMAIN, function.name)
+        assert "plugin_namespace" in {attribute.name for attribute in node.attribute}
+        assert {inner.domain for inner in function.node} == {""}, "a body of standard ops only"
+
+
+def test_only_block_parts_of_an_uncommon_size_carry_their_size_in_the_name() -> None:
+    model = model_spec(blocks=(4, 4, 4, 1))
+    assert common_block_count(model) == 4
+    assert predict_part_name(model, blocks=4, evaluations=2) == "predict_2"
+    assert predict_part_name(model, blocks=1, evaluations=2) == "predict_2_n1"
+    assert blend_part_name(model, blocks=1, evaluations=3) == "blend_3_n1"
+    specs = service_part_specs(model)
+    assert len(specs) == 1 + 2 * 2 * 3
+    assert specs["predict_2"].tensor("history").shape[:2] == (2, 8)
+    assert specs["predict_2_n1"].tensor("history").shape[:2] == (2, 2)
+
+
+def test_specs_and_oracle_load_without_onnx() -> None:
+    code = "import sys, adacorr_deploy.plugins, adacorr_deploy.plugins.oracle; sys.exit('onnx' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
