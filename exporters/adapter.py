@@ -1,0 +1,101 @@
+"""What a model family must offer to be exported, and the table of the families: adding one adds one entry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Final, Protocol
+
+from torch import Tensor, nn
+
+from adacorr_deploy.core.errors import UnsupportedModelError
+from adacorr_deploy.core.samplers import NoiseSchedule
+from adacorr_deploy.core.specs import DType, ModelSpec
+from adacorr_deploy.exporters.dit_adapter import DiTAdapter
+from adacorr_deploy.exporters.part import Part
+from adacorr_deploy.exporters.weight_files import StateDict
+
+
+class ExportableModel(Protocol):
+    """A model with its weights, cut into parts on demand."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The whole model as its own library runs it: the reference of every comparison."""
+        ...
+
+    def predict(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        """Return the whole model's raw output for rows, by `module`'s own forward.
+
+        Args:
+            latents: (R, C, H, W) float32.
+            timesteps: (R,), in training steps.
+            labels: (R,) int64; the null label stands for rows without condition.
+        """
+        ...
+
+    @property
+    def learned_variance(self) -> bool: ...
+
+    def training_schedule(self) -> NoiseSchedule:
+        """The schedule that checkpoints in the family's original layout were trained with."""
+        ...
+
+    def spec(self, precision: DType, segment: int) -> ModelSpec: ...
+
+    def parts(self, precision: DType, segment: int) -> Iterator[Part]:
+        """Yield every part, with `segment` consecutive transformer blocks in a block part."""
+        ...
+
+    def step_part(self, precision: DType, segment: int) -> Part:
+        """Return one whole denoising step as a single part, with the inputs and outputs of the chain."""
+        ...
+
+
+class ModelAdapter(Protocol):
+    """Builds a family's models from checkpoints, after checking every weight.
+
+    Raises:
+        CheckpointError: If the weights don't fit the model.
+        UnsupportedModelError: If the model uses a feature without a compiled form.
+    """
+
+    @property
+    def family(self) -> str: ...
+
+    def from_config(self, config: Mapping[str, object], state: StateDict, *, where: str) -> ExportableModel:
+        """Build the model from its diffusers configuration and weights; `where` is for the messages."""
+        ...
+
+    def is_original(self, state: StateDict) -> bool:
+        """Say whether a state dict is in the layout of the family's original code."""
+        ...
+
+    def from_original(self, state: StateDict, *, where: str, heads: int | None) -> ExportableModel: ...
+
+
+# By diffusers' class names.
+EXPORTERS: Final[Mapping[str, ModelAdapter]] = {
+    "DiTTransformer2DModel": DiTAdapter(),
+}
+
+# diffusers wrote this class, told apart by its `norm_type`, before it gave each family its own.
+_LEGACY_CLASS: Final = "Transformer2DModel"
+_LEGACY_CLASSES: Final[Mapping[object, str]] = {
+    "ada_norm_zero": "DiTTransformer2DModel",
+    "ada_norm_single": "PixArtTransformer2DModel",
+}
+
+
+def adapter_for(config: Mapping[str, object], *, where: str) -> ModelAdapter:
+    """Return the adapter of a diffusers `config.json`.
+
+    Raises:
+        UnsupportedModelError: If no exporter knows the class; the message lists the known ones.
+    """
+    name = config.get("_class_name")
+    if name == _LEGACY_CLASS:
+        name = _LEGACY_CLASSES.get(str(config.get("norm_type")), _LEGACY_CLASS)
+    adapter = EXPORTERS.get(name) if isinstance(name, str) else None
+    if adapter is None:
+        raise UnsupportedModelError(f"{where}: no exporter knows the class {name!r}. Known: {', '.join(EXPORTERS)}.")
+    return adapter

@@ -1,0 +1,200 @@
+"""From a loaded checkpoint to a bundle: exported, compiled, hashed, and moved into place whole or not at all."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS, policy_named
+from adacorr_deploy.core.bundle import PARTS_DIR, Bundle, open_bundle, replace_file
+from adacorr_deploy.core.errors import OutputError, PolicyError
+from adacorr_deploy.core.manifest import (
+    MANIFEST_NAME,
+    PRESET_PATTERN,
+    SCHEMA_VERSION,
+    Manifest,
+    PartRecord,
+    file_record,
+)
+from adacorr_deploy.core.specs import DType, ModelSpec, PartSpec
+from adacorr_deploy.engines.backend import Backend
+from adacorr_deploy.exporters.checkpoints import LoadedModel
+from adacorr_deploy.exporters.onnx_parts import Progress, export_parts
+from adacorr_deploy.plugins.onnx_functions import service_parts
+
+_TOOLS = ("adacorr-deploy", "torch", "diffusers", "onnx", "onnxruntime")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildOptions:
+    """How a bundle is built.
+
+    Attributes:
+        precision: Of weights and of activations between parts.
+        segment: Transformer blocks in a block part; caching decides over whole parts.
+        overwrite: Replace a bundle that stands at the output, once the new one is complete.
+        default_policy: Preset, with or without a target, for runs that name none.
+
+    Raises:
+        PolicyError: If the default policy is no preset (a file would not travel with the bundle).
+    """
+
+    precision: DType = DType.FLOAT32
+    segment: int = 1
+    overwrite: bool = False
+    default_policy: str = DEFAULT_POLICY
+
+    def __post_init__(self) -> None:
+        known = self.default_policy.partition("@")[0] in PRESETS
+        if not known or not re.search(PRESET_PATTERN, self.default_policy):
+            raise PolicyError(
+                f"{self.default_policy!r} can't be a bundle's default policy. Known: {', '.join(PRESETS)}; "
+                "give a policy file to adacorr-run instead."
+            )
+        policy_named(self.default_policy)
+
+
+def build_bundle(
+    loaded: LoadedModel,
+    output: Path,
+    backend: Backend,
+    options: BuildOptions,
+    *,
+    progress: Progress | None = None,
+    finish: Callable[[Path], None] | None = None,
+) -> Bundle:
+    """Export, compile and store every part.
+
+    The work is done in a folder beside `output` that is renamed when it is complete, and removed if anything fails or
+    the build is interrupted. Nothing of an earlier attempt is used.
+
+    Args:
+        loaded: The checkpoint.
+        output: The bundle's folder; it must not exist unless `options.overwrite`.
+        backend: Compiles the parts.
+        options: See `BuildOptions`.
+        progress: Told of each part as it is exported, and again as it is compiled.
+        finish: Given the complete bundle before it is moved into place, to add to it (calibration) or to refuse it.
+
+    Raises:
+        OutputError: If `output` exists or can't be written.
+        UnsupportedModelError: If a part can't be exported.
+        EngineError: If a part can't be compiled.
+    """
+    _check_output(output, options)
+    with _building_folder(output) as folder:
+        parts_dir = folder / PARTS_DIR
+        parts_dir.mkdir()
+        specs = export_parts(loaded, parts_dir, options.precision, options.segment, progress)
+        model = loaded.model.spec(options.precision, options.segment)
+        specs |= _write_service_parts(model, parts_dir)
+        records = dict(_compiled_parts(specs, folder, backend, progress))
+        files = {
+            path.relative_to(folder).as_posix(): file_record(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            model_name=loaded.name,
+            model=model,
+            checkpoint_sha256=loaded.checkpoint_sha256,
+            schedule=loaded.schedule,
+            backend=backend.name,
+            parts=records,
+            files=files,
+            tool_versions=_tool_versions(),
+            class_names=loaded.class_names,
+            default_policy=options.default_policy,
+        )
+        replace_file(folder / MANIFEST_NAME, manifest.model_dump_json(indent=1).encode())
+        if finish is not None:
+            finish(folder)
+        _move_into_place(folder, output)
+    return open_bundle(output)
+
+
+def _check_output(output: Path, options: BuildOptions) -> None:
+    if not output.exists():
+        return
+    if not options.overwrite:
+        raise OutputError(f"{output} exists. Choose another folder with -o, remove it, or give --overwrite.")
+    if not (output / MANIFEST_NAME).is_file():
+        raise OutputError(f"{output} is not a bundle, so --overwrite leaves it alone. Choose another folder with -o.")
+
+
+@contextmanager
+def _building_folder(output: Path) -> Iterator[Path]:
+    """Make an empty folder beside `output`, and remove it in the end if it is still there."""
+    folder = output.parent / f".{output.name}.{os.getpid()}.building"
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+        yield folder
+    except OSError as error:
+        raise OutputError(
+            f"{output} can't be written: {error}. Free some space or choose another folder with -o."
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_service_parts(model: ModelSpec, parts_dir: Path) -> Mapping[str, PartSpec]:
+    specs = {}
+    for name, (spec, graph) in service_parts(model).items():
+        (parts_dir / f"{name}.onnx").write_bytes(graph.SerializeToString(deterministic=True))
+        onnx.checker.check_model(parts_dir / f"{name}.onnx")
+        specs[name] = spec
+    return specs
+
+
+def _compiled_parts(
+    specs: Mapping[str, PartSpec], folder: Path, backend: Backend, progress: Progress | None
+) -> Iterator[tuple[str, PartRecord]]:
+    artefacts = folder / "engines" / backend.name
+    for done, (name, spec) in enumerate(specs.items()):
+        if progress is not None:
+            progress(name, done, len(specs))
+        source = folder / PARTS_DIR / f"{name}.onnx"
+        started = time.perf_counter()
+        artefact = backend.build(source, spec, artefacts)
+        yield (
+            name,
+            PartRecord(
+                spec=spec,
+                onnx=source.relative_to(folder).as_posix(),
+                artefact=artefact.relative_to(folder).as_posix(),
+                build_seconds=time.perf_counter() - started,
+            ),
+        )
+    if progress is not None:
+        progress("", len(specs), len(specs))
+
+
+def _tool_versions() -> dict[str, str]:
+    versions = {}
+    for name in _TOOLS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _move_into_place(folder: Path, output: Path) -> None:
+    if not output.exists():
+        folder.rename(output)
+        return
+    replaced = output.parent / f".{output.name}.{os.getpid()}.replaced"
+    output.rename(replaced)
+    folder.rename(output)
+    shutil.rmtree(replaced, ignore_errors=True)

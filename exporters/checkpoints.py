@@ -1,0 +1,159 @@
+"""From a path to a model: a diffusers pipeline or transformer folder, or a checkpoint in a family's original layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from adacorr_deploy.core.errors import AdaCorrError, CheckpointError, SchedulerError, UnsupportedModelError
+from adacorr_deploy.core.samplers import NoiseSchedule, schedule_from_config
+from adacorr_deploy.exporters.adapter import EXPORTERS, ExportableModel, adapter_for
+from adacorr_deploy.exporters.weight_files import checkpoint_sha256, shards_from_index, state_dict_from_files
+
+_WEIGHTS: Final = "diffusion_pytorch_model"
+_MAX_CONFIG_BYTES: Final = 16 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A checkpoint in memory, checked."""
+
+    name: str  # of the file or folder
+    model: ExportableModel
+    schedule: NoiseSchedule
+    checkpoint_sha256: str  # of the weight files
+    class_names: tuple[str, ...] | None  # by label, where the pipeline has them
+
+
+def load_checkpoint(path: Path, scheduler: Path | None = None, *, heads: int | None = None) -> LoadedModel:
+    """Load a local checkpoint, weights and schedule. Nothing is fetched, and no code in it is run.
+
+    Args:
+        path: A diffusers pipeline folder, a transformer folder, or a checkpoint file in a family's original layout.
+        scheduler: A `scheduler_config.json` or its folder; needed beside a transformer folder, and elsewhere taken
+            instead of the pipeline's or the original's own.
+        heads: Attention heads of an original checkpoint whose size isn't one of the paper's.
+
+    Raises:
+        CheckpointError: If weights are missing, truncated, unsafe, or don't fit the model.
+        UnsupportedModelError: If no exporter knows the model or one of its features.
+        SchedulerError: If there is no scheduler, or it can't be written as a sampler table.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path} doesn't exist. Give a diffusers folder, or a .pt or .safetensors checkpoint.")
+    if path.is_file():
+        return _from_original(path, scheduler, heads)
+    if (path / "model_index.json").exists():
+        return _from_pipeline(path, scheduler)
+    if (path / "config.json").exists():
+        return _from_transformer(path, name=path.resolve().name, scheduler=scheduler, class_names=None)
+    raise CheckpointError(
+        f"{path} is no diffusers folder: it holds neither model_index.json (a pipeline) nor config.json "
+        "(a transformer). Give one of these, or a .pt or .safetensors checkpoint."
+    )
+
+
+def _from_original(path: Path, scheduler: Path | None, heads: int | None) -> LoadedModel:
+    state = state_dict_from_files([path])
+    adapter = next((adapter for adapter in EXPORTERS.values() if adapter.is_original(state)), None)
+    if adapter is None:
+        raise CheckpointError(
+            f"{path}: the weight names ({', '.join(list(state)[:3])}, …) are of no known original layout "
+            f"(known families: {', '.join(adapter.family for adapter in EXPORTERS.values())}). "
+            "For weights by diffusers' names, give the folder with their config.json."
+        )
+    model = adapter.from_original(state, where=str(path), heads=heads)
+    return LoadedModel(
+        name=path.stem,
+        model=model,
+        schedule=_schedule(scheduler, model) if scheduler else model.training_schedule(),
+        checkpoint_sha256=checkpoint_sha256([path]),
+        class_names=None,
+    )
+
+
+def _from_pipeline(path: Path, scheduler: Path | None) -> LoadedModel:
+    index = _json(path / "model_index.json", CheckpointError)
+    entry = index.get("transformer")
+    if not isinstance(entry, list) or len(entry) != 2:
+        raise UnsupportedModelError(
+            f"{path}: the pipeline {index.get('_class_name')!r} has no transformer. Known: {', '.join(EXPORTERS)}."
+        )
+    adapter_for({"_class_name": entry[1], "norm_type": "ada_norm_zero"}, where=str(path / "model_index.json"))
+    own = path / "scheduler"
+    return _from_transformer(
+        path / "transformer",
+        name=path.resolve().name,
+        scheduler=scheduler or (own if own.exists() else None),
+        class_names=_class_names(index.get("id2label")),
+    )
+
+
+def _from_transformer(
+    path: Path, *, name: str, scheduler: Path | None, class_names: tuple[str, ...] | None
+) -> LoadedModel:
+    config = _json(path / "config.json", CheckpointError)
+    adapter = adapter_for(config, where=str(path / "config.json"))
+    if scheduler is None:
+        raise SchedulerError(
+            f"{path} comes without a scheduler. Give a scheduler_config.json or its folder with --scheduler."
+        )
+    files = _weight_files(path)
+    model = adapter.from_config(config, state_dict_from_files(files), where=str(path))
+    return LoadedModel(
+        name=name,
+        model=model,
+        schedule=_schedule(scheduler, model),
+        checkpoint_sha256=checkpoint_sha256(files),
+        class_names=class_names,
+    )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (index := folder / f"{_WEIGHTS}.safetensors.index.json").exists():
+        return shards_from_index(index)
+    for suffix in (".safetensors", ".bin"):
+        if (file := folder / f"{_WEIGHTS}{suffix}").exists():
+            return [file]
+    raise CheckpointError(f"{folder} holds no {_WEIGHTS}.safetensors. Copy the checkpoint again, with all its files.")
+
+
+def _schedule(path: Path, model: ExportableModel) -> NoiseSchedule:
+    file = path / "scheduler_config.json" if path.is_dir() else path
+    config = _json(file, SchedulerError)
+    try:
+        schedule = schedule_from_config(config)
+    except SchedulerError as error:
+        raise SchedulerError(f"{file}: {error}") from error
+    if model.learned_variance and "variance_type" not in config:
+        # Many DiT pipelines ship a DDIM configuration, which has no such field: their DDPM is the original's.
+        return replace(schedule, variance_type="learned_range")
+    if schedule.variance_type == "learned_range" and not model.learned_variance:
+        raise SchedulerError(
+            f"{file}: variance_type is learned_range, but the model predicts no variance. "
+            "Set it to fixed_small or fixed_large."
+        )
+    return schedule
+
+
+def _json(file: Path, error_type: type[AdaCorrError]) -> Mapping[str, object]:
+    """Read a JSON object of bounded size."""
+    try:
+        if file.stat().st_size > _MAX_CONFIG_BYTES:
+            raise ValueError(f"larger than {_MAX_CONFIG_BYTES} bytes")
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise error_type(f"{file} can't be read as JSON ({error}). Copy it again.") from error
+    if not isinstance(content, dict):
+        raise error_type(f"{file} holds a {type(content).__name__}, not a JSON object. Copy it again.")
+    return content
+
+
+def _class_names(labels: object) -> tuple[str, ...] | None:
+    """Return the names of labels 0 … n − 1, or None where the pipeline names not exactly these."""
+    if not isinstance(labels, dict) or set(labels) != {str(label) for label in range(len(labels))}:
+        return None
+    return tuple(str(labels[str(label)]) for label in range(len(labels))) or None

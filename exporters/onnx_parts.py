@@ -1,0 +1,125 @@
+"""ONNX files of a model's parts, each with its weights in a safetensors file beside it, stored once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final, Protocol
+
+import onnx
+from torch import nn
+
+from adacorr_deploy.core.errors import OutputError
+from adacorr_deploy.core.specs import DType, PartSpec
+from adacorr_deploy.exporters.checkpoints import LoadedModel
+from adacorr_deploy.exporters.part import Part
+from adacorr_deploy.exporters.tracing import TracedPart, trace_part, weights_of
+from adacorr_deploy.exporters.weights_file import StoredTensor, layout_of, write_weights
+
+_ONNX_TYPES: Final[Mapping[DType, int]] = {
+    DType.FLOAT32: onnx.TensorProto.FLOAT,
+    DType.FLOAT16: onnx.TensorProto.FLOAT16,
+}
+
+
+class Progress(Protocol):
+    """Told before each part (`done` parts are ready), and at the end. What it raises stops the export."""
+
+    def __call__(self, part: str, done: int, total: int) -> None: ...
+
+
+def export_parts(
+    loaded: LoadedModel,
+    directory: Path,
+    precision: DType = DType.FLOAT32,
+    segment: int = 1,
+    progress: Progress | None = None,
+) -> dict[str, PartSpec]:
+    """Write NAME.onnx and NAME.safetensors of every part into an existing folder.
+
+    Args:
+        loaded: The model.
+        directory: Where to write; on an error or an interruption, what was written stays: use a temporary folder.
+        precision: float32 or float16, of weights and of activations between parts.
+        segment: Transformer blocks in a block part.
+        progress: Told of each part.
+
+    Raises:
+        UnsupportedModelError: If a weight overflows `precision`.
+        OutputError: If a file can't be written.
+    """
+    total = len(loaded.model.spec(precision, segment).blocks) + 3
+    specs: dict[str, PartSpec] = {}
+    traced: dict[str, TracedPart] = {}
+    for part in loaded.model.parts(precision, segment):
+        if progress is not None:
+            progress(part.spec.name, len(specs), total)
+        if part.structure not in traced:
+            traced[part.structure] = trace_part(part, precision)
+        _write_part(part, traced[part.structure], directory, precision)
+        specs[part.spec.name] = part.spec
+    if progress is not None:
+        progress("", total, total)
+    return specs
+
+
+def monolithic_step_onnx(
+    loaded: LoadedModel, directory: Path, precision: DType = DType.FLOAT32, segment: int = 1
+) -> PartSpec:
+    """Write step.onnx (and step.safetensors): the chain embed, blocks, head as one graph, for benchmarks.
+
+    Its inputs are those of the chain (the modulations are made by the condition part, once a request) and its
+    outputs the head's: the blocks' units, which caching needs, are left out.
+
+    Raises:
+        UnsupportedModelError: If a weight overflows `precision`.
+        OutputError: If a file can't be written.
+    """
+    part = loaded.model.step_part(precision, segment)
+    _write_part(part, trace_part(part, precision), directory, precision)
+    return part.spec
+
+
+def reference_modules(loaded: LoadedModel, segment: int = 1) -> dict[str, nn.Module]:
+    """Return the parts as PyTorch modules in float32 that share the model's weights.
+
+    Each takes the tensors of its contract by name and returns a tuple of the outputs in the contract's order.
+    """
+    return {part.spec.name: part.module for part in loaded.model.parts(DType.FLOAT32, segment)}
+
+
+def _write_part(part: Part, traced: TracedPart, directory: Path, precision: DType) -> None:
+    name, weights = part.spec.name, weights_of(part.module)
+    header, stored = layout_of(_stored_shapes(traced), precision)
+    tensors = ((key, traced.recipes[key].compute(weights)) for key in stored)
+    graph = _with_external_weights(traced.graph, stored, f"{name}.safetensors", precision)
+    graph.graph.name = name
+    try:
+        write_weights(directory / f"{name}.safetensors", header, tensors, precision)
+        (directory / f"{name}.onnx").write_bytes(graph.SerializeToString(deterministic=True))
+    except OSError as error:
+        raise OutputError(f"{directory} can't be written: {error}. Free some space or choose another.") from error
+
+
+def _stored_shapes(traced: TracedPart) -> dict[str, tuple[int, ...]]:
+    weights = (value for value in traced.graph.graph.input if value.name in traced.recipes)
+    return {value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim) for value in weights}
+
+
+def _with_external_weights(
+    traced: onnx.ModelProto, stored: Mapping[str, StoredTensor], location: str, precision: DType
+) -> onnx.ModelProto:
+    """Return the graph with its weight inputs turned into initializers that lie in `location`."""
+    model = onnx.ModelProto()
+    model.CopyFrom(traced)
+    inputs = [value for value in model.graph.input if value.name not in stored]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    for name, place in stored.items():
+        tensor = model.graph.initializer.add(
+            name=name, data_type=_ONNX_TYPES[precision], dims=place.shape, data_location=onnx.TensorProto.EXTERNAL
+        )
+        entries = {"location": location, "offset": place.offset_bytes, "length": place.length_bytes}
+        for key, value in entries.items():
+            tensor.external_data.add(key=key, value=str(value))
+    return model
