@@ -1,0 +1,1 @@
+"""Caching decisions: signals, gates, predictors, guards, presets. Pure logic on numbers, no arrays of any framework."""

@@ -1,0 +1,263 @@
+"""Controllers: a policy's decisions for one request. State and policy are separate; both are numbers only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from adacorr_deploy.caching.calibration import Calibration
+from adacorr_deploy.caching.decisions import Action, Controller, Decision, Prediction, Signals, SlotHistory
+from adacorr_deploy.caching.guards import doubtful
+from adacorr_deploy.caching.planner import planner_for
+from adacorr_deploy.caching.policy import (
+    AdaCorrectionGate,
+    Corrector,
+    FewerStepsGate,
+    IntervalGate,
+    NoGate,
+    PaperGate,
+    Policy,
+    ScheduleGate,
+)
+from adacorr_deploy.core.errors import CalibrationError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What a controller must know of a request."""
+
+    steps: int
+
+
+class StaticController:
+    """Evaluates the blocks of given steps and reuses the others."""
+
+    def __init__(self, policy: Policy, run: Run, evaluated: frozenset[int], reason: str) -> None:
+        self._policy = policy
+        self._run = run
+        self._evaluated = evaluated
+        self._reason = reason
+
+    def keeps_reference(self, block: int) -> bool:
+        return False
+
+    def needs_signals(self, step: int, block: int, history: SlotHistory) -> bool:
+        return False
+
+    def decide(self, step: int, block: int, history: SlotHistory, signals: Sequence[Signals] | None) -> Decision:
+        if step in self._evaluated:
+            return Decision(action=Action.EVALUATE, reason=self._reason)
+        guard = guard_reason(self._policy, self._run, step, block, history)
+        return (
+            Decision(action=Action.EVALUATE, reason=guard)
+            if guard
+            else Decision(action=Action.REUSE, reason=self._reason)
+        )
+
+    def prediction(self, step: int, block: int, history: SlotHistory) -> Prediction:
+        return self._policy.predictor.prediction(step, history.steps)
+
+    def measures_error(self, step: int, block: int, history: SlotHistory) -> bool:
+        return False
+
+    def record_error(self, step: int, block: int, error: float) -> None:
+        raise AssertionError("a static policy measures no error")
+
+
+class PaperController:
+    """The paper's score, weight and blend; with `lazy`, a block whose weight is at most ε is not launched."""
+
+    def __init__(self, policy: Policy, gate: PaperGate, run: Run, floors: Sequence[float] | None) -> None:
+        self._policy = policy
+        self._gate = gate
+        self._run = run
+        self._floors = floors
+
+    def keeps_reference(self, block: int) -> bool:
+        return True
+
+    def needs_signals(self, step: int, block: int, history: SlotHistory) -> bool:
+        return guard_reason(self._policy, self._run, step, block, history) is None
+
+    def decide(self, step: int, block: int, history: SlotHistory, signals: Sequence[Signals] | None) -> Decision:
+        guard = guard_reason(self._policy, self._run, step, block, history)
+        if guard or signals is None or doubtful(signals):
+            return Decision(action=Action.EVALUATE, reason=guard or "signals not finite")
+        score = max(paper_score(branch, self._gate.lambda_) for branch in signals)
+        floor = self._floors[block] if self._floors is not None else 0.0
+        weight = weight_from_estimate(score, reuse=floor, recompute=floor + 1.0, gamma=self._gate.gamma)
+        if not self._gate.lazy:
+            return Decision(action=Action.CORRECT, reason="paper: always evaluated", score=score, weight=weight)
+        if weight <= self._gate.epsilon:
+            return Decision(action=Action.REUSE, reason="weight within epsilon", score=score, weight=weight)
+        action = Action.EVALUATE if weight == 1.0 else Action.CORRECT
+        return Decision(action=action, reason="weight above epsilon", score=score, weight=weight)
+
+    def prediction(self, step: int, block: int, history: SlotHistory) -> Prediction:
+        return self._policy.predictor.prediction(step, history.steps)
+
+    def measures_error(self, step: int, block: int, history: SlotHistory) -> bool:
+        return False
+
+    def record_error(self, step: int, block: int, error: float) -> None:
+        raise AssertionError("the paper's policies measure no error")
+
+
+class AdaCorrectionController:
+    """The calibrated schedule, corrected by what this request measures.
+
+    A step's blocks decide together, at its first block: METHOD §3's study found that blocks evaluated on partly
+    predicted inputs spoil the histories that extrapolation needs. The estimate ê of a step is the error that skipping
+    it adds by calibration, times the difficulty of the request: how much larger than in calibration the probe errors
+    were at its own evaluations. Harder by r² is the same as an evaluation cheaper by r², so the allowance
+    comes from the plan at that price: the cheapest way on for this request, not for the average one.
+    """
+
+    def __init__(self, policy: Policy, gate: AdaCorrectionGate, run: Run, calibration: Calibration) -> None:
+        self._policy = policy
+        self._gate = gate
+        self._run = run
+        self._calibration = calibration
+        self._planner = planner_for(calibration, policy.guards)
+        self._price = self._planner.price(gate.speedup)
+        self._budget = self._planner.expected_spending(self._price)
+        self._log_difficulty = 0.0
+        self._spent = 0.0
+        self._decided: tuple[int, Decision] | None = None
+        self._evaluated: list[int] = []
+
+    def keeps_reference(self, block: int) -> bool:
+        return block == 0 or self._gate.corrector is Corrector.PAPER
+
+    def needs_signals(self, step: int, block: int, history: SlotHistory) -> bool:
+        return block == 0 and guard_reason(self._policy, self._run, step, block, history) is None
+
+    def decide(self, step: int, block: int, history: SlotHistory, signals: Sequence[Signals] | None) -> Decision:
+        if self._decided is None or self._decided[0] != step:
+            self._decided = (step, self._decide_step(step, history, signals))
+        decision = self._decided[1]
+        guard = guard_reason(self._policy, self._run, step, block, history)
+        if guard and decision.action is not Action.EVALUATE:
+            return Decision(action=Action.EVALUATE, reason=guard, score=decision.score, weight=decision.weight)
+        return decision
+
+    def _decide_step(self, step: int, history: SlotHistory, signals: Sequence[Signals] | None) -> Decision:
+        guard = guard_reason(self._policy, self._run, step, 0, history)
+        if guard or signals is None or doubtful(signals):
+            return Decision(action=Action.EVALUATE, reason=guard or "signals not finite")
+        age, gap = step - history.steps[0], _gap(history)
+        offset = max(robust_score(branch) for branch in signals)
+        limits = self._calibration.offset_limits[step]
+        if offset > self._gate.offset_margin * limits[min(age, len(limits)) - 1]:
+            return Decision(action=Action.EVALUATE, reason="offset beyond calibration", score=offset, weight=1.0)
+        plan = self._planner.plan(self._price / self.difficulty)
+        estimate = self.difficulty * self._planner.costs.added(step, gap, age - 1)
+        allowance = self.difficulty * plan.allowance(step, gap, age - 1)
+        return self._weighed(step, estimate, allowance)
+
+    def _weighed(self, step: int, estimate: float, allowance: float) -> Decision:
+        if allowance <= 0 or not math.isfinite(estimate):
+            return Decision(action=Action.EVALUATE, reason="evaluating pays in any case", score=estimate, weight=1.0)
+        weight = weight_from_estimate(
+            estimate,
+            reuse=(1 - self._gate.band) * allowance,
+            recompute=(1 + self._gate.band) * allowance,
+            gamma=self._gate.gamma,
+        )
+        if weight >= 1.0:
+            return Decision(
+                action=Action.EVALUATE, reason="estimate above the allowance", score=estimate, weight=weight
+            )
+        if weight > 0.0:
+            if self._gate.corrector is Corrector.PAPER:
+                return Decision(action=Action.CORRECT, reason="blended", score=estimate, weight=weight)
+            if self._spent + max(estimate, 0.0) > self._budget[step]:
+                return Decision(action=Action.EVALUATE, reason="error budget spent", score=estimate, weight=weight)
+        self._spent += max(estimate, 0.0)
+        reason = "estimate below the allowance" if weight == 0.0 else "deferred within the error budget"
+        return Decision(action=Action.REUSE, reason=reason, score=estimate, weight=weight)
+
+    def prediction(self, step: int, block: int, history: SlotHistory) -> Prediction:
+        return self._policy.predictor.prediction(step, history.steps)
+
+    def measures_error(self, step: int, block: int, history: SlotHistory) -> bool:
+        if block != self._calibration.probe.block or len(history.steps) < 2:
+            return False
+        self._evaluated = history.steps[:2]
+        return True
+
+    def record_error(self, step: int, block: int, error: float) -> None:
+        probe = self._calibration.probe
+        distance, gap = step - self._evaluated[0], self._evaluated[0] - self._evaluated[1]
+        cube = probe.expected[step]
+        expected = cube[min(gap, len(cube)) - 1][min(distance, len(cube[0])) - 1]
+        if expected > 0 and error > 0 and math.isfinite(error):
+            measured = 2 * probe.slope * math.log(error / expected)
+            self._log_difficulty = self._gate.memory * self._log_difficulty + (1 - self._gate.memory) * measured
+
+    @property
+    def difficulty(self) -> float:
+        """Squared error of this request's predictions over that of calibration's, as estimated so far."""
+        return math.exp(self._log_difficulty)
+
+
+def controller_for_policy(policy: Policy, run: Run, calibration: Calibration | None) -> Controller:
+    """Return a fresh controller for one request.
+
+    Args:
+        policy: Its predictor must be the calibration's where it is calibrated.
+        run: The request.
+        calibration: Needed where `policy.needs_calibration`.
+
+    Raises:
+        CalibrationError: If the calibration is missing or was made with another predictor.
+    """
+    gate = policy.gate
+    if isinstance(gate, NoGate | FewerStepsGate):
+        return StaticController(policy, run, frozenset(range(run.steps)), "every step is evaluated")
+    if isinstance(gate, IntervalGate):
+        steps = frozenset(range(0, run.steps, gate.interval))
+        return StaticController(policy, run, steps, f"every {gate.interval} steps")
+    if isinstance(gate, PaperGate) and not gate.lazy:
+        return PaperController(policy, gate, run, None)
+    if calibration is None:
+        raise CalibrationError(f"policy {policy.name} needs a calibration. Make one with adacorr-calibrate.")
+    if isinstance(gate, PaperGate):
+        return PaperController(policy, gate, run, calibration.paper_floors)
+    if calibration.predictor != policy.predictor:
+        raise CalibrationError(
+            f"policy {policy.name} predicts by {policy.predictor.kind.value} of order {policy.predictor.order}, "
+            f"the calibration was made for {calibration.predictor.kind.value} of order {calibration.predictor.order}. "
+            f"Calibrate with --predictor {policy.predictor.kind.value} --order {policy.predictor.order}."
+        )
+    if isinstance(gate, ScheduleGate):
+        planner = planner_for(calibration, policy.guards)
+        evaluated = planner.plan(planner.price(gate.speedup)).evaluated_steps()
+        return StaticController(policy, run, frozenset(evaluated), "calibrated schedule")
+    return AdaCorrectionController(policy, gate, run, calibration)
+
+
+def guard_reason(policy: Policy, run: Run, step: int, block: int, history: SlotHistory) -> str | None:
+    return policy.guards.reason(step=step, steps=run.steps, block=block, history=history)
+
+
+def paper_score(signals: Signals, lambda_: float) -> float:
+    """S = Δ_temp² + λ·Δ_spatial (METHOD §1)."""
+    return signals.paper_temporal**2 + lambda_ * signals.paper_spatial
+
+
+def robust_score(signals: Signals) -> float:
+    """√Ŝ with Ŝ = Δ̂_t² + Δ̂_s² (METHOD §3); Δ̂_t is the larger of its RMS and half its 95th-percentile token."""
+    return math.hypot(max(signals.relative_offset, 0.5 * signals.relative_offset_p95), signals.spatial_change)
+
+
+def weight_from_estimate(estimate: float, *, reuse: float, recompute: float, gamma: float) -> float:
+    """W = clip(γ·(ê − τ_reuse) / (τ_recompute − τ_reuse), 0, 1); a step at τ_reuse where the thresholds meet."""
+    if recompute <= reuse:
+        return 1.0 if estimate > reuse else 0.0
+    return min(1.0, max(0.0, gamma * (estimate - reuse) / (recompute - reuse)))
+
+
+def _gap(history: SlotHistory) -> int:
+    return history.steps[0] - history.steps[1] if len(history.steps) > 1 else 1

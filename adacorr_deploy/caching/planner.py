@@ -1,0 +1,54 @@
+"""Plans by price, solved once for a calibration and its guards and shared by all requests."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+from adacorr_deploy.caching.calibration import Calibration
+from adacorr_deploy.caching.guards import Guards
+from adacorr_deploy.caching.schedule import Plan, SkipCosts, price_for_evaluations
+
+_PRICE_STEPS = 20  # plans kept per factor e of price: 5 % apart, so that few plans serve all requests
+
+
+class Planner:
+    """Answers which plan a price or a target speed-up leads to."""
+
+    def __init__(self, costs: SkipCosts, guards: Guards) -> None:
+        self.costs = costs
+        self._guards = guards
+        self._plans: dict[int, Plan] = {}
+        self._prices: dict[float, float] = {}
+
+    def price(self, speedup: float) -> float:
+        """Return the price at which at most steps ÷ `speedup` steps are evaluated."""
+        if speedup not in self._prices:
+            evaluations = math.floor(self.costs.steps / speedup + 1e-9)
+            self._prices[speedup] = price_for_evaluations(self.costs, self._guards, evaluations)
+        return self._prices[speedup]
+
+    def plan(self, price: float) -> Plan:
+        """Return the plan at the nearest tabulated price."""
+        index = round(math.log(price) * _PRICE_STEPS)
+        if index not in self._plans:
+            self._plans[index] = Plan(self.costs, self._guards, math.exp(index / _PRICE_STEPS))
+        return self._plans[index]
+
+    def expected_spending(self, price: float) -> tuple[float, ...]:
+        """Return, per step, the calibrated error that the plan at `price` has spent up to and including it."""
+        evaluated = set(self.plan(price).evaluated_steps())
+        spent, gap, skipped, totals = 0.0, 1, 0, []
+        for step in range(self.costs.steps):
+            if step in evaluated:
+                gap, skipped = skipped + 1, 0
+            else:
+                spent += max(0.0, self.costs.added(step, gap, skipped))
+                skipped += 1
+            totals.append(spent)
+        return tuple(totals)
+
+
+@lru_cache(maxsize=32)
+def planner_for(calibration: Calibration, guards: Guards) -> Planner:
+    return Planner(SkipCosts(values=calibration.skip_costs), guards)

@@ -1,0 +1,198 @@
+"""Policies: a gate, a predictor and guards under one name; presets, and files for one's own.
+
+A policy file is JSON or TOML with the fields of `Policy`, and is untrusted: unknown keys and values out of range are
+refused with the field's name.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from adacorr_deploy.caching.guards import Guards
+from adacorr_deploy.caching.predictors import Predictor, PredictorKind
+from adacorr_deploy.core.errors import PolicyError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Speedup = Annotated[float, Field(ge=1, le=20)]
+
+
+class Corrector(str, Enum):
+    """What AdaCorrection does with a weight between 0 and 1 (METHOD §3)."""
+
+    DEFER = "defer"  # reuse while the request's error budget allows, else recompute
+    PAPER = "paper"  # evaluate, then blend
+
+
+class _Gate(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class NoGate(_Gate):
+    """Every block is evaluated at every step."""
+
+    kind: Literal["none"] = "none"
+
+
+class FewerStepsGate(_Gate):
+    """The baseline: the sampler takes fewer steps, each evaluated in full."""
+
+    kind: Literal["fewer-steps"] = "fewer-steps"
+    speedup: Speedup = 2.0
+
+
+class IntervalGate(_Gate):
+    """Evaluate every `interval`-th step: FORA (arXiv 2407.01425)."""
+
+    kind: Literal["interval"] = "interval"
+    interval: Annotated[int, Field(ge=1, le=100)] = 3
+
+
+class ScheduleGate(_Gate):
+    """Evaluate the steps of the calibrated shortest path with at most steps ÷ `speedup` evaluations."""
+
+    kind: Literal["schedule"] = "schedule"
+    speedup: Speedup = 2.0
+
+
+class AdaCorrectionGate(_Gate):
+    """AdaCorrection on the calibrated schedule: each request pays for the error that it measures (METHOD §3, `robust`).
+
+    Attributes:
+        speedup: Target of ideal speed-up over requests like the calibration's; a hard request takes more evaluations.
+        gamma: γ of the weight.
+        band: Half-width of the band between τ_reuse and τ_recompute around the allowance, as a share of it.
+        memory: Share that older evaluations keep in the measured difficulty of a request, per evaluation.
+        offset_margin: A first block's √Ŝ above this multiple of the largest that calibration saw forces evaluation.
+        corrector: What is done between the two thresholds.
+    """
+
+    kind: Literal["adacorrection"] = "adacorrection"
+    speedup: Speedup = 2.0
+    gamma: Annotated[float, Field(gt=0, le=100)] = 1.0
+    band: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    memory: Annotated[float, Field(ge=0, lt=1)] = 0.6
+    offset_margin: Annotated[float, Field(ge=1)] = 1.5
+    corrector: Corrector = Corrector.DEFER
+
+
+class PaperGate(_Gate):
+    """The paper's equations: S = Δ_temp² + λ·Δ_spatial, w = clip(γ·S, 0, 1) (arXiv 2602.13357).
+
+    `lazy` subtracts the calibrated floor from S and does not launch a block whose w ≤ `epsilon`; without it every block
+    is evaluated at every step and blended: the reference, which saves nothing.
+    """
+
+    kind: Literal["paper"] = "paper"
+    lazy: bool = False
+    gamma: Annotated[float, Field(gt=0, le=100)] = 1.0
+    lambda_: Annotated[float, Field(ge=0, le=100, alias="lambda")] = 1.0
+    epsilon: Annotated[float, Field(ge=0, lt=1)] = 0.05
+
+
+Gate = Annotated[
+    NoGate | FewerStepsGate | IntervalGate | ScheduleGate | AdaCorrectionGate | PaperGate, Field(discriminator="kind")
+]
+
+
+class Policy(BaseModel):
+    """How blocks are evaluated, reused or corrected during a request."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[str, Field(min_length=1, max_length=80)]
+    gate: Gate
+    predictor: Predictor = Predictor()
+    guards: Guards = Guards()
+
+    @property
+    def needs_calibration(self) -> bool:
+        match self.gate:
+            case ScheduleGate() | AdaCorrectionGate():
+                return True
+            case PaperGate(lazy=lazy):
+                return lazy
+            case _:
+                return False
+
+    def sampled_steps(self, steps: int) -> int:
+        """Return how many steps the sampler takes where `steps` were asked for."""
+        return max(1, round(steps / self.gate.speedup)) if isinstance(self.gate, FewerStepsGate) else steps
+
+
+_HOLD: Final = Predictor(kind=PredictorKind.HOLD)
+
+PRESETS: Final[Mapping[str, Policy]] = {
+    policy.name: policy
+    for policy in (
+        Policy(name="none", gate=NoGate()),
+        Policy(name="fewer-steps", gate=FewerStepsGate()),
+        Policy(name="fora", gate=IntervalGate(), predictor=Predictor(kind=PredictorKind.GATED)),
+        Policy(name="scheduled", gate=ScheduleGate()),
+        Policy(name="robust", gate=AdaCorrectionGate()),
+        Policy(name="paper-exact", gate=PaperGate(), predictor=_HOLD, guards=Guards(warmup_steps=1, final_steps=0)),
+        Policy(name="paper-lazy", gate=PaperGate(lazy=True), predictor=_HOLD),
+    )
+}
+DEFAULT_POLICY: Final = "robust"
+
+
+def policy_named(name_or_file: str) -> Policy:
+    """Return a preset, a preset with another target (`robust@2.5`, `fora@2`), or the policy of a JSON or TOML file.
+
+    Raises:
+        PolicyError: If there is no such preset or file, or a field is not valid.
+    """
+    name, _, target = name_or_file.partition("@")
+    if name in PRESETS:
+        return _with_speedup(PRESETS[name], target) if target else PRESETS[name]
+    path = Path(name_or_file)
+    if path.suffix in (".json", ".toml"):
+        return policy_from_file(path)
+    raise PolicyError(f"policy {name_or_file!r} is neither a preset ({', '.join(PRESETS)}) nor a .json or .toml file.")
+
+
+def policy_from_file(path: Path) -> Policy:
+    """Read and validate a policy file.
+
+    Raises:
+        PolicyError: If it can't be read or parsed, or a field is not valid.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        raw = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"policy file {path} can't be read: {error}") from error
+    return _validated(raw, where=f"policy file {path}")
+
+
+def _with_speedup(policy: Policy, target: str) -> Policy:
+    if isinstance(policy.gate, IntervalGate):
+        field, allowed = "interval", "a whole number of steps"
+    elif hasattr(policy.gate, "speedup"):
+        field, allowed = "speedup", "a speed-up from 1 to 20"
+    else:
+        raise PolicyError(f"policy {policy.name} has no target: leave out '@{target}'")
+    raw = policy.model_dump(mode="json", by_alias=True)
+    raw["name"] = f"{policy.name}@{target}"
+    raw["gate"][field] = target
+    return _validated(raw, where=f"policy {policy.name}@{target} (after @ stands {allowed})")
+
+
+def _validated(raw: object, *, where: str) -> Policy:
+    try:
+        return Policy.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(step) for step in first["loc"])
+        raise PolicyError(f"{where}: {field or 'top level'}: {first['msg']}, got {first['input']!r}") from error

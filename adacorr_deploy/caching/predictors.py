@@ -1,0 +1,70 @@
+"""Predictors: how a slot stands for a block that is not launched.
+
+Every predictor is one linear form (METHOD §3), x + Σⱼ cⱼ Σᵤ gⱼᵤ ⊙ hⱼᵤ, over the attention and MLP results hⱼᵤ of the
+last evaluations j. They differ in the coefficients c and in whose adaLN gates g they apply:
+
+    hold           the last residual, with the gates it was made with (what most published methods reuse)
+    taylor         residuals extrapolated to this step (TaylorSeer, arXiv 2503.06923, by finite differences)
+    gated          the last results, with the gates of this step
+    gated-taylor   results extrapolated to this step, with the gates of this step (the default; see METHOD §3's study)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from adacorr_deploy.caching.decisions import Prediction
+
+
+class PredictorKind(str, Enum):
+    HOLD = "hold"
+    TAYLOR = "taylor"
+    GATED = "gated"
+    GATED_TAYLOR = "gated-taylor"
+
+    @property
+    def extrapolates(self) -> bool:
+        return self in (PredictorKind.TAYLOR, PredictorKind.GATED_TAYLOR)
+
+    @property
+    def fresh_gates(self) -> bool:
+        return self in (PredictorKind.GATED, PredictorKind.GATED_TAYLOR)
+
+
+class Predictor(BaseModel):
+    """A kind, and the order of the polynomial that an extrapolating kind lays through the last evaluations."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: PredictorKind = PredictorKind.GATED_TAYLOR
+    order: Annotated[int, Field(ge=1, le=2)] = 1
+
+    @property
+    def history(self) -> int:
+        """Evaluations that a slot must keep, 1 to 3."""
+        return self.order + 1 if self.kind.extrapolates else 1
+
+    def prediction(self, step: int, evaluations: Sequence[int]) -> Prediction:
+        """Return the coefficients for `step` from the evaluations at hand (steps, newest first, at least one).
+
+        With fewer evaluations than the order needs, the order falls to what they allow.
+        """
+        used = tuple(evaluations[: self.history])
+        coefficients = extrapolation_coefficients(step, used)
+        return Prediction(coefficients=coefficients, gate_steps=(step,) * len(used) if self.kind.fresh_gates else used)
+
+
+def extrapolation_coefficients(step: int, evaluations: Sequence[int]) -> tuple[float, ...]:
+    """Return Lagrange's coefficients at `step` of the polynomial through `evaluations`; they sum to 1."""
+    coefficients = []
+    for node in evaluations:
+        product = 1.0
+        for other in evaluations:
+            if other != node:
+                product *= (step - other) / (node - other)
+        coefficients.append(product)
+    return tuple(coefficients)

@@ -1,0 +1,91 @@
+"""A policy file either becomes a valid policy or is refused with the field's name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS, AdaCorrectionGate, Policy, policy_named
+from adacorr_deploy.caching.predictors import PredictorKind
+from adacorr_deploy.core.errors import PolicyError
+
+
+def test_every_preset_survives_a_round_trip_through_a_file(tmp_path: Path) -> None:
+    for name, policy in PRESETS.items():
+        path = tmp_path / f"{name}.json"
+        path.write_text(policy.model_dump_json(by_alias=True))
+        assert policy_named(str(path)) == policy
+
+
+def test_a_toml_file_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'name = "mine"\n[gate]\nkind = "adacorrection"\nspeedup = 2.5\n[predictor]\nkind = "taylor"\norder = 2\n'
+    )
+    policy = policy_named(str(path))
+    assert isinstance(policy.gate, AdaCorrectionGate)
+    assert (policy.gate.speedup, policy.predictor.kind, policy.predictor.history) == (2.5, PredictorKind.TAYLOR, 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "field"),
+    [
+        ({"name": "x", "gate": {"kind": "magic"}}, "gate"),
+        ({"name": "x", "gate": {"kind": "interval", "interval": 0}}, "gate.interval.interval"),
+        ({"name": "x", "gate": {"kind": "none"}, "speed": 2}, "speed"),
+        ({"name": "x", "gate": {"kind": "none"}, "predictor": {"order": 3}}, "predictor.order"),
+        ({"name": "x", "gate": {"kind": "adacorrection", "band": float("nan")}}, "gate.adacorrection.band"),
+        ({"name": "x", "gate": {"kind": "none"}, "guards": {"warmup_steps": -1}}, "guards.warmup_steps"),
+        ({"gate": {"kind": "none"}}, "name"),
+        ([], "top level"),
+    ],
+)
+def test_a_bad_field_is_named(tmp_path: Path, content: object, field: str) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(PolicyError, match=field):
+        policy_named(str(path))
+
+
+@pytest.mark.parametrize("content", ["{", "\x00", "[1,"])
+def test_a_file_that_is_not_json_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(content)
+    with pytest.raises(PolicyError, match="can't be read"):
+        policy_named(str(path))
+
+
+def test_an_unknown_name_lists_the_presets() -> None:
+    with pytest.raises(PolicyError, match="robust"):
+        policy_named("robus")
+
+
+def test_a_target_after_at_changes_the_gate() -> None:
+    assert policy_named("robust@2.5").gate == AdaCorrectionGate(speedup=2.5)
+    with pytest.raises(PolicyError, match="speedup"):
+        policy_named("robust@0.5")
+    with pytest.raises(PolicyError, match="no target"):
+        policy_named("none@2")
+
+
+def test_only_policies_that_read_a_calibration_ask_for_one() -> None:
+    needing = {name for name, policy in PRESETS.items() if policy.needs_calibration}
+    assert needing == {"scheduled", "robust", "paper-lazy"}
+    assert DEFAULT_POLICY in PRESETS
+
+
+def test_fewer_steps_is_the_only_policy_that_changes_the_sampler() -> None:
+    assert PRESETS["fewer-steps"].sampled_steps(50) == 25
+    assert all(policy.sampled_steps(50) == 50 for name, policy in PRESETS.items() if name != "fewer-steps")
+
+
+def test_the_longest_history_is_three() -> None:
+    assert (
+        max(
+            Policy(name="x", gate={"kind": "none"}, predictor={"kind": kind, "order": 2}).predictor.history
+            for kind in PredictorKind
+        )
+        == 3
+    )  # type: ignore[arg-type]
