@@ -1,0 +1,27 @@
+"""The denoise loop over a bundle's parts: requests, cache slots, traces. No torch, no diffusers, no onnx."""
+
+from __future__ import annotations
+
+from adacorr_deploy.runtime.buffers import MAX_HISTORY
+from adacorr_deploy.runtime.denoise import Progress
+from adacorr_deploy.runtime.pipeline import Pipeline, SampleResult
+from adacorr_deploy.runtime.request import MAX_SEED, SampleRequest, check_request
+from adacorr_deploy.runtime.sampling import sample_with_policy
+from adacorr_deploy.runtime.trace import Branch, Trace, TraceRecord
+
+__all__ = [  # noqa: RUF022 (grouped by what they are for)
+    # Sampling
+    "Pipeline",
+    "Progress",
+    "SampleRequest",
+    "SampleResult",
+    "check_request",
+    "sample_with_policy",
+    # Limits
+    "MAX_HISTORY",
+    "MAX_SEED",
+    # Trace
+    "Branch",
+    "Trace",
+    "TraceRecord",
+]

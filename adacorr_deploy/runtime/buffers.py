@@ -1,0 +1,120 @@
+"""The buffers of a run, allocated once for its sizes and bound by address for good."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from adacorr_deploy.core.samplers import COLUMNS
+from adacorr_deploy.core.specs import DType, ModelSpec
+from adacorr_deploy.engines.backend import Backend, Buffer
+from adacorr_deploy.plugins.service_parts import MAX_EVALUATIONS, MODULATION_ROWS, SIGNAL_COUNT
+
+MAX_HISTORY: Final = MAX_EVALUATIONS  # a slot keeps no more than the predict parts can use
+# [τ_reuse, τ_recompute, γ] with which the blend part's weight is the estimate itself: the policy has weighed already.
+_IDENTITY_THRESHOLDS: Final = (0.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSize:
+    """The sizes that buffers depend on: B, K, S and T (0: nothing is cached)."""
+
+    batch: int
+    branches: int
+    steps: int
+    history: int
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.branches
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Factors:
+    """How a prediction weighs its evaluations, (count,) each."""
+
+    coefficients: Buffer  # float32
+    gate_steps: Buffer  # int64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageBuffers:
+    """What stands on the image's side of the blocks: inputs and outputs of embed, condition and head."""
+
+    latents: tuple[Buffer, Buffer]  # (B, C, H, W) float32; step s reads [s % 2] and writes the other
+    noise: Buffer  # (B, C, H, W) float32
+    model_output: Buffer  # (B, C, H, W) float32
+    branches: Buffer  # (K,) float32 ones
+    guidance: Buffer  # (K, B) float32
+    timesteps: Buffer  # (S,) float32
+    coefficients: Buffer  # (S, 5) float32
+    labels: Buffer  # (R,) int64
+    step: Buffer  # (1,) int64: the present step, read by every block and the head
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockBuffers:
+    """What stands between the blocks, in the model's precision."""
+
+    tokens: tuple[Buffer, Buffer]  # (R, N, D); block i reads [i % 2] and writes the other
+    fresh: Buffer  # (R, N, D): output of a block that is to be corrected
+    estimate: Buffer  # (R, N, D): a prediction that does not go to the next block
+    zeros: Buffer  # (R, N, D), never written
+    modulation: tuple[Buffer, ...]  # per block (S, R, 6n, D)
+    modulation_head: Buffer  # (S, R, 2, D)
+    signals: Buffer  # (R, 5) float32
+    factors: tuple[Factors, ...]  # for 1 … MAX_HISTORY evaluations
+    no_factors: Factors  # one coefficient that is 0 for good
+    thresholds: Buffer  # (3,) float32
+    weight: Buffer  # (R,) float32: how much of the fresh output a correction takes
+    weight_out: Buffer  # (R,) float32
+
+
+def allocate_image_buffers(backend: Backend, model: ModelSpec, size: RunSize) -> ImageBuffers:
+    """Allocate the buffers of embed, condition and head."""
+    image = (size.batch, *model.latent_shape)
+    buffers = ImageBuffers(
+        latents=(backend.allocate(image, DType.FLOAT32), backend.allocate(image, DType.FLOAT32)),
+        noise=backend.allocate(image, DType.FLOAT32),
+        model_output=backend.allocate(image, DType.FLOAT32),
+        branches=backend.allocate((size.branches,), DType.FLOAT32),
+        guidance=backend.allocate((size.branches, size.batch), DType.FLOAT32),
+        timesteps=backend.allocate((size.steps,), DType.FLOAT32),
+        coefficients=backend.allocate((size.steps, len(COLUMNS)), DType.FLOAT32),
+        labels=backend.allocate((size.rows,), DType.INT64),
+        step=backend.allocate((1,), DType.INT64),
+    )
+    buffers.branches.write(np.ones(size.branches, dtype=np.float32))
+    return buffers
+
+
+def allocate_block_buffers(backend: Backend, model: ModelSpec, size: RunSize) -> BlockBuffers:
+    """Allocate the buffers between the blocks and of the service parts."""
+    tokens = (size.rows, model.tokens, model.width)
+
+    def table(rows: int) -> Buffer:
+        return backend.allocate((size.steps, size.rows, rows, model.width), model.precision)
+
+    def factors(count: int) -> Factors:
+        return Factors(
+            coefficients=backend.allocate((count,), DType.FLOAT32), gate_steps=backend.allocate((count,), DType.INT64)
+        )
+
+    buffers = BlockBuffers(
+        tokens=(backend.allocate(tokens, model.precision), backend.allocate(tokens, model.precision)),
+        fresh=backend.allocate(tokens, model.precision),
+        estimate=backend.allocate(tokens, model.precision),
+        zeros=backend.allocate(tokens, model.precision),
+        modulation=tuple(table(MODULATION_ROWS * blocks) for blocks in model.blocks),
+        modulation_head=table(2),
+        signals=backend.allocate((size.rows, SIGNAL_COUNT), DType.FLOAT32),
+        factors=tuple(factors(count) for count in range(1, MAX_HISTORY + 1)),
+        no_factors=factors(1),
+        thresholds=backend.allocate((3,), DType.FLOAT32),
+        weight=backend.allocate((size.rows,), DType.FLOAT32),
+        weight_out=backend.allocate((size.rows,), DType.FLOAT32),
+    )
+    buffers.thresholds.write(np.asarray(_IDENTITY_THRESHOLDS, dtype=np.float32))
+    return buffers

@@ -1,0 +1,157 @@
+"""The denoise loop: the paper on one screen, then what each action does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adacorr_deploy.caching.decisions import Action, Controller, Decision, Signals
+from adacorr_deploy.core.errors import EngineError, PolicyError, SamplingCancelledError
+from adacorr_deploy.runtime.slots import CacheSlot
+from adacorr_deploy.runtime.trace import Trace
+from adacorr_deploy.runtime.workspace import Workspace
+
+
+class Progress(Protocol):
+    """Called after each step."""
+
+    def __call__(self, step: int, steps: int, rho: float) -> None:
+        """Take the number of finished steps, of all steps, and the share of block launches skipped so far."""
+        ...
+
+
+@dataclass(slots=True, kw_only=True)
+class Denoiser:
+    """One request on its way through a workspace."""
+
+    space: Workspace
+    slots: Sequence[CacheSlot]
+    controller: Controller
+    trace: Trace
+    batch: int
+    noises: Iterator[NDArray[np.float32] | None]  # one per step; None where the sampler adds none
+    progress: Progress | None
+    cancelled: Callable[[], bool] | None
+    _suspect: bool = False  # something was not finite in this step
+
+    def run(self) -> NDArray[np.float32]:
+        """Denoise, and return the final latents, (B, C, H, W).
+
+        Raises:
+            SamplingCancelledError: If `cancelled` said so between two blocks.
+            EngineError: If an engine fails, or the latents are not finite.
+            PolicyError: If the controller asks for what its slot can't give.
+        """
+        steps = self.trace.steps
+        for step, noise in enumerate(self.noises):
+            self.space.embed(step)
+            for block, slot in enumerate(self.slots):
+                self._stop_if_cancelled(step)
+                signals = self._signals(step, block, slot)
+                decision = self.controller.decide(step, block, slot.history, signals)
+                self.trace.record(step, block, decision, slot.history.age(step))
+                self._act(step, block, slot, decision)
+            self.space.head(step, noise)
+            self._report(step)
+        return self._finite_latents(steps - 1)
+
+    def _act(self, step: int, block: int, slot: CacheSlot, decision: Decision) -> None:
+        if decision.action is Action.REUSE:
+            prediction = self.controller.prediction(step, block, slot.history)
+            self.space.reuse(block, slot, slot.window(prediction))
+        elif decision.action is Action.EVALUATE:
+            self._evaluate(step, block, slot)
+        else:
+            self._correct(step, block, slot, decision)
+
+    def _evaluate(self, step: int, block: int, slot: CacheSlot) -> None:
+        measures = bool(slot.history.steps) and self.controller.measures_error(step, block, slot.history)
+        if measures:  # before the evaluation, which overwrites the ring's oldest entry
+            prediction = self.controller.prediction(step, block, slot.history)
+            self.space.predict_aside(block, slot, slot.window(prediction))
+        self.space.evaluate(block, slot)
+        self._refill(step, block, slot)
+        if measures:
+            branches = signals_of_branches(self.space.error_signals(block), self.batch)
+            error = _largest(branch.relative_offset for branch in branches)
+            self._suspect |= not math.isfinite(error)
+            self.controller.record_error(step, block, error)
+
+    def _correct(self, step: int, block: int, slot: CacheSlot, decision: Decision) -> None:
+        if decision.weight is None:
+            raise PolicyError(f"A policy corrects block {block} at step {step} without a weight. Give it one in 0 … 1.")
+        prediction = self.controller.prediction(step, block, slot.history)
+        self.space.predict_cached(block, slot, slot.window(prediction))
+        self.space.evaluate(block, slot, aside=True)
+        self._refill(step, block, slot)
+        self.space.blend(block, slot, decision.weight)
+
+    def _refill(self, step: int, block: int, slot: CacheSlot) -> None:
+        """Note that the slot holds the fresh units of this step, and the input that they came from."""
+        slot.record(step)
+        if slot.reference is not None:
+            slot.reference.copy_from(self.space.block_input(block))
+
+    def _signals(self, step: int, block: int, slot: CacheSlot) -> list[Signals] | None:
+        if not slot.history.steps or not self.controller.needs_signals(step, block, slot.history):
+            return None
+        signals = signals_of_branches(self.space.input_signals(block, slot), self.batch)
+        self._suspect |= not all(branch.finite for branch in signals)
+        return signals
+
+    def _stop_if_cancelled(self, step: int) -> None:
+        if self.cancelled is not None and self.cancelled():
+            raise SamplingCancelledError(f"Cancelled at step {step + 1} of {self.trace.steps}; nothing was kept.")
+
+    def _report(self, step: int) -> None:
+        if self._suspect:
+            self._finite_latents(step)
+            self._suspect = False
+        if self.progress is not None:
+            self.progress(step + 1, self.trace.steps, self.trace.rho)
+
+    def _finite_latents(self, step: int) -> NDArray[np.float32]:
+        latents = self.space.read_latents(step)
+        if not np.isfinite(latents).all():
+            raise EngineError(
+                f"The latents hold NaN or infinite values after step {step + 1} of {self.trace.steps}. "
+                "Check the model with adacorr-validate; in fp16 build it with --precision fp32."
+            )
+        return latents
+
+
+def signals_of_branches(rows: NDArray[np.generic], batch: int) -> list[Signals]:
+    """Sum up the signals part's rows, one `Signals` per guidance branch.
+
+    A branch's offset is the RMS over its B images, its 95th percentile the largest of theirs, and the rest their mean.
+    A row that is not finite makes the branch's value not finite.
+
+    Args:
+        rows: (R, 5), the conditional rows first.
+        batch: B.
+    """
+    values: list[list[float]] = rows.tolist()
+    return [_branch_signals(values[first : first + batch]) for first in range(0, len(values), batch)]
+
+
+def _branch_signals(rows: Sequence[Sequence[float]]) -> Signals:
+    offset, p95, spatial, paper_temporal, paper_spatial = zip(*rows, strict=True)
+    count = len(rows)
+    return Signals(
+        relative_offset=math.sqrt(sum(value * value for value in offset) / count),
+        relative_offset_p95=_largest(p95),
+        spatial_change=sum(spatial) / count,
+        paper_temporal=sum(paper_temporal) / count,
+        paper_spatial=sum(paper_spatial) / count,
+    )
+
+
+def _largest(values: Iterator[float] | Sequence[float]) -> float:
+    """Return the largest value, and NaN if any is NaN (which `max` may lose)."""
+    values = tuple(values)
+    return math.nan if any(math.isnan(value) for value in values) else max(values)

@@ -1,0 +1,217 @@
+"""A bundle, opened: samples images, one request at a time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adacorr_deploy.caching.decisions import Controller
+from adacorr_deploy.core.bundle import Bundle, open_bundle
+from adacorr_deploy.core.errors import BundleError, EngineError, PolicyError
+from adacorr_deploy.core.manifest import Manifest
+from adacorr_deploy.core.samplers import COLUMNS, SamplerTable, sampler_table
+from adacorr_deploy.engines import backend_by_name
+from adacorr_deploy.engines.backend import Backend, Session
+from adacorr_deploy.runtime.buffers import MAX_HISTORY, RunSize
+from adacorr_deploy.runtime.denoise import Denoiser, Progress
+from adacorr_deploy.runtime.request import NoiseStream, SampleRequest, check_request
+from adacorr_deploy.runtime.slots import CacheSlot
+from adacorr_deploy.runtime.trace import Branch, Trace
+from adacorr_deploy.runtime.workspace import Workspace, allocate_workspace
+
+_WORKSPACES_KEPT: Final = 2  # run sizes whose buffers stay allocated; a third takes the place of the longest unused
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleResult:
+    """What a request came to."""
+
+    latents: NDArray[np.float32]  # (B, C, H, W)
+    trace: Trace
+    launches: int  # of block engines, as the sessions count them
+    rho: float  # share of block launches skipped, 0 … 1
+    seconds: float  # from the first input written to the latents read
+    steps: int
+
+
+class Pipeline:
+    """The parts of a bundle as open sessions, and the buffers between them.
+
+    Use it as a context manager, or call `close`. It serves one request at a time; a second thread that calls `sample`
+    meanwhile gets an error at once.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend, sessions: Mapping[str, Session], resources: ExitStack) -> None:
+        self.bundle = bundle
+        self._backend = backend
+        self._sessions = sessions
+        self._resources = resources
+        self._workspaces: OrderedDict[RunSize, Workspace] = OrderedDict()
+        self._busy = threading.Lock()
+        self._closed = False
+
+    @classmethod
+    def open(cls, path: Path, *, backend: Backend | None = None) -> Pipeline:
+        """Open a bundle.
+
+        Args:
+            path: The bundle's folder.
+            backend: What runs its parts; by default the one that it was built for.
+
+        Raises:
+            BundleError: If the bundle is altered or incomplete.
+            BackendUnavailableError: If the backend is not installed.
+            EngineError: If a part can't be opened here.
+        """
+        bundle = open_bundle(path)
+        _check_parts(bundle)
+        if backend is None:
+            backend = backend_by_name(bundle.manifest.backend)
+        with ExitStack() as resources:
+            sessions = {}
+            for name, part in bundle.manifest.parts.items():
+                sessions[name] = backend.open(bundle.file(part.artefact), part.spec)
+                resources.callback(sessions[name].close)
+            return cls(bundle, backend, sessions, resources.pop_all())
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.bundle.manifest
+
+    def close(self) -> None:
+        """Close the sessions and let the buffers go. A second call does nothing."""
+        self._closed = True
+        self._workspaces.clear()
+        self._resources.close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def sample(
+        self,
+        request: SampleRequest,
+        controller: Controller,
+        *,
+        history: int,
+        progress: Progress | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> SampleResult:
+        """Denoise one batch.
+
+        Args:
+            request: What to sample.
+            controller: Decides for this request; made anew for each.
+            history: Evaluations that a slot keeps, T: what the controller's predictor needs, 1 … 3. With 0 nothing is
+                cached, and slots take no memory.
+            progress: Called after each step.
+            cancelled: Asked before each block; True ends the request.
+
+        Raises:
+            RequestError: If the request is out of range.
+            SamplingCancelledError: If `cancelled` returned True.
+            PolicyError: If the controller asks for what its slot can't give.
+            EngineError: If an engine fails, the latents become NaN, or the pipeline is busy or closed.
+        """
+        manifest = self.manifest
+        check_request(request, manifest.model, manifest.schedule)
+        if not 0 <= history <= MAX_HISTORY:
+            raise PolicyError(f"history is {history}, allowed are 0 … {MAX_HISTORY} evaluations.")
+        table = sampler_table(manifest.schedule, request.sampler, request.steps)
+        size = RunSize(batch=request.batch, branches=request.branches, steps=request.steps, history=history)
+        with self.lease(size, keeps_reference=controller.keeps_reference) as (space, slots):
+            launches = self._block_launches()
+            started = time.perf_counter()
+            stream = NoiseStream(request, manifest.model.latent_shape)
+            latents = stream.draw()  # drawn in any case, so that the noise of later steps is the same
+            space.prepare(request, table, latents if request.latents is None else request.latents)
+            denoiser = Denoiser(
+                space=space,
+                slots=slots,
+                controller=controller,
+                trace=Trace(request.steps, manifest.model.block_names, tuple(Branch)[: request.branches]),
+                batch=request.batch,
+                noises=_noises(stream, table),
+                progress=progress,
+                cancelled=cancelled,
+            )
+            result = denoiser.run()
+            return SampleResult(
+                latents=result,
+                trace=denoiser.trace,
+                launches=self._block_launches() - launches,
+                rho=denoiser.trace.rho,
+                seconds=time.perf_counter() - started,
+                steps=request.steps,
+            )
+
+    @contextmanager
+    def lease(
+        self, size: RunSize, *, keeps_reference: Callable[[int], bool]
+    ) -> Iterator[tuple[Workspace, tuple[CacheSlot, ...]]]:
+        """Lend the workspace of a run size and its cleared slots; `sample` does, and calibration drives them itself.
+
+        Args:
+            size: Of the run.
+            keeps_reference: Says of each block part whether its slot keeps the input of the last evaluation.
+
+        Raises:
+            EngineError: If the pipeline is busy or closed.
+        """
+        with self._exclusive():
+            space = self._workspace(size)
+            with space.slots.lease(keeps_reference=keeps_reference if size.history else _never) as slots:
+                yield space, slots
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        if not self._busy.acquire(blocking=False):
+            raise EngineError(
+                "This pipeline is sampling another request. Wait until it has ended, or open a second pipeline."
+            )
+        try:
+            if self._closed:
+                raise EngineError("This pipeline was closed. Open the bundle again.")
+            yield
+        finally:
+            self._busy.release()
+
+    def _workspace(self, size: RunSize) -> Workspace:
+        if size not in self._workspaces:
+            while len(self._workspaces) >= _WORKSPACES_KEPT:  # before the next allocation, so that they never add up
+                self._workspaces.popitem(last=False)
+            self._workspaces[size] = allocate_workspace(self._backend, self.manifest.model, self._sessions, size)
+        self._workspaces.move_to_end(size)
+        return self._workspaces[size]
+
+    def _block_launches(self) -> int:
+        return sum(self._sessions[name].launches for name in self.manifest.model.block_names)
+
+
+def _never(block: int) -> bool:
+    return False
+
+
+def _check_parts(bundle: Bundle) -> None:
+    needed = ("embed", "condition", *bundle.manifest.model.block_names, "head")
+    if missing := [name for name in needed if name not in bundle.manifest.parts]:
+        raise BundleError(f"{bundle.path}: part {missing[0]} is missing. Rebuild the bundle with adacorr-build.")
+
+
+def _noises(stream: NoiseStream, table: SamplerTable) -> Iterator[NDArray[np.float32] | None]:
+    for amount in table.coefficients[:, COLUMNS.index("noise")]:
+        yield stream.draw() if amount != 0.0 else None

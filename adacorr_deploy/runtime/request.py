@@ -1,0 +1,114 @@
+"""What a caller asks for, checked before anything is allocated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adacorr_deploy.core.errors import RequestError
+from adacorr_deploy.core.samplers import NoiseSchedule, Sampler
+from adacorr_deploy.core.specs import ModelSpec
+
+MAX_SEED: Final = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """One batch of images: B is the number of labels."""
+
+    labels: tuple[int, ...]  # one class per image
+    steps: int = 50
+    guidance: float = 4.0  # weight of the conditional branch; 1 means no guidance and half the work
+    seed: int = 0  # image b draws from Philox(seed, b): it does not depend on its neighbours
+    sampler: Sampler = Sampler.DDIM
+    latents: NDArray[np.float32] | None = field(default=None, compare=False)  # (B, C, H, W), instead of drawn ones
+
+    @property
+    def batch(self) -> int:
+        return len(self.labels)
+
+    @property
+    def branches(self) -> int:
+        return 1 if self.guidance == 1.0 else 2
+
+    def branch_weights(self) -> NDArray[np.float32]:
+        """Return what each branch's output is multiplied with before they are added, (K, B)."""
+        weights = [self.guidance, 1.0 - self.guidance][: self.branches]
+        return np.repeat(np.asarray(weights, dtype=np.float32)[:, None], self.batch, axis=1)
+
+    def rows(self, num_classes: int) -> NDArray[np.int64]:
+        """Return the label of each row, (R,): the conditional rows, then the null label's."""
+        null = [num_classes] * (self.batch * (self.branches - 1))
+        return np.asarray([*self.labels, *null], dtype=np.int64)
+
+
+def check_request(request: SampleRequest, model: ModelSpec, schedule: NoiseSchedule) -> None:
+    """Refuse a request that the model can't serve.
+
+    Raises:
+        RequestError: If the labels, steps, guidance, seed, sampler or latents are out of range.
+    """
+    _check_labels(request.labels, model.num_classes)
+    _check_integer("steps", request.steps, 1, len(schedule.betas))
+    _check_integer("seed", request.seed, 0, MAX_SEED)
+    if not isinstance(request.sampler, Sampler):
+        raise RequestError(f"sampler is {request.sampler!r}, allowed are {', '.join(Sampler)}.")
+    if request.sampler is Sampler.DDPM and schedule.variance_type == "learned_range" and not model.learned_variance:
+        raise RequestError("sampler is ddpm with a learned variance, which this model does not predict. Use ddim.")
+    guidance: object = request.guidance  # an untyped caller may pass anything
+    if isinstance(guidance, bool) or not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
+        raise RequestError(f"guidance is {guidance!r}, allowed is a finite number of at least 1.")
+    if guidance < 1.0:
+        raise RequestError(f"guidance is {guidance}, allowed is at least 1; 1 turns guidance off.")
+    if request.latents is not None:
+        _check_latents(request.latents, (request.batch, *model.latent_shape))
+
+
+def _check_labels(labels: tuple[int, ...], num_classes: int) -> None:
+    if not labels:
+        raise RequestError("labels is empty. Give one class label per image.")
+    for label in labels:
+        _check_integer("label", label, 0, num_classes - 1)
+
+
+def _check_integer(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
+        raise RequestError(f"{name} is {value!r}, allowed are whole numbers from {low} to {high}.")
+
+
+def _check_latents(latents: NDArray[np.float32], shape: tuple[int, ...]) -> None:
+    if not isinstance(latents, np.ndarray):
+        raise RequestError(f"latents is a {type(latents).__name__}, allowed is a float32 NumPy array of shape {shape}.")
+    if latents.shape != shape:
+        raise RequestError(f"latents has shape {latents.shape}, this model and {shape[0]} labels need {shape}.")
+    if latents.dtype != np.float32:
+        raise RequestError(f"latents is {latents.dtype}, allowed is float32. Convert with: latents.astype('float32')")
+    if bad := int(np.size(latents) - np.isfinite(latents).sum()):
+        raise RequestError(f"latents holds {bad} values that are NaN or infinite. Give finite numbers only.")
+
+
+class NoiseStream:
+    """The random numbers of a request: image b's come from its own generator, whatever the batch around it.
+
+    Each image draws its initial latents first, then once for each step that adds noise.
+    """
+
+    def __init__(self, request: SampleRequest, latent_shape: tuple[int, int, int]) -> None:
+        self._shape = latent_shape
+        self._generators = [
+            np.random.Generator(np.random.Philox(key=np.asarray([request.seed, image], dtype=np.uint64)))
+            for image in range(request.batch)
+        ]
+
+    def draw(self) -> NDArray[np.float32]:
+        """Return the next standard normal numbers, (B, C, H, W)."""
+        return np.stack(list(self._draws()))
+
+    def _draws(self) -> Iterator[NDArray[np.float32]]:
+        for generator in self._generators:
+            yield generator.standard_normal(self._shape, dtype=np.float32)

@@ -1,0 +1,93 @@
+"""Sampling with a policy: finds its calibration in the bundle, makes its controller, and runs the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+from adacorr_deploy.caching.calibration import (
+    Calibration,
+    CalibrationKey,
+    calibration_for_key,
+    calibration_from_json,
+)
+from adacorr_deploy.caching.controllers import Run, controller_for_policy
+from adacorr_deploy.caching.policy import FewerStepsGate, NoGate, Policy
+from adacorr_deploy.core.bundle import CALIBRATION_DIR, Bundle
+from adacorr_deploy.runtime.denoise import Progress
+from adacorr_deploy.runtime.pipeline import Pipeline, SampleResult
+from adacorr_deploy.runtime.request import SampleRequest
+
+
+def sample_with_policy(
+    pipeline: Pipeline,
+    request: SampleRequest,
+    policy: Policy,
+    *,
+    progress: Progress | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> SampleResult:
+    """Denoise one batch under a policy.
+
+    Args:
+        pipeline: An open bundle.
+        request: What to sample; `fewer-steps` takes fewer steps than it asks for.
+        policy: See `caching.policy`.
+        progress: Called after each step.
+        cancelled: Asked before each block; True ends the request.
+
+    Raises:
+        CalibrationError: If the policy needs a calibration that the bundle doesn't hold for this run.
+        RequestError: If the request is out of range.
+        SamplingCancelledError: If `cancelled` returned True.
+        EngineError: If an engine fails or the latents become NaN.
+    """
+    steps = policy.sampled_steps(request.steps)
+    calibration = calibration_for_run(pipeline, request, policy) if policy.needs_calibration else None
+    controller = controller_for_policy(policy, Run(steps=steps), calibration)
+    cached = not isinstance(policy.gate, NoGate | FewerStepsGate)
+    return pipeline.sample(
+        replace(request, steps=steps),
+        controller,
+        history=policy.predictor.history if cached else 0,
+        progress=progress,
+        cancelled=cancelled,
+    )
+
+
+def calibration_key(pipeline: Pipeline, request: SampleRequest) -> CalibrationKey:
+    """Return what a calibration for this request must have been made for."""
+    manifest = pipeline.manifest
+    return CalibrationKey(
+        checkpoint_sha256=manifest.checkpoint_sha256,
+        sampler=request.sampler.value,
+        steps=request.steps,
+        guidance=request.guidance,
+        latent_shape=manifest.model.latent_shape,
+    )
+
+
+def calibration_for_run(pipeline: Pipeline, request: SampleRequest, policy: Policy) -> Calibration:
+    """Return the bundle's calibration for this request.
+
+    Raises:
+        CalibrationError: If there is none, or a file is not valid.
+    """
+    return calibration_for_key(calibrations(pipeline.bundle), calibration_key(pipeline, request), policy=policy.name)
+
+
+def calibrations(bundle: Bundle) -> dict[str, Calibration]:
+    """Read every calibration of a bundle, by file name; nothing but what the manifest lists is read."""
+    return {
+        name: _calibration(bundle.file(name), record.sha256)
+        for name, record in bundle.manifest.files.items()
+        if name.startswith(f"{CALIBRATION_DIR}/")
+    }
+
+
+@lru_cache(maxsize=64)
+def _calibration(file: Path, sha256: str) -> Calibration:
+    """Read a calibration file once; `sha256` tells apart what the same path held at other times."""
+    return calibration_from_json(file.read_bytes(), where=str(file))

@@ -1,0 +1,142 @@
+"""Cache slots: what one block of one request keeps, in buffers that were allocated once.
+
+A slot holds the units (attention and MLP results before their gates) of the last T evaluations in a ring. An evaluation
+writes into the entry of the oldest one by bound address; nothing is ever moved. Controllers speak of evaluations newest
+first, the ring knows where each stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adacorr_deploy.caching.decisions import Prediction, SlotHistory
+from adacorr_deploy.core.errors import EngineError, PolicyError
+from adacorr_deploy.engines.backend import Buffer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """The run of ring entries that a prediction reads, with its factors in the ring's order."""
+
+    start: int
+    stop: int
+    coefficients: tuple[float, ...]
+    gate_steps: tuple[int, ...]
+
+    @property
+    def entries(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(slots=True)
+class CacheSlot:
+    """The cache of one block: both guidance branches of one request stand in its rows."""
+
+    ring: Buffer  # (T, U, R, N, D): units of the last T evaluations
+    zeros: Buffer  # (R, N, D), never written
+    history: SlotHistory  # steps of those evaluations, newest first; its capacity is 0 in a run that keeps no cache
+    keeps_reference: bool = False  # whether this request's policy wants `reference`
+    _reference: Buffer | None = None
+    _filled: int = 0
+
+    @property
+    def reference(self) -> Buffer | None:
+        """The block's input at the last evaluation, (R, N, D); None where the policy does not want it."""
+        return self._reference if self.keeps_reference else None
+
+    @property
+    def next_entry(self) -> int:
+        """The ring entry that the next evaluation overwrites: the oldest."""
+        return self._filled % self.ring.shape[0]
+
+    def record(self, step: int) -> None:
+        """Note that the units in `next_entry` are those of an evaluation at `step`."""
+        self._filled += 1
+        self.history.record(step)
+
+    def fill(self, evaluations: Sequence[tuple[int, NDArray[np.generic]]]) -> None:
+        """Hold exactly these evaluations (step and units, (U, R, N, D)), oldest first: for calibration."""
+        self.history.clear()
+        for self._filled, (step, units) in enumerate(evaluations):
+            self.ring[self.next_entry].write(units)
+            self.history.record(step)
+        self._filled = len(evaluations)
+
+    def window(self, prediction: Prediction) -> Window:
+        """Return the ring entries that hold the evaluations of a prediction.
+
+        The run may hold an entry that the prediction does not use (the newest two of three may stand at the ring's two
+        ends): its coefficient is 0. Every entry in the run was filled by this request.
+
+        Raises:
+            PolicyError: If the prediction uses more evaluations than the slot holds, or none.
+        """
+        wanted = len(prediction.coefficients)
+        if not 0 < wanted <= len(self.history.steps) or wanted != len(prediction.gate_steps):
+            raise PolicyError(
+                f"A policy predicts from {wanted} evaluations ({len(prediction.gate_steps)} gate steps), and the slot "
+                f"holds {len(self.history.steps)} of at most {self.history.capacity}. Let it evaluate the block first."
+            )
+        size = self.ring.shape[0]
+        entries = [(self._filled - 1 - newest) % size for newest in range(wanted)]
+        start, stop = min(entries), max(entries) + 1
+        coefficients = [0.0] * (stop - start)
+        gate_steps = [prediction.gate_steps[0]] * (stop - start)
+        for entry, coefficient, gate_step in zip(entries, prediction.coefficients, prediction.gate_steps, strict=True):
+            coefficients[entry - start] = coefficient
+            gate_steps[entry - start] = gate_step
+        return Window(start=start, stop=stop, coefficients=tuple(coefficients), gate_steps=tuple(gate_steps))
+
+    def clear(self) -> None:
+        """Forget everything, also the numbers themselves."""
+        self.history.clear()
+        self._filled = 0
+        if self.history.capacity:
+            for entry in range(self.ring.shape[0]):
+                for unit in range(self.ring.shape[1]):
+                    self.ring[entry][unit].copy_from(self.zeros)
+        if self._reference is not None:
+            self._reference.copy_from(self.zeros)
+
+    def keep_reference(self, allocate: Callable[[], Buffer] | None) -> None:
+        """Choose whether this request keeps the reference; its buffer is allocated once, by the first that does."""
+        self.keeps_reference = allocate is not None
+        if allocate is not None and self._reference is None:
+            self._reference = allocate()
+
+
+class SlotPool:
+    """The slots of one workspace, lent to one request at a time."""
+
+    def __init__(self, slots: Sequence[CacheSlot], allocate_reference: Callable[[], Buffer]) -> None:
+        self._slots = tuple(slots)
+        self._allocate_reference = allocate_reference
+        self._lent = False
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    @contextmanager
+    def lease(self, *, keeps_reference: Callable[[int], bool]) -> Iterator[tuple[CacheSlot, ...]]:
+        """Lend the slots, cleared; they are cleared again when they come back, however the request ends.
+
+        Raises:
+            EngineError: If another request holds them.
+        """
+        if self._lent:
+            raise EngineError("These cache slots belong to another request. Wait until it has ended.")
+        self._lent = True
+        try:
+            for block, slot in enumerate(self._slots):
+                slot.keep_reference(self._allocate_reference if keeps_reference(block) else None)
+                slot.clear()
+            yield self._slots
+        finally:
+            self._lent = False  # first: an interrupt while clearing must not lock the pool, and a lease clears anyway
+            for slot in self._slots:
+                slot.clear()

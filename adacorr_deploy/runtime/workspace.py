@@ -1,0 +1,262 @@
+"""A workspace: the buffers of one run size, and every launch over them, bound when first needed and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adacorr_deploy.caching.decisions import SlotHistory
+from adacorr_deploy.core.errors import EngineError
+from adacorr_deploy.core.samplers import SamplerTable
+from adacorr_deploy.core.specs import ModelSpec
+from adacorr_deploy.engines.backend import Backend, Buffer, Launch, Session
+from adacorr_deploy.plugins.service_parts import SIGNALS_PART, blend_part_name, predict_part_name
+from adacorr_deploy.runtime.buffers import (
+    BlockBuffers,
+    Factors,
+    ImageBuffers,
+    RunSize,
+    allocate_block_buffers,
+    allocate_image_buffers,
+)
+from adacorr_deploy.runtime.request import SampleRequest
+from adacorr_deploy.runtime.slots import CacheSlot, SlotPool, Window
+
+
+class Workspace:
+    """Runs parts over fixed buffers. It decides nothing: the loop says what to run, and in which order."""
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        sessions: Mapping[str, Session],
+        image: ImageBuffers,
+        blocks: BlockBuffers,
+        slots: SlotPool,
+    ) -> None:
+        self._model = model
+        self._sessions = sessions
+        self._launches: dict[tuple[str | int, ...], Launch] = {}
+        self._factors_written: dict[int, Window] = {}
+        self.image = image
+        self.blocks = blocks
+        self.slots = slots
+
+    # --- Around the blocks ---------------------------------------------------------------------------------------
+
+    def prepare(self, request: SampleRequest, table: SamplerTable, latents: NDArray[np.float32]) -> None:
+        """Write a request's inputs, and compute the modulation of all its steps in one launch."""
+        image = self.image
+        image.latents[0].write(latents)
+        image.guidance.write(request.branch_weights())
+        image.timesteps.write(table.timesteps)
+        image.coefficients.write(table.coefficients)
+        image.labels.write(request.rows(self._model.num_classes))
+        outputs = {f"modulation_{index:02d}": buffer for index, buffer in enumerate(self.blocks.modulation)}
+        self._run(
+            ("condition",),
+            lambda: {
+                "timesteps": image.timesteps,
+                "labels": image.labels,
+                **outputs,
+                "modulation_head": self.blocks.modulation_head,
+            },
+        )
+
+    def embed(self, step: int) -> None:
+        """Start a step: latents → tokens."""
+        self.image.step.write(np.asarray([step], dtype=np.int64))
+        self._run(
+            ("embed", step % 2),
+            lambda: {
+                "latents": self.image.latents[step % 2],
+                "branches": self.image.branches,
+                "tokens": self.blocks.tokens[0],
+            },
+        )
+
+    def head(self, step: int, noise: NDArray[np.float32] | None) -> None:
+        """End a step: tokens → guided model output → the next latents."""
+        image = self.image
+        if noise is not None:
+            image.noise.write(noise)
+        self._run(
+            ("head", step % 2),
+            lambda: {
+                "tokens": self.blocks.tokens[len(self._model.blocks) % 2],
+                "modulation": self.blocks.modulation_head,
+                "step": image.step,
+                "latents": image.latents[step % 2],
+                "guidance": image.guidance,
+                "coefficients": image.coefficients,
+                "noise": image.noise,
+                "latents_out": image.latents[(step + 1) % 2],
+                "model_output": image.model_output,
+            },
+        )
+
+    def read_latents(self, step: int) -> NDArray[np.float32]:
+        """Return a host copy of the latents that `step` made, (B, C, H, W)."""
+        return np.asarray(self.image.latents[(step + 1) % 2].read(), dtype=np.float32)
+
+    # --- Blocks --------------------------------------------------------------------------------------------------
+
+    def block_input(self, block: int) -> Buffer:
+        return self.blocks.tokens[block % 2]
+
+    def block_output(self, block: int) -> Buffer:
+        return self.blocks.tokens[(block + 1) % 2]
+
+    def evaluate(self, block: int, slot: CacheSlot, *, aside: bool = False) -> None:
+        """Run the block's engine: units to the slot's ring, output to the next block (or `aside`, to be corrected)."""
+        entry = slot.next_entry
+
+        def tensors() -> dict[str, Buffer]:
+            units = slot.ring[entry]
+            return {
+                "tokens": self.block_input(block),
+                "modulation": self.blocks.modulation[block],
+                "step": self.image.step,
+                "tokens_out": self.blocks.fresh if aside else self.block_output(block),
+                **{name: units[unit] for unit, name in enumerate(_unit_names(self._model.blocks[block]))},
+            }
+
+        self._run((self._model.block_names[block], entry, int(aside)), tensors)
+
+    def reuse(self, block: int, slot: CacheSlot, window: Window) -> None:
+        """Let the slot's prediction stand for the block's output."""
+        self._predict(block, slot, window, "reuse", self.block_input(block), self.block_output(block))
+
+    def predict_aside(self, block: int, slot: CacheSlot, window: Window) -> None:
+        """Predict from the block's present input into the estimate buffer."""
+        self._predict(block, slot, window, "aside", self.block_input(block), self.blocks.estimate)
+
+    def predict_cached(self, block: int, slot: CacheSlot, window: Window) -> None:
+        """Compute the cached output into the estimate buffer: the input of the last evaluation, plus the residual."""
+        self._predict(block, slot, window, "cached", _kept(slot), self.blocks.estimate)
+
+    def _predict(
+        self, block: int, slot: CacheSlot, window: Window, use: str, tokens: Buffer, tokens_out: Buffer
+    ) -> None:
+        factors = self._factors(window)
+        self._run(
+            (self._predict_part(block, window.entries), use, block, window.start),
+            lambda: {
+                "tokens": tokens,
+                "history": slot.ring[window.start : window.stop],
+                "modulation": self.blocks.modulation[block],
+                "gate_steps": factors.gate_steps,
+                "coefficients": factors.coefficients,
+                "tokens_out": tokens_out,
+            },
+        )
+
+    def _factors(self, window: Window) -> Factors:
+        """Return the buffers with a window's factors; most blocks of a step share them, so they are written once."""
+        factors = self.blocks.factors[window.entries - 1]
+        written = self._factors_written.pop(window.entries, None)  # an interrupt while writing leaves them unknown
+        if written is None or written.coefficients != window.coefficients:
+            factors.coefficients.write(np.asarray(window.coefficients, dtype=np.float32))
+        if written is None or written.gate_steps != window.gate_steps:
+            factors.gate_steps.write(np.asarray(window.gate_steps, dtype=np.int64))
+        self._factors_written[window.entries] = window
+        return factors
+
+    def blend(self, block: int, slot: CacheSlot, weight: float) -> None:
+        """Mix the estimate and the fresh output, (1 − w)·estimate + w·fresh, into the block's output.
+
+        The part can also compute the estimate from the ring, but by now the evaluation has replaced the ring's oldest
+        entry: so the estimate was computed before it, and the ring takes part with a factor of 0.
+        """
+        blocks = self.blocks
+        rows = blocks.weight.shape[0]
+        blocks.weight.write(np.full(rows, weight, dtype=np.float32))
+        self._run(
+            (blend_part_name(self._model, blocks=self._model.blocks[block], evaluations=1), block),
+            lambda: {
+                "base": blocks.estimate,
+                "fresh": blocks.fresh,
+                "history": slot.ring[0:1],
+                "modulation": blocks.modulation[block],
+                "gate_steps": blocks.no_factors.gate_steps,
+                "coefficients": blocks.no_factors.coefficients,
+                "estimate": blocks.weight,
+                "thresholds": blocks.thresholds,
+                "tokens_out": self.block_output(block),
+                "weight": blocks.weight_out,
+            },
+        )
+
+    # --- Signals -------------------------------------------------------------------------------------------------
+
+    def input_signals(self, block: int, slot: CacheSlot) -> NDArray[np.generic]:
+        """Compare the block's input with that of its last evaluation, (R, 5)."""
+        return self._signals((SIGNALS_PART, "input", block), self.block_input(block), _kept(slot))
+
+    def error_signals(self, block: int) -> NDArray[np.generic]:
+        """Compare the estimate with the block's fresh output, relative to the latter, (R, 5)."""
+        return self._signals((SIGNALS_PART, "error", block % 2), self.blocks.estimate, self.block_output(block))
+
+    def _signals(self, key: tuple[str | int, ...], tokens: Buffer, reference: Buffer) -> NDArray[np.generic]:
+        signals = self.blocks.signals
+        self._run(key, lambda: {"tokens": tokens, "reference": reference, "signals": signals})
+        return signals.read()
+
+    # --- Launches ------------------------------------------------------------------------------------------------
+
+    def _predict_part(self, block: int, evaluations: int) -> str:
+        return predict_part_name(self._model, blocks=self._model.blocks[block], evaluations=evaluations)
+
+    def _run(self, key: tuple[str | int, ...], tensors: Callable[[], Mapping[str, Buffer]]) -> None:
+        """Run the launch called `key`, whose first word is the part's name; bind it if it is the first time."""
+        launch = self._launches.get(key)
+        if launch is None:
+            launch = self._launches[key] = self._session(str(key[0])).bind(tensors())
+        launch.run()
+
+    def _session(self, part: str) -> Session:
+        if part not in self._sessions:
+            raise EngineError(
+                f"The bundle has no part {part}, which this policy needs; it has {', '.join(sorted(self._sessions))}. "
+                "Rebuild it with adacorr-build."
+            )
+        return self._sessions[part]
+
+
+def allocate_workspace(backend: Backend, model: ModelSpec, sessions: Mapping[str, Session], size: RunSize) -> Workspace:
+    """Allocate everything that runs of one size need."""
+    image = allocate_image_buffers(backend, model, size)
+    blocks = allocate_block_buffers(backend, model, size)
+    slots = SlotPool(
+        _allocate_slots(backend, model, size, blocks.zeros),
+        allocate_reference=lambda: backend.allocate(blocks.zeros.shape, blocks.zeros.dtype),
+    )
+    return Workspace(model, sessions, image, blocks, slots)
+
+
+def _allocate_slots(backend: Backend, model: ModelSpec, size: RunSize, zeros: Buffer) -> list[CacheSlot]:
+    """Allocate a slot per block. Without a cache the units must still go somewhere: into one ring shared by all."""
+
+    def ring(blocks: int) -> Buffer:
+        shape = (max(size.history, 1), 2 * blocks, size.rows, model.tokens, model.width)
+        return backend.allocate(shape, model.precision)
+
+    shared = {} if size.history else {blocks: ring(blocks) for blocks in set(model.blocks)}
+    return [
+        CacheSlot(
+            ring=shared[blocks] if shared else ring(blocks), zeros=zeros, history=SlotHistory(capacity=size.history)
+        )
+        for blocks in model.blocks
+    ]
+
+
+def _unit_names(blocks: int) -> list[str]:
+    return [name for index in range(blocks) for name in (f"attention_{index}", f"mlp_{index}")]
+
+
+def _kept(slot: CacheSlot) -> Buffer:
+    if slot.reference is None:
+        raise EngineError("The slot keeps no reference input. Set keeps_reference on the policy's controller.")
+    return slot.reference

@@ -1,0 +1,74 @@
+"""Every bad request is refused with what it said and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import cast
+
+import numpy as np
+import pytest
+
+from adacorr_deploy.core.errors import RequestError
+from adacorr_deploy.core.samplers import Sampler
+from adacorr_deploy.runtime.request import MAX_SEED, NoiseStream, SampleRequest, check_request
+from tests.runtime.tiny_dit import SCHEDULE, tiny_spec
+
+LATENTS = np.zeros((1, 1, 4, 4), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (SampleRequest(()), "labels is empty"),
+        (SampleRequest((0, 3)), "label is 3, allowed are whole numbers from 0 to 2"),
+        (SampleRequest((-1,)), "label is -1"),
+        (SampleRequest((True,)), "label is True"),
+        (SampleRequest((0,), steps=0), "steps is 0, allowed are whole numbers from 1 to 100"),
+        (SampleRequest((0,), steps=101), "steps is 101"),
+        (SampleRequest((0,), steps=cast(int, 2.0)), r"steps is 2\.0"),
+        (SampleRequest((0,), guidance=math.nan), "guidance is nan"),
+        (SampleRequest((0,), guidance=math.inf), "guidance is inf"),
+        (SampleRequest((0,), guidance=0.5), r"guidance is 0\.5, allowed is at least 1"),
+        (SampleRequest((0,), guidance=cast(float, "4")), "guidance is '4'"),
+        (SampleRequest((0,), seed=-1), "seed is -1"),
+        (SampleRequest((0,), seed=MAX_SEED + 1), "seed is 18446744073709551616"),
+        (SampleRequest((0,), sampler=cast(Sampler, "euler")), "sampler is 'euler'"),
+        (SampleRequest((0, 1), latents=LATENTS), r"shape \(1, 1, 4, 4\).*need \(2, 1, 4, 4\)"),
+        (SampleRequest((0,), latents=LATENTS.astype(np.float64)), "latents is float64"),
+        (SampleRequest((0,), latents=LATENTS + np.float32(np.nan)), "16 values that are NaN"),
+        (SampleRequest((0,), latents=cast(np.ndarray, [[0.0]])), "latents is a list"),
+    ],
+)
+def test_a_request_out_of_range_is_refused(request_: SampleRequest, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        check_request(request_, tiny_spec(), SCHEDULE)
+
+
+def test_the_ends_of_every_range_are_allowed() -> None:
+    check_request(SampleRequest((0, 2), steps=1, guidance=1.0, seed=0), tiny_spec(), SCHEDULE)
+    check_request(SampleRequest((2,), steps=100, guidance=1e6, seed=MAX_SEED, latents=LATENTS), tiny_spec(), SCHEDULE)
+
+
+def test_a_learned_variance_needs_a_model_that_predicts_one() -> None:
+    learned = replace(SCHEDULE, variance_type="learned_range")
+    request = SampleRequest((0,), sampler=Sampler.DDPM)
+    check_request(request, tiny_spec(learned_variance=True), learned)
+    with pytest.raises(RequestError, match="does not predict"):
+        check_request(request, tiny_spec(), learned)
+
+
+def test_branch_weights_sum_to_one_and_one_branch_has_no_null_rows() -> None:
+    guided = SampleRequest((0, 1), guidance=4.0)
+    np.testing.assert_array_equal(guided.branch_weights(), [[4, 4], [-3, -3]])
+    np.testing.assert_array_equal(guided.rows(3), [0, 1, 3, 3])
+    plain = SampleRequest((0, 1), guidance=1.0)
+    np.testing.assert_array_equal(plain.branch_weights(), [[1, 1]])
+    np.testing.assert_array_equal(plain.rows(3), [0, 1])
+
+
+def test_images_of_one_seed_differ_and_a_seed_repeats() -> None:
+    first, second = (NoiseStream(SampleRequest((0, 0), seed=MAX_SEED), (1, 4, 4)) for _ in range(2))
+    draws = [first.draw(), first.draw()]
+    assert len({draw[image].tobytes() for draw in draws for image in range(2)}) == 4
+    np.testing.assert_array_equal(draws, [second.draw(), second.draw()])
