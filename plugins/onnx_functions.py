@@ -33,12 +33,15 @@ from typing import Final
 import onnx
 from onnx import parser
 
+from adacorr_deploy.core.samplers import COLUMNS
 from adacorr_deploy.core.specs import DType, ModelSpec, PartSpec, TensorSpec
 from adacorr_deploy.plugins.oracle import EPSILON, gate_rows, p95_rank
 from adacorr_deploy.plugins.service_parts import (
     GATE_ROWS,
     MAX_EVALUATIONS,
     blend_spec,
+    extrapolate_spec,
+    output_error_spec,
     predict_spec,
     signals_spec,
 )
@@ -60,6 +63,8 @@ def service_parts(model: ModelSpec) -> dict[str, tuple[PartSpec, onnx.ModelProto
         for evaluations in range(1, MAX_EVALUATIONS + 1):
             parts.append(predict_part(model, blocks=blocks, evaluations=evaluations))
             parts.append(blend_part(model, blocks=blocks, evaluations=evaluations))
+    parts += [extrapolate_part(model, evaluations=count) for count in range(1, MAX_EVALUATIONS + 1)]
+    parts.append(output_error_part(model))
     return {spec.name: (spec, proto) for spec, proto in parts}
 
 
@@ -230,6 +235,55 @@ def _update_lines(model: ModelSpec, blocks: int, evaluations: int) -> str:
             update_2d = MatMul (ones, weighted_2d)
             rows_of_tokens = Constant <value_ints = [-1, {model.tokens}, {model.width}]> ()
             update = Reshape (update_2d, rows_of_tokens)"""
+
+
+def extrapolate_part(model: ModelSpec, *, evaluations: int) -> tuple[PartSpec, onnx.ModelProto]:
+    """Return the `extrapolate_{T}` part. A few elements per image: plain ops, no function."""
+    spec = extrapolate_spec(model, evaluations=evaluations)
+    return spec, _plain_model(
+        spec,
+        f"""
+            per_evaluation = Constant <value_ints = [{evaluations}, 1, 1, 1, 1, 1]> ()
+            factors_6d = Reshape (factors, per_evaluation)
+            weighted = Mul (history, factors_6d)
+            summed = Constant <value_ints = [0, 1]> ()
+            model_output = ReduceSum <keepdims = 0> (weighted, summed)
+            row = Gather <axis = 0> (coefficients, step)
+            of_latents, of_output, of_noise, low, high = Split <axis = 1, num_outputs = {len(COLUMNS)}> (row)
+            column = Constant <value_ints = [1, 1, 1, 1]> ()
+            of_latents_4d = Reshape (of_latents, column)
+            of_output_4d = Reshape (of_output, column)
+            of_noise_4d = Reshape (of_noise, column)
+            kept = Mul (of_latents_4d, latents)
+            moved = Mul (of_output_4d, model_output)
+            mean = Add (kept, moved)
+            shaken = Mul (of_noise_4d, noise)
+            latents_out = Add (mean, shaken)""",
+    )
+
+
+def output_error_part(model: ModelSpec) -> tuple[PartSpec, onnx.ModelProto]:
+    """Return the `output_error` part."""
+    spec = output_error_spec(model)
+    return spec, _plain_model(
+        spec,
+        f"""
+            image = Constant <value_ints = [1, 2, 3]> ()
+            epsilon = Constant <value_float = {EPSILON:f}> ()
+            difference = Sub (predicted, fresh)
+            distance = ReduceL2 <keepdims = 0> (difference, image)
+            norm = ReduceL2 <keepdims = 0> (fresh, image)
+            scale = Add (norm, epsilon)
+            error = Div (distance, scale)""",
+    )
+
+
+def _plain_model(spec: PartSpec, body: str) -> onnx.ModelProto:
+    return parser.parse_model(f"""
+        <ir_version: {IR_VERSION}, opset_import: ["" : {OPSET}], producer_name: "adacorr-deploy">
+        {spec.name} ({_value_infos(spec.inputs)}) => ({_value_infos(spec.outputs)}) {{
+            {body}
+        }}""")
 
 
 def _part_model(spec: PartSpec, function: onnx.FunctionProto, attributes: Mapping[str, str]) -> onnx.ModelProto:

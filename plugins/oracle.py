@@ -111,3 +111,33 @@ def blend(
         mixed = (1.0 - share) * cached + share * fresh
     mixed = np.where(share <= 0.0, cached, np.where(share >= 1.0, fresh, mixed))
     return mixed.astype(base.dtype), weight
+
+
+def extrapolate(
+    latents: Floats,
+    history: Floats,
+    factors: NDArray[np.float32],
+    sampler_row: NDArray[np.float32],
+    noise: Floats,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return the next latents and the predicted model output, both (B, C, H, W), from (T, 1, B, C, H, W) outputs.
+
+    Args:
+        latents: (B, C, H, W).
+        history: The model's last outputs.
+        factors: (T,), their weights.
+        sampler_row: (5,), the step's row of the sampler's table.
+        noise: (B, C, H, W).
+    """
+    output = np.einsum("t,tubchw->bchw", factors.astype(np.float64), history.astype(np.float64))
+    of_latents, of_output, of_noise = (float(value) for value in sampler_row[:3])
+    mean = of_latents * latents.astype(np.float64) + of_output * output
+    return (mean + of_noise * noise).astype(np.float32), output.astype(np.float32)
+
+
+def output_error(predicted: Floats, fresh: Floats) -> NDArray[np.float32]:
+    """Return ‖predicted − fresh‖ / (‖fresh‖ + ε) per image, (B,)."""
+    wide = fresh.astype(np.float64).reshape(len(fresh), -1)
+    difference = predicted.astype(np.float64).reshape(len(fresh), -1) - wide
+    error = np.linalg.norm(difference, axis=1) / (np.linalg.norm(wide, axis=1) + EPSILON)
+    return np.asarray(error, dtype=np.float32)

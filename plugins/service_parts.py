@@ -3,6 +3,7 @@
 `signals` measures how far a block's input is from the one its slot was filled with. `predict_{T}` stands for a block
 from its last T evaluations, and `blend_{T}` mixes that estimate with a fresh output. Parts of n transformer blocks
 have U = 2n units. The most common n of a model has the short names; any other is called `predict_{T}_n{n}`.
+`extrapolate_{T}` stands for a whole step, from the model's last T outputs, and `output_error` says how well it did.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 from collections import Counter
 from typing import Final
 
-from adacorr_deploy.core.shapes import ROWS, STEPS
+from adacorr_deploy.core.samplers import COLUMNS
+from adacorr_deploy.core.shapes import BATCH, ROWS, STEPS
 from adacorr_deploy.core.specs import Dim, DType, ModelSpec, PartSpec, TensorSpec
 
 MAX_EVALUATIONS: Final = 3  # T goes from 1 (hold) to 3 (second-order extrapolation)
 SIGNALS_PART: Final = "signals"
+OUTPUT_ERROR_PART: Final = "output_error"
 SIGNAL_COUNT: Final = 5  # the fields of caching.decisions.Signals, in order
 MODULATION_ROWS: Final = 6  # per transformer block: shift, scale and gate of the attention, then of the MLP
 GATE_ROWS: Final = (2, 5)  # which of those six are the gates of the attention and of the MLP
@@ -35,6 +38,11 @@ def blend_part_name(model: ModelSpec, *, blocks: int, evaluations: int) -> str:
     return _part_name("blend", model, blocks, evaluations)
 
 
+def extrapolate_part_name(evaluations: int) -> str:
+    """Return the extrapolate part for T = `evaluations`."""
+    return f"extrapolate_{evaluations}"
+
+
 def _part_name(stem: str, model: ModelSpec, blocks: int, evaluations: int) -> str:
     suffix = "" if blocks == common_block_count(model) else f"_n{blocks}"
     return f"{stem}_{evaluations}{suffix}"
@@ -47,6 +55,8 @@ def service_part_specs(model: ModelSpec) -> dict[str, PartSpec]:
         for evaluations in range(1, MAX_EVALUATIONS + 1):
             specs.append(predict_spec(model, blocks=blocks, evaluations=evaluations))
             specs.append(blend_spec(model, blocks=blocks, evaluations=evaluations))
+    specs += [extrapolate_spec(model, evaluations=count) for count in range(1, MAX_EVALUATIONS + 1)]
+    specs.append(output_error_spec(model))
     return {spec.name: spec for spec in specs}
 
 
@@ -81,6 +91,38 @@ def blend_spec(model: ModelSpec, *, blocks: int, evaluations: int) -> PartSpec:
         ),
         outputs=(_tokens("tokens_out", model), TensorSpec(name="weight", dtype=DType.FLOAT32, shape=(ROWS,))),
     )
+
+
+def extrapolate_spec(model: ModelSpec, *, evaluations: int) -> PartSpec:
+    """Return the spec of `extrapolate_{T}`: the last outputs and their factors in, the sampler's update out.
+
+    `history` is (T, 1, B, C, H, W): a slot's ring whose only unit is the model's guided output.
+    """
+    return PartSpec(
+        name=extrapolate_part_name(evaluations),
+        inputs=(
+            _image("latents", model),
+            TensorSpec(name="history", dtype=DType.FLOAT32, shape=(evaluations, 1, BATCH, *model.latent_shape)),
+            TensorSpec(name="factors", dtype=DType.FLOAT32, shape=(evaluations,)),
+            TensorSpec(name="step", dtype=DType.INT64, shape=(1,)),
+            TensorSpec(name="coefficients", dtype=DType.FLOAT32, shape=(STEPS, len(COLUMNS))),
+            _image("noise", model),
+        ),
+        outputs=(_image("latents_out", model), _image("model_output", model)),
+    )
+
+
+def output_error_spec(model: ModelSpec) -> PartSpec:
+    """Return the spec of `output_error`: predicted and fresh outputs in, ‖predicted − fresh‖ / ‖fresh‖ (B,) out."""
+    return PartSpec(
+        name=OUTPUT_ERROR_PART,
+        inputs=(_image("predicted", model), _image("fresh", model)),
+        outputs=(TensorSpec(name="error", dtype=DType.FLOAT32, shape=(BATCH,)),),
+    )
+
+
+def _image(name: str, model: ModelSpec) -> TensorSpec:
+    return TensorSpec(name=name, dtype=DType.FLOAT32, shape=(BATCH, *model.latent_shape))
 
 
 def _tokens(name: str, model: ModelSpec, *leading: Dim) -> TensorSpec:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -27,10 +27,6 @@ class CalibrationKey(_Frozen):
     steps: Annotated[int, Field(ge=1)]
     guidance: Annotated[float, Field(ge=1)]
     latent_shape: tuple[int, int, int]
-
-    @property
-    def file_name(self) -> str:
-        return f"{self.sampler}-{self.steps}-{self.guidance:g}.json"
 
     def difference(self, other: CalibrationKey) -> str | None:
         """Return the first field in which the two differ, with both values, or None."""
@@ -60,7 +56,7 @@ class Calibration(_Frozen):
     """A calibration of one key and one predictor.
 
     Attributes:
-        skip_costs: See `caching.schedule.SkipCosts`.
+        skip_costs: See `caching.schedule.SkipCosts`; geometric means over the images.
         probe: See `Probe`.
         offset_limits: `offset_limits[step][age − 1]`: the largest √Ŝ of the first block's input that calibration saw.
         paper_floors: Per block part: the upper quartile of the paper's score S at age 1, which `paper-lazy` subtracts.
@@ -74,6 +70,11 @@ class Calibration(_Frozen):
     probe: Probe
     offset_limits: tuple[tuple[NonNegative, ...], ...]
     paper_floors: tuple[NonNegative, ...]
+
+    @property
+    def file_name(self) -> str:
+        """The name under which a bundle keeps it: one for each key and predictor."""
+        return f"{self.key.sampler}-{self.key.steps}-{self.key.guidance:g}-{self.predictor.label}.json"
 
     @model_validator(mode="after")
     def _shapes_agree(self) -> Calibration:
@@ -109,18 +110,29 @@ def calibration_from_json(text: str | bytes, *, where: str) -> Calibration:
         ) from error
 
 
-def calibration_for_key(calibrations: Mapping[str, Calibration], key: CalibrationKey, *, policy: str) -> Calibration:
-    """Return the calibration that holds for `key`.
+def calibration_for_run(
+    calibrations: Iterable[Calibration], key: CalibrationKey, predictor: Predictor | None, *, policy: str
+) -> Calibration:
+    """Return the calibration that holds for `key` and, where given, was made for `predictor`.
 
     Raises:
         CalibrationError: If none does; the message says how the nearest differs and how to make one.
     """
-    for calibration in calibrations.values():
-        if calibration.key == key:
+    found = list(calibrations)
+    matching = [calibration for calibration in found if calibration.key == key]
+    for calibration in matching:
+        if predictor is None or calibration.predictor == predictor:
             return calibration
-    command = f"adacorr-calibrate BUNDLE --sampler {key.sampler} --steps {key.steps} --guidance {key.guidance:g}"
-    found = [calibration.key.difference(key) for calibration in calibrations.values()]
-    reason = f"the bundle's is for another run ({found[0]})" if found else "the bundle holds none"
+    if matching and predictor is not None:
+        made = ", ".join(sorted({calibration.predictor.label for calibration in matching}))
+        reason = f"the bundle's are for predictor {made}, not {predictor.label}"
+    elif found:
+        reason = f"the bundle's is for another run ({found[0].key.difference(key)})"
+    else:
+        reason = "the bundle holds none"
+    wanted = f" --predictor {predictor.kind.value} --order {predictor.order}" if predictor else ""
     raise CalibrationError(
-        f"policy {policy} needs a calibration; {reason}. Make one with: {command}, or choose --policy fora or none."
+        f"policy {policy} needs a calibration; {reason}. Make one with: "
+        f"adacorr-calibrate BUNDLE --sampler {key.sampler} --steps {key.steps} --guidance {key.guidance:g}{wanted}, "
+        "or choose --policy fora or none."
     )

@@ -39,6 +39,10 @@ class StaticController:
         self._evaluated = evaluated
         self._reason = reason
 
+    @property
+    def whole_steps(self) -> bool:
+        return self._policy.predictor.whole_step
+
     def keeps_reference(self, block: int) -> bool:
         return False
 
@@ -73,6 +77,10 @@ class PaperController:
         self._gate = gate
         self._run = run
         self._floors = floors
+
+    @property
+    def whole_steps(self) -> bool:
+        return self._policy.predictor.whole_step
 
     def keeps_reference(self, block: int) -> bool:
         return True
@@ -122,10 +130,14 @@ class AdaCorrectionController:
         self._planner = planner_for(calibration, policy.guards)
         self._price = self._planner.price(gate.speedup)
         self._budget = self._planner.expected_spending(self._price)
-        self._log_difficulty = 0.0
+        self._log_error = 0.0  # measured over expected, squared; a running mean of its logarithm
         self._spent = 0.0
         self._decided: tuple[int, Decision] | None = None
         self._evaluated: list[int] = []
+
+    @property
+    def whole_steps(self) -> bool:
+        return self._policy.predictor.whole_step
 
     def keeps_reference(self, block: int) -> bool:
         return block == 0 or self._gate.corrector is Corrector.PAPER
@@ -152,8 +164,8 @@ class AdaCorrectionController:
         if offset > self._gate.offset_margin * limits[min(age, len(limits)) - 1]:
             return Decision(action=Action.EVALUATE, reason="offset beyond calibration", score=offset, weight=1.0)
         plan = self._planner.plan(self._price / self.difficulty)
-        estimate = self.difficulty * self._planner.costs.added(step, gap, age - 1)
-        allowance = self.difficulty * plan.allowance(step, gap, age - 1)
+        estimate = self._planner.costs.added(step, gap, age - 1) * self.difficulty
+        allowance = plan.allowance(step, gap, age - 1) * self.difficulty
         return self._weighed(step, estimate, allowance)
 
     def _weighed(self, step: int, estimate: float, allowance: float) -> Decision:
@@ -194,12 +206,12 @@ class AdaCorrectionController:
         expected = cube[min(gap, len(cube)) - 1][min(distance, len(cube[0])) - 1]
         if expected > 0 and error > 0 and math.isfinite(error):
             measured = 2 * probe.slope * math.log(error / expected)
-            self._log_difficulty = self._gate.memory * self._log_difficulty + (1 - self._gate.memory) * measured
+            self._log_error = self._gate.memory * self._log_error + (1 - self._gate.memory) * measured
 
     @property
     def difficulty(self) -> float:
-        """Squared error of this request's predictions over that of calibration's, as estimated so far."""
-        return math.exp(self._log_difficulty)
+        """Squared error of this request's predictions over that of calibration's, to the power of the adaptivity."""
+        return math.exp(self._gate.adaptivity * self._log_error)
 
 
 def controller_for_policy(policy: Policy, run: Run, calibration: Calibration | None) -> Controller:
@@ -227,9 +239,9 @@ def controller_for_policy(policy: Policy, run: Run, calibration: Calibration | N
         return PaperController(policy, gate, run, calibration.paper_floors)
     if calibration.predictor != policy.predictor:
         raise CalibrationError(
-            f"policy {policy.name} predicts by {policy.predictor.kind.value} of order {policy.predictor.order}, "
-            f"the calibration was made for {calibration.predictor.kind.value} of order {calibration.predictor.order}. "
-            f"Calibrate with --predictor {policy.predictor.kind.value} --order {policy.predictor.order}."
+            f"policy {policy.name} predicts by {policy.predictor.label}, the calibration was made for "
+            f"{calibration.predictor.label}. Calibrate with --predictor {policy.predictor.kind.value} "
+            f"--order {policy.predictor.order}."
         )
     if isinstance(gate, ScheduleGate):
         planner = planner_for(calibration, policy.guards)

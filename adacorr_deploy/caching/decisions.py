@@ -44,6 +44,8 @@ class Decision:
 class Prediction:
     """A slot's estimate: x + Σⱼ cⱼ Σᵤ gⱼᵤ ⊙ hⱼᵤ over its evaluations j (newest first) and units u.
 
+    Of a slot that holds the model's output oⱼ, it is Σⱼ cⱼ·oⱼ, and `gate_steps` says nothing.
+
     `gate_steps[j]` is the step whose adaLN gates weigh evaluation j: the present step for `gated` predictors, the step
     of evaluation j itself for predictors of the residual.
     """
@@ -73,6 +75,14 @@ class SlotHistory:
 
 class Controller(Protocol):
     """Decides for one request. Made anew for each; the loop calls it once per block and step, in order."""
+
+    @property
+    def whole_steps(self) -> bool:
+        """Whether a step is decided at once, its prediction standing for the model's output.
+
+        `decide` is then called with block 0 once a step, and histories are those of the output.
+        """
+        ...
 
     def keeps_reference(self, block: int) -> bool:
         """Whether the block's slot keeps its input at the last evaluation, for signals and corrections (one copy)."""

@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from adacorr_deploy.caching.guards import Guards
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
@@ -72,6 +72,8 @@ class AdaCorrectionGate(_Gate):
         speedup: Target of ideal speed-up over requests like the calibration's; a hard request takes more evaluations.
         gamma: γ of the weight.
         band: Half-width of the band between τ_reuse and τ_recompute around the allowance, as a share of it.
+        adaptivity: How far a request's measured difficulty moves its price of an evaluation: with 0 all requests follow
+            the schedule, with 1 hard ones are given evaluations until their error is that of the others.
         memory: Share that older evaluations keep in the measured difficulty of a request, per evaluation.
         offset_margin: A first block's √Ŝ above this multiple of the largest that calibration saw forces evaluation.
         corrector: What is done between the two thresholds.
@@ -81,7 +83,8 @@ class AdaCorrectionGate(_Gate):
     speedup: Speedup = 2.0
     gamma: Annotated[float, Field(gt=0, le=100)] = 1.0
     band: Annotated[float, Field(ge=0, lt=1)] = 0.25
-    memory: Annotated[float, Field(ge=0, lt=1)] = 0.6
+    adaptivity: Annotated[float, Field(ge=0, le=1)] = 0.5
+    memory: Annotated[float, Field(ge=0, lt=1)] = 0.3
     offset_margin: Annotated[float, Field(ge=1)] = 1.5
     corrector: Corrector = Corrector.DEFER
 
@@ -115,6 +118,16 @@ class Policy(BaseModel):
     predictor: Predictor = Predictor()
     guards: Guards = Guards()
 
+    @model_validator(mode="after")
+    def _whole_steps_stay_whole(self) -> Policy:
+        if not self.predictor.whole_step:
+            return self
+        if isinstance(self.gate, PaperGate) or getattr(self.gate, "corrector", None) is Corrector.PAPER:
+            raise ValueError(f"predictor {self.predictor.kind.value} stands for whole steps and can't blend blocks")
+        if self.guards.protected_blocks:
+            raise ValueError(f"predictor {self.predictor.kind.value} stands for whole steps and can't protect blocks")
+        return self
+
     @property
     def needs_calibration(self) -> bool:
         match self.gate:
@@ -131,6 +144,7 @@ class Policy(BaseModel):
 
 
 _HOLD: Final = Predictor(kind=PredictorKind.HOLD)
+_OUTPUT: Final = Predictor(kind=PredictorKind.OUTPUT_TAYLOR)
 
 PRESETS: Final[Mapping[str, Policy]] = {
     policy.name: policy
@@ -138,8 +152,10 @@ PRESETS: Final[Mapping[str, Policy]] = {
         Policy(name="none", gate=NoGate()),
         Policy(name="fewer-steps", gate=FewerStepsGate()),
         Policy(name="fora", gate=IntervalGate(), predictor=Predictor(kind=PredictorKind.GATED)),
-        Policy(name="scheduled", gate=ScheduleGate()),
-        Policy(name="robust", gate=AdaCorrectionGate()),
+        Policy(name="scheduled", gate=ScheduleGate(), predictor=_OUTPUT),
+        Policy(name="scheduled-blocks", gate=ScheduleGate()),
+        Policy(name="robust", gate=AdaCorrectionGate(), predictor=_OUTPUT),
+        Policy(name="robust-blocks", gate=AdaCorrectionGate()),
         Policy(name="paper-exact", gate=PaperGate(), predictor=_HOLD, guards=Guards(warmup_steps=1, final_steps=0)),
         Policy(name="paper-lazy", gate=PaperGate(lazy=True), predictor=_HOLD),
     )

@@ -6,7 +6,11 @@ last evaluations j. They differ in the coefficients c and in whose adaLN gates g
     hold           the last residual, with the gates it was made with (what most published methods reuse)
     taylor         residuals extrapolated to this step (TaylorSeer, arXiv 2503.06923, by finite differences)
     gated          the last results, with the gates of this step
-    gated-taylor   results extrapolated to this step, with the gates of this step (the default; see METHOD §3's study)
+    gated-taylor   results extrapolated to this step, with the gates of this step
+
+`output-taylor` stands for a whole step: the model's guided output is extrapolated, and no block takes part. At equal ρ
+it is as good as `gated-taylor` (docs/METHOD.md has the figures), and it costs and keeps nothing, where predicting every
+block costs ONNX Runtime 5 to 15 % of evaluating it on a CPU. So policies that decide over whole steps use it.
 """
 
 from __future__ import annotations
@@ -25,10 +29,11 @@ class PredictorKind(str, Enum):
     TAYLOR = "taylor"
     GATED = "gated"
     GATED_TAYLOR = "gated-taylor"
+    OUTPUT_TAYLOR = "output-taylor"
 
     @property
     def extrapolates(self) -> bool:
-        return self in (PredictorKind.TAYLOR, PredictorKind.GATED_TAYLOR)
+        return self in (PredictorKind.TAYLOR, PredictorKind.GATED_TAYLOR, PredictorKind.OUTPUT_TAYLOR)
 
     @property
     def fresh_gates(self) -> bool:
@@ -44,9 +49,19 @@ class Predictor(BaseModel):
     order: Annotated[int, Field(ge=1, le=2)] = 1
 
     @property
+    def label(self) -> str:
+        """`gated-taylor-1`, `hold`: the kind, and the order where it has one."""
+        return f"{self.kind.value}-{self.order}" if self.kind.extrapolates else self.kind.value
+
+    @property
     def history(self) -> int:
         """Evaluations that a slot must keep, 1 to 3."""
         return self.order + 1 if self.kind.extrapolates else 1
+
+    @property
+    def whole_step(self) -> bool:
+        """Whether the model's output is predicted instead of each block's."""
+        return self.kind is PredictorKind.OUTPUT_TAYLOR
 
     def prediction(self, step: int, evaluations: Sequence[int]) -> Prediction:
         """Return the coefficients for `step` from the evaluations at hand (steps, newest first, at least one).

@@ -19,12 +19,13 @@ _IDENTITY_THRESHOLDS: Final = (0.0, 1.0, 1.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSize:
-    """The sizes that buffers depend on: B, K, S and T (0: nothing is cached)."""
+    """The sizes that buffers depend on: B, K, S, and T of the blocks and of the output (0: nothing is cached)."""
 
     batch: int
     branches: int
     steps: int
-    history: int
+    history: int = 0
+    output_history: int = 0
 
     @property
     def rows(self) -> int:
@@ -45,7 +46,10 @@ class ImageBuffers:
 
     latents: tuple[Buffer, Buffer]  # (B, C, H, W) float32; step s reads [s % 2] and writes the other
     noise: Buffer  # (B, C, H, W) float32
-    model_output: Buffer  # (B, C, H, W) float32
+    scratch: Buffer  # (B, C, H, W) float32: latents of a step that is only measured
+    predicted_output: Buffer  # (B, C, H, W) float32
+    output_error: Buffer  # (B,) float32
+    output_factors: tuple[Buffer, ...]  # (T,) float32, for 1 … MAX_HISTORY evaluations
     branches: Buffer  # (K,) float32 ones
     guidance: Buffer  # (K, B) float32
     timesteps: Buffer  # (S,) float32
@@ -78,7 +82,10 @@ def allocate_image_buffers(backend: Backend, model: ModelSpec, size: RunSize) ->
     buffers = ImageBuffers(
         latents=(backend.allocate(image, DType.FLOAT32), backend.allocate(image, DType.FLOAT32)),
         noise=backend.allocate(image, DType.FLOAT32),
-        model_output=backend.allocate(image, DType.FLOAT32),
+        scratch=backend.allocate(image, DType.FLOAT32),
+        predicted_output=backend.allocate(image, DType.FLOAT32),
+        output_error=backend.allocate((size.batch,), DType.FLOAT32),
+        output_factors=tuple(backend.allocate((count,), DType.FLOAT32) for count in range(1, MAX_HISTORY + 1)),
         branches=backend.allocate((size.branches,), DType.FLOAT32),
         guidance=backend.allocate((size.branches, size.batch), DType.FLOAT32),
         timesteps=backend.allocate((size.steps,), DType.FLOAT32),

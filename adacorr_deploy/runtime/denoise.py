@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from adacorr_deploy.caching.decisions import Action, Controller, Decision, Signals
+from adacorr_deploy.caching.decisions import Action, Controller, Decision, Signals, SlotHistory
 from adacorr_deploy.core.errors import EngineError, PolicyError, SamplingCancelledError
 from adacorr_deploy.runtime.slots import CacheSlot
 from adacorr_deploy.runtime.trace import Trace
@@ -50,15 +50,48 @@ class Denoiser:
         steps = self.trace.steps
         for step, noise in enumerate(self.noises):
             self.space.embed(step)
-            for block, slot in enumerate(self.slots):
-                self._stop_if_cancelled(step)
-                signals = self._signals(step, block, slot)
-                decision = self.controller.decide(step, block, slot.history, signals)
-                self.trace.record(step, block, decision, slot.history.age(step))
-                self._act(step, block, slot, decision)
-            self.space.head(step, noise)
+            if self.controller.whole_steps:
+                self._whole_step(step, noise)
+            else:
+                for block, slot in enumerate(self.slots):
+                    self._stop_if_cancelled(step)
+                    signals = self._signals(step, block, slot.history)
+                    decision = self.controller.decide(step, block, slot.history, signals)
+                    self.trace.record(step, block, decision, slot.history.age(step))
+                    self._act(step, block, slot, decision)
+                self.space.head(step, noise)
             self._report(step)
         return self._finite_latents(steps - 1)
+
+    def _whole_step(self, step: int, noise: NDArray[np.float32] | None) -> None:
+        """Decide once for all blocks: extrapolate the model's output, or evaluate it."""
+        output = self.space.slots.output
+        self._stop_if_cancelled(step)
+        decision = self.controller.decide(step, 0, output.history, self._signals(step, 0, output.history))
+        for block in range(len(self.slots)):
+            self.trace.record(step, block, decision, output.history.age(step))
+        if decision.action is Action.REUSE:
+            prediction = self.controller.prediction(step, 0, output.history)
+            self.space.extrapolate(step, noise, output.window(prediction))
+        elif decision.action is Action.EVALUATE:
+            self._evaluate_whole_step(step, noise, output)
+        else:
+            raise PolicyError("A policy that decides over whole steps corrects a block. Let it evaluate or reuse.")
+
+    def _evaluate_whole_step(self, step: int, noise: NDArray[np.float32] | None, output: CacheSlot) -> None:
+        measures = bool(output.history.steps) and self.controller.measures_error(step, 0, output.history)
+        if measures:  # before the head, which overwrites the ring's oldest entry
+            prediction = self.controller.prediction(step, 0, output.history)
+            self.space.predict_output_aside(step, output.window(prediction))
+        for block, slot in enumerate(self.slots):
+            self._stop_if_cancelled(step)
+            self.space.evaluate(block, slot)
+            self._keep_reference(block, slot)
+        entry = output.next_entry
+        self.space.head(step, noise)
+        output.record(step)
+        if measures:
+            self._record_error(step, 0, _root_mean_square(self.space.output_error(entry).tolist()))
 
     def _act(self, step: int, block: int, slot: CacheSlot, decision: Decision) -> None:
         if decision.action is Action.REUSE:
@@ -78,9 +111,11 @@ class Denoiser:
         self._refill(step, block, slot)
         if measures:
             branches = signals_of_branches(self.space.error_signals(block), self.batch)
-            error = _largest(branch.relative_offset for branch in branches)
-            self._suspect |= not math.isfinite(error)
-            self.controller.record_error(step, block, error)
+            self._record_error(step, block, _largest(branch.relative_offset for branch in branches))
+
+    def _record_error(self, step: int, block: int, error: float) -> None:
+        self._suspect |= not math.isfinite(error)
+        self.controller.record_error(step, block, error)
 
     def _correct(self, step: int, block: int, slot: CacheSlot, decision: Decision) -> None:
         if decision.weight is None:
@@ -94,13 +129,16 @@ class Denoiser:
     def _refill(self, step: int, block: int, slot: CacheSlot) -> None:
         """Note that the slot holds the fresh units of this step, and the input that they came from."""
         slot.record(step)
+        self._keep_reference(block, slot)
+
+    def _keep_reference(self, block: int, slot: CacheSlot) -> None:
         if slot.reference is not None:
             slot.reference.copy_from(self.space.block_input(block))
 
-    def _signals(self, step: int, block: int, slot: CacheSlot) -> list[Signals] | None:
-        if not slot.history.steps or not self.controller.needs_signals(step, block, slot.history):
+    def _signals(self, step: int, block: int, history: SlotHistory) -> list[Signals] | None:
+        if not history.steps or not self.controller.needs_signals(step, block, history):
             return None
-        signals = signals_of_branches(self.space.input_signals(block, slot), self.batch)
+        signals = signals_of_branches(self.space.input_signals(block, self.slots[block]), self.batch)
         self._suspect |= not all(branch.finite for branch in signals)
         return signals
 
@@ -143,12 +181,16 @@ def _branch_signals(rows: Sequence[Sequence[float]]) -> Signals:
     offset, p95, spatial, paper_temporal, paper_spatial = zip(*rows, strict=True)
     count = len(rows)
     return Signals(
-        relative_offset=math.sqrt(sum(value * value for value in offset) / count),
+        relative_offset=_root_mean_square(offset),
         relative_offset_p95=_largest(p95),
         spatial_change=sum(spatial) / count,
         paper_temporal=sum(paper_temporal) / count,
         paper_spatial=sum(paper_spatial) / count,
     )
+
+
+def _root_mean_square(values: Sequence[float]) -> float:
+    return math.sqrt(sum(value * value for value in values) / len(values))
 
 
 def _largest(values: Iterator[float] | Sequence[float]) -> float:

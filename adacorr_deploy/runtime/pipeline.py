@@ -132,7 +132,19 @@ class Pipeline:
         if not 0 <= history <= MAX_HISTORY:
             raise PolicyError(f"history is {history}, allowed are 0 … {MAX_HISTORY} evaluations.")
         table = sampler_table(manifest.schedule, request.sampler, request.steps)
-        size = RunSize(batch=request.batch, branches=request.branches, steps=request.steps, history=history)
+        whole = controller.whole_steps
+        if whole and table.needs_noise and manifest.model.learned_variance:
+            raise PolicyError(
+                f"sampler {request.sampler.value} takes its noise from the model's variance, which a policy over whole "
+                "steps does not predict. Choose a policy with a block predictor, or --sampler ddim."
+            )
+        size = RunSize(
+            batch=request.batch,
+            branches=request.branches,
+            steps=request.steps,
+            history=0 if whole else history,
+            output_history=history if whole else 0,
+        )
         with self.lease(size, keeps_reference=controller.keeps_reference) as (space, slots):
             launches = self._block_launches()
             started = time.perf_counter()
@@ -174,7 +186,9 @@ class Pipeline:
         """
         with self._exclusive():
             space = self._workspace(size)
-            with space.slots.lease(keeps_reference=keeps_reference if size.history else _never) as slots:
+            with space.slots.lease(
+                keeps_reference=keeps_reference if size.history or size.output_history else _never
+            ) as slots:
                 yield space, slots
 
     @contextmanager

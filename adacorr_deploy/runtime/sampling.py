@@ -10,11 +10,11 @@ from pathlib import Path
 from adacorr_deploy.caching.calibration import (
     Calibration,
     CalibrationKey,
-    calibration_for_key,
+    calibration_for_run,
     calibration_from_json,
 )
 from adacorr_deploy.caching.controllers import Run, controller_for_policy
-from adacorr_deploy.caching.policy import FewerStepsGate, NoGate, Policy
+from adacorr_deploy.caching.policy import FewerStepsGate, NoGate, PaperGate, Policy
 from adacorr_deploy.core.bundle import CALIBRATION_DIR, Bundle
 from adacorr_deploy.runtime.denoise import Progress
 from adacorr_deploy.runtime.pipeline import Pipeline, SampleResult
@@ -45,7 +45,11 @@ def sample_with_policy(
         EngineError: If an engine fails or the latents become NaN.
     """
     steps = policy.sampled_steps(request.steps)
-    calibration = calibration_for_run(pipeline, request, policy) if policy.needs_calibration else None
+    calibration = None
+    if policy.needs_calibration:
+        found = calibrations(pipeline.bundle).values()
+        predictor = None if isinstance(policy.gate, PaperGate) else policy.predictor
+        calibration = calibration_for_run(found, calibration_key(pipeline, request), predictor, policy=policy.name)
     controller = controller_for_policy(policy, Run(steps=steps), calibration)
     cached = not isinstance(policy.gate, NoGate | FewerStepsGate)
     return pipeline.sample(
@@ -67,15 +71,6 @@ def calibration_key(pipeline: Pipeline, request: SampleRequest) -> CalibrationKe
         guidance=request.guidance,
         latent_shape=manifest.model.latent_shape,
     )
-
-
-def calibration_for_run(pipeline: Pipeline, request: SampleRequest, policy: Policy) -> Calibration:
-    """Return the bundle's calibration for this request.
-
-    Raises:
-        CalibrationError: If there is none, or a file is not valid.
-    """
-    return calibration_for_key(calibrations(pipeline.bundle), calibration_key(pipeline, request), policy=policy.name)
 
 
 def calibrations(bundle: Bundle) -> dict[str, Calibration]:

@@ -111,10 +111,11 @@ class CacheSlot:
 
 
 class SlotPool:
-    """The slots of one workspace, lent to one request at a time."""
+    """The slots of one workspace, lent to one request at a time: one per block, and one for the model's output."""
 
-    def __init__(self, slots: Sequence[CacheSlot], allocate_reference: Callable[[], Buffer]) -> None:
+    def __init__(self, slots: Sequence[CacheSlot], output: CacheSlot, allocate_reference: Callable[[], Buffer]) -> None:
         self._slots = tuple(slots)
+        self.output = output
         self._allocate_reference = allocate_reference
         self._lent = False
 
@@ -135,8 +136,9 @@ class SlotPool:
             for block, slot in enumerate(self._slots):
                 slot.keep_reference(self._allocate_reference if keeps_reference(block) else None)
                 slot.clear()
+            self.output.clear()
             yield self._slots
         finally:
             self._lent = False  # first: an interrupt while clearing must not lock the pool, and a lease clears anyway
-            for slot in self._slots:
+            for slot in (*self._slots, self.output):
                 slot.clear()

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from adacorr_deploy.caching.decisions import SlotHistory
 from adacorr_deploy.core.errors import EngineError
 from adacorr_deploy.core.samplers import SamplerTable
-from adacorr_deploy.core.specs import ModelSpec
+from adacorr_deploy.core.specs import DType, ModelSpec
 from adacorr_deploy.engines.backend import Backend, Buffer, Launch, Session
 from adacorr_deploy.plugins.service_parts import SIGNALS_PART, blend_part_name, predict_part_name
 from adacorr_deploy.runtime.buffers import (
@@ -78,12 +78,13 @@ class Workspace:
         )
 
     def head(self, step: int, noise: NDArray[np.float32] | None) -> None:
-        """End a step: tokens → guided model output → the next latents."""
+        """End a step: tokens → guided model output (into the output slot's ring) → the next latents."""
         image = self.image
+        entry = self.slots.output.next_entry
         if noise is not None:
             image.noise.write(noise)
         self._run(
-            ("head", step % 2),
+            ("head", step % 2, entry),
             lambda: {
                 "tokens": self.blocks.tokens[len(self._model.blocks) % 2],
                 "modulation": self.blocks.modulation_head,
@@ -93,7 +94,48 @@ class Workspace:
                 "coefficients": image.coefficients,
                 "noise": image.noise,
                 "latents_out": image.latents[(step + 1) % 2],
-                "model_output": image.model_output,
+                "model_output": self.slots.output.ring[entry][0],
+            },
+        )
+
+    def extrapolate(self, step: int, noise: NDArray[np.float32] | None, window: Window) -> None:
+        """Let the output slot's prediction stand for the model: the next latents without a block."""
+        if noise is not None:
+            self.image.noise.write(noise)
+        self._extrapolate(step, window, "reuse", self.image.latents[(step + 1) % 2])
+
+    def predict_output_aside(self, step: int, window: Window) -> None:
+        """Predict the model's output without moving the latents."""
+        self._extrapolate(step, window, "aside", self.image.scratch)
+
+    def output_error(self, entry: int) -> NDArray[np.generic]:
+        """Compare the output predicted aside with the fresh one in a ring entry: relative error, (B,)."""
+        image = self.image
+        self._run(
+            ("output_error", entry),
+            lambda: {
+                "predicted": image.predicted_output,
+                "fresh": self.slots.output.ring[entry][0],
+                "error": image.output_error,
+            },
+        )
+        return image.output_error.read()
+
+    def _extrapolate(self, step: int, window: Window, use: str, latents_out: Buffer) -> None:
+        image = self.image
+        factors = image.output_factors[window.entries - 1]
+        factors.write(np.asarray(window.coefficients, dtype=np.float32))
+        self._run(
+            (f"extrapolate_{window.entries}", use, step % 2, window.start),
+            lambda: {
+                "latents": image.latents[step % 2],
+                "history": self.slots.output.ring[window.start : window.stop],
+                "factors": factors,
+                "step": image.step,
+                "coefficients": image.coefficients,
+                "noise": image.noise,
+                "latents_out": latents_out,
+                "model_output": image.predicted_output,
             },
         )
 
@@ -231,6 +273,7 @@ def allocate_workspace(backend: Backend, model: ModelSpec, sessions: Mapping[str
     blocks = allocate_block_buffers(backend, model, size)
     slots = SlotPool(
         _allocate_slots(backend, model, size, blocks.zeros),
+        _allocate_output_slot(backend, model, size),
         allocate_reference=lambda: backend.allocate(blocks.zeros.shape, blocks.zeros.dtype),
     )
     return Workspace(model, sessions, image, blocks, slots)
@@ -250,6 +293,16 @@ def _allocate_slots(backend: Backend, model: ModelSpec, size: RunSize, zeros: Bu
         )
         for blocks in model.blocks
     ]
+
+
+def _allocate_output_slot(backend: Backend, model: ModelSpec, size: RunSize) -> CacheSlot:
+    """Allocate the slot of the model's output: a unit of its own, an image large."""
+    image = (size.batch, *model.latent_shape)
+    return CacheSlot(
+        ring=backend.allocate((max(size.output_history, 1), 1, *image), DType.FLOAT32),
+        zeros=backend.allocate(image, DType.FLOAT32),
+        history=SlotHistory(capacity=size.output_history),
+    )
 
 
 def _unit_names(blocks: int) -> list[str]:

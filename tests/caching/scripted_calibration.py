@@ -11,14 +11,19 @@ PROBE_BLOCK = 1
 
 def calibration(*, slope: float = 1.0, predictor: Predictor | None = None) -> Calibration:
     """Skipping k steps costs k² · 1e-4 wherever it starts; probe errors are 0.1; offsets 0.2 per step of age."""
+    predictor = predictor or Predictor()
     return Calibration(
         key=CalibrationKey(
             checkpoint_sha256="0" * 64, sampler="ddim", steps=STEPS, guidance=4.0, latent_shape=(1, 4, 4)
         ),
-        predictor=predictor or Predictor(),
+        predictor=predictor,
         images=4,
         skip_costs=tuple(tuple(tuple(1e-4 * k * k for k in (1, 2, 3)) for _ in range(3)) for _ in range(STEPS)),
-        probe=Probe(block=PROBE_BLOCK, expected=tuple(((0.1,) * 3,) * 3 for _ in range(STEPS)), slope=slope),
+        probe=Probe(
+            block=0 if predictor.whole_step else PROBE_BLOCK,
+            expected=tuple(((0.1,) * 3,) * 3 for _ in range(STEPS)),
+            slope=slope,
+        ),
         offset_limits=tuple((0.2, 0.4, 0.6) for _ in range(STEPS)),
         paper_floors=(2.0, 3.0),
     )

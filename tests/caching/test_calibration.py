@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from adacorr_deploy.caching.calibration import calibration_for_key, calibration_from_json
+from adacorr_deploy.caching.calibration import calibration_for_run, calibration_from_json
+from adacorr_deploy.caching.predictors import Predictor, PredictorKind
 from adacorr_deploy.core.errors import CalibrationError
 from tests.caching.scripted_calibration import calibration
 
@@ -43,14 +44,22 @@ def test_a_run_with_another_key_is_refused_with_the_difference(field: str) -> No
     other = {"checkpoint_sha256": "1" * 64, "sampler": "ddpm", "steps": 30, "guidance": 1.5, "latent_shape": (1, 8, 8)}
     key = calibration().key.model_copy(update={field: other[field]})
     with pytest.raises(CalibrationError, match=field):
-        calibration_for_key({"a": calibration()}, key, policy="robust")
+        calibration_for_run([calibration()], key, Predictor(), policy="robust")
 
 
 def test_without_any_calibration_the_command_that_makes_one_is_given() -> None:
     with pytest.raises(CalibrationError, match="adacorr-calibrate BUNDLE --sampler ddim --steps 12 --guidance 4"):
-        calibration_for_key({}, calibration().key, policy="robust")
+        calibration_for_run([], calibration().key, None, policy="robust")
 
 
 def test_the_matching_calibration_is_found() -> None:
     mine = calibration()
-    assert calibration_for_key({"a": mine}, mine.key, policy="robust") is mine
+    assert calibration_for_run([mine], mine.key, Predictor(), policy="robust") is mine
+    assert calibration_for_run([mine], mine.key, None, policy="paper-lazy") is mine
+
+
+def test_a_calibration_of_another_predictor_is_refused_with_the_command_for_this_one() -> None:
+    mine = calibration()
+    other = Predictor(kind=PredictorKind.OUTPUT_TAYLOR)
+    with pytest.raises(CalibrationError, match="--predictor output-taylor --order 1"):
+        calibration_for_run([mine], mine.key, other, policy="robust")

@@ -38,7 +38,7 @@ def signals(offset: float = 0.01, *, temporal: float = 0.0, spatial: float = 0.0
 
 def drive(controller: Controller, *, given_signals: Signals | None = None, error: float = 0.1) -> list[list[Decision]]:
     """Run a controller as the loop does, and return its decisions, [step][block]."""
-    histories = [SlotHistory(capacity=3) for _ in range(BLOCKS)]
+    histories = [SlotHistory(capacity=3) for _ in range(1 if controller.whole_steps else BLOCKS)]
     decisions = []
     for step in range(STEPS):
         row = []
@@ -60,7 +60,8 @@ def evaluated_steps(decisions: list[list[Decision]], block: int = 0) -> list[int
 
 def controller(policy: Policy | str, **options: float) -> Controller:
     chosen = policy_named(policy) if isinstance(policy, str) else policy
-    return controller_for_policy(chosen, Run(steps=STEPS), calibration(**options) if chosen.needs_calibration else None)
+    made = calibration(predictor=chosen.predictor, **options) if chosen.needs_calibration else None  # type: ignore[arg-type]
+    return controller_for_policy(chosen, Run(steps=STEPS), made)
 
 
 def test_none_and_fewer_steps_evaluate_every_block() -> None:
@@ -82,19 +83,20 @@ def test_scheduled_follows_the_cheapest_path() -> None:
     assert max(gaps) - min(gaps) <= 1
 
 
-def test_an_average_request_follows_the_schedule() -> None:
-    assert evaluated_steps(drive(controller("robust@2"))) == evaluated_steps(drive(controller("scheduled@2")))
+@pytest.mark.parametrize("kind", ["", "-blocks"])
+def test_an_average_request_follows_the_schedule(kind: str) -> None:
+    scheduled = evaluated_steps(drive(controller(f"scheduled{kind}@2")))
+    assert evaluated_steps(drive(controller(f"robust{kind}@2"))) == scheduled
 
 
-def test_a_hard_request_is_evaluated_more_often_and_an_easy_one_less() -> None:
-    average, hard, easy = (
-        len(evaluated_steps(drive(controller("robust@2"), error=error))) for error in (0.1, 0.5, 0.02)
-    )
+@pytest.mark.parametrize("name", ["robust@2", "robust-blocks@2"])
+def test_a_hard_request_is_evaluated_more_often_and_an_easy_one_less(name: str) -> None:
+    average, hard, easy = (len(evaluated_steps(drive(controller(name), error=error))) for error in (0.1, 0.5, 0.02))
     assert easy < average < hard
 
 
 def test_blocks_of_a_step_decide_together() -> None:
-    for row in drive(controller("robust@2"), error=0.3):
+    for row in drive(controller("robust-blocks@2"), error=0.3):
         assert len({decision.action for decision in row}) == 1
 
 
@@ -112,7 +114,7 @@ def test_signals_that_are_not_finite_force_evaluation(name: str, value: float) -
 
 
 def test_a_protected_block_is_evaluated_where_the_others_are_reused() -> None:
-    base = PRESETS["robust"]
+    base = PRESETS["robust-blocks"]
     policy = base.model_copy(update={"guards": base.guards.model_copy(update={"protected_blocks": frozenset({1})})})
     decisions = drive(controller(policy))
     assert evaluated_steps(decisions, 1) == list(range(STEPS))
@@ -120,18 +122,20 @@ def test_a_protected_block_is_evaluated_where_the_others_are_reused() -> None:
 
 
 def test_difficulty_follows_the_measured_error_by_the_calibrated_slope() -> None:
-    chosen = controller("robust@2", slope=0.5)
+    chosen = controller("robust-blocks@2", slope=0.5)
     assert isinstance(chosen, AdaCorrectionController)
     history = SlotHistory(capacity=3, steps=[4, 2])
     assert chosen.measures_error(5, PROBE_BLOCK, history)
     assert not chosen.measures_error(5, 0, history)
     chosen.record_error(5, PROBE_BLOCK, 0.2)
-    assert chosen.difficulty == pytest.approx(2 ** (2 * 0.5 * 0.4))  # ratio 2, squared, slope ½, a memory of 0.6
+    assert chosen.difficulty == pytest.approx(
+        2 ** (2 * 0.5 * 0.7 * 0.5)
+    )  # ratio 2, squared, slope ½, memory 0.3, adaptivity ½
 
 
 @pytest.mark.parametrize("error", [0.0, math.nan, math.inf])
 def test_an_error_that_says_nothing_leaves_the_difficulty(error: float) -> None:
-    chosen = controller("robust@2")
+    chosen = controller("robust-blocks@2")
     assert isinstance(chosen, AdaCorrectionController)
     chosen.measures_error(5, PROBE_BLOCK, SlotHistory(capacity=3, steps=[4, 2]))
     chosen.record_error(5, PROBE_BLOCK, error)
@@ -145,7 +149,7 @@ def test_within_the_band_a_block_is_deferred_until_the_budget_is_spent() -> None
 
 
 def test_the_paper_corrector_blends_within_the_band() -> None:
-    base = PRESETS["robust"]
+    base = PRESETS["robust-blocks"]
     policy = base.model_copy(update={"gate": base.gate.model_copy(update={"corrector": Corrector.PAPER, "band": 0.9})})
     blended = [d for row in drive(controller(policy)) for d in row if d.action is Action.CORRECT]
     assert blended

@@ -72,7 +72,7 @@ def test_a_target_after_at_changes_the_gate() -> None:
 
 def test_only_policies_that_read_a_calibration_ask_for_one() -> None:
     needing = {name for name, policy in PRESETS.items() if policy.needs_calibration}
-    assert needing == {"scheduled", "robust", "paper-lazy"}
+    assert needing == {"scheduled", "scheduled-blocks", "robust", "robust-blocks", "paper-lazy"}
     assert DEFAULT_POLICY in PRESETS
 
 
@@ -89,3 +89,21 @@ def test_the_longest_history_is_three() -> None:
         )
         == 3
     )  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gate": {"kind": "paper"}}, "can't blend blocks"),
+        ({"gate": {"kind": "adacorrection", "corrector": "paper"}}, "can't blend blocks"),
+        ({"guards": {"protected_blocks": [2]}}, "can't protect blocks"),
+    ],
+)
+def test_a_predictor_of_whole_steps_is_refused_where_blocks_are_meant(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    content = {"name": "x", "gate": {"kind": "none"}, "predictor": {"kind": "output-taylor"}, **change}
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(PolicyError, match=message):
+        policy_named(str(path))

@@ -255,3 +255,36 @@ def test_thresholds_that_give_no_number_recompute() -> None:
     inputs = blend_inputs(model, [0.05, 0.2])
     inputs["thresholds"] = np.array([np.nan, 0.3, 1.0], np.float32)
     np.testing.assert_array_equal(run(model, "blend_2", **inputs)[1], 1)
+
+
+# --- whole steps -----------------------------------------------------------------------------------------------------
+
+
+@EXAMPLES
+@given(seed=seeds, batch=rows_of_a_batch, evaluations=st.integers(1, 3))
+def test_extrapolate_follows_the_oracle(seed: int, batch: int, evaluations: int) -> None:
+    rng = np.random.default_rng(seed)
+    image = (batch, 1, 4, 4)
+    inputs = {
+        "latents": rng.standard_normal(image).astype(np.float32),
+        "history": rng.standard_normal((evaluations, 1, *image)).astype(np.float32),
+        "factors": rng.uniform(-2, 3, evaluations).astype(np.float32),
+        "noise": rng.standard_normal(image).astype(np.float32),
+    }
+    table, step = rng.standard_normal((5, 5)).astype(np.float32), int(rng.integers(5))
+    actual = run(
+        model_spec(), f"extrapolate_{evaluations}", **inputs, coefficients=table, step=np.array([step], np.int64)
+    )
+    expected = oracle.extrapolate(**inputs, sampler_row=table[step])
+    for got, wanted in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@EXAMPLES
+@given(seed=seeds, batch=rows_of_a_batch, scale=st.sampled_from([0.0, 1e-3, 1.0, 1e3]))
+def test_output_error_follows_the_oracle_and_is_0_for_equal_outputs(seed: int, batch: int, scale: float) -> None:
+    fresh = noise(seed, batch, 1, 4, 4)
+    predicted = (fresh + scale * noise(seed + 1, batch, 1, 4, 4)).astype(np.float32)
+    (error,) = run(model_spec(), "output_error", predicted=predicted, fresh=fresh)
+    np.testing.assert_allclose(error, oracle.output_error(predicted, fresh), rtol=1e-4, atol=1e-7)
+    assert (error == 0).all() == (scale == 0)

@@ -35,6 +35,8 @@ class Script:
     signals: dict[tuple[int, int], Sequence[Signals]] = field(default_factory=dict)
     errors: dict[tuple[int, int], float] = field(default_factory=dict)
 
+    whole_steps: bool = False
+
     def keeps_reference(self, block: int) -> bool:
         return self.references
 

@@ -188,13 +188,12 @@ def test_a_lease_clears_what_an_interrupted_return_left(pipeline: Pipeline, monk
     def interrupted(self: CacheSlot) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):  # noqa: PT012 (the lease must end inside)
-        with pool.lease(keeps_reference=True) as slots:
-            for slot in slots:
-                slot.record(0)
-            monkeypatch.setattr(CacheSlot, "clear", interrupted)
+    with pytest.raises(KeyboardInterrupt), pool.lease(keeps_reference=lambda block: True) as slots:  # noqa: PT012
+        for slot in slots:
+            slot.record(0)
+        monkeypatch.setattr(CacheSlot, "clear", interrupted)
     monkeypatch.undo()
-    with pool.lease(keeps_reference=True) as slots:
+    with pool.lease(keeps_reference=lambda block: True) as slots:
         assert [(slot.history.steps, slot.next_entry) for slot in slots] == [([], 0)] * 3
     np.testing.assert_array_equal(sampled(pipeline), expected)
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from adacorr_deploy.core.samplers import NoiseSchedule
 from adacorr_deploy.core.shapes import BATCH, BRANCHES, ROWS, STEPS
 from adacorr_deploy.core.specs import Dim, DType, ModelSpec, PartSpec, TensorSpec
+from adacorr_deploy.plugins import oracle, service_part_specs
 
 Array = NDArray[np.float32]
 Tensors = Mapping[str, NDArray[np.generic]]
@@ -68,6 +69,10 @@ class TinyDiT:
                 for kind, function in (("predict", predict), ("blend", blend)):
                     name = f"{kind}_{entries}{suffix}"
                     parts[name] = (_cached_spec(name, kind, entries, blocks), function)
+        specs = service_part_specs(tiny_spec())
+        for count in range(1, 4):
+            parts[f"extrapolate_{count}"] = (specs[f"extrapolate_{count}"], extrapolate)
+        parts["output_error"] = (specs["output_error"], output_error)
         return parts
 
     def _block_part(self, index: int) -> Part:
@@ -135,6 +140,18 @@ def signals(tensors: Tensors) -> dict[str, NDArray[np.generic]]:
         spread,
     ]
     return {"signals": np.stack(columns, axis=1)}
+
+
+def extrapolate(tensors: Tensors) -> dict[str, NDArray[np.generic]]:
+    row = tensors["coefficients"][int(tensors["step"][0])]
+    latents, output = oracle.extrapolate(
+        _f32(tensors["latents"]), _f32(tensors["history"]), _f32(tensors["factors"]), _f32(row), _f32(tensors["noise"])
+    )
+    return {"latents_out": latents, "model_output": output}
+
+
+def output_error(tensors: Tensors) -> dict[str, NDArray[np.generic]]:
+    return {"error": oracle.output_error(_f32(tensors["predicted"]), _f32(tensors["fresh"]))}
 
 
 def predict(tensors: Tensors) -> dict[str, NDArray[np.generic]]:
