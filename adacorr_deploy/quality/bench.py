@@ -1,0 +1,180 @@
+"""Policies side by side: the same images on the same bundle, in turns, against the uncached run of the same round."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adacorr_deploy.caching.policy import PRESETS, FewerStepsGate, Policy
+from adacorr_deploy.core.errors import RequestError
+from adacorr_deploy.core.samplers import Sampler, sampler_table
+from adacorr_deploy.quality.metrics import SSIM_WINDOW, psnr_per_image, ssim_per_image
+from adacorr_deploy.runtime import Pipeline, SampleRequest, SampleResult, sample_with_policy
+from adacorr_deploy.runtime.buffers import RunSize
+from adacorr_deploy.runtime.request import NoiseStream
+
+_UNCACHED: Final = PRESETS["none"]
+
+Progress = Callable[[str, int, int], None]  # policy, done, total runs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOptions:
+    """What is sampled.
+
+    Attributes:
+        images: Images per policy; labels go round the classes.
+        batch: Images per request.
+        rounds: How often every policy is timed; the medians count.
+    """
+
+    images: int = 16
+    batch: int = 8
+    rounds: int = 3
+    steps: int = 50
+    guidance: float = 4.0
+    seed: int = 0
+    sampler: Sampler = Sampler.DDIM
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchRow:
+    """One policy.
+
+    Attributes:
+        policy: Its name.
+        steps: Steps that the sampler took.
+        seconds: Median over the rounds of the time for all images.
+        speedup: Median over the rounds of uncached time ÷ time.
+        rho: Share of block launches skipped (for `fewer-steps`: of those that the asked steps would take).
+        efficiency: speedup ÷ ideal speed-up, the time with ρ of the uncached block time removed.
+        psnr_db: Mean over images of the PSNR against the uncached image; infinite for identical ones.
+        psnr_worst_db: The lowest of them.
+        ssim: Mean over images; NaN where they are smaller than SSIM's window of 11.
+    """
+
+    policy: str
+    steps: int
+    seconds: float
+    speedup: float
+    rho: float
+    efficiency: float
+    psnr_db: float
+    psnr_worst_db: float
+    ssim: float
+
+
+@dataclass(slots=True)
+class _Runs:
+    latents: NDArray[np.float32]
+    rho: float
+    seconds: list[float]
+
+
+def bench(
+    pipeline: Pipeline, policies: Sequence[Policy], options: BenchOptions, progress: Progress | None = None
+) -> list[BenchRow]:
+    """Measure policies against the uncached run.
+
+    Each round samples all images with every policy in turn, the uncached run first, so that a drift of the machine's
+    speed touches all alike. A first, uncounted run of each allocates buffers and gives the images.
+
+    Raises:
+        RequestError: If an option is out of range.
+        CalibrationError: If a policy needs a calibration that the bundle doesn't hold.
+    """
+    _check(options)
+    chosen = [_UNCACHED, *(policy for policy in policies if policy.name != _UNCACHED.name)]
+    total, done = len(chosen) * (options.rounds + 1), 0
+    runs: dict[str, _Runs] = {}
+    for round_index in range(options.rounds + 1):
+        for policy in chosen:
+            if progress is not None:
+                progress(policy.name, done, total)
+            results, seconds = _sample_all(pipeline, policy, options)
+            done += 1
+            if round_index == 0:
+                latents = np.concatenate([result.latents for result in results])
+                runs[policy.name] = _Runs(latents, _rho(policy, results, options), [])
+            else:
+                runs[policy.name].seconds.append(seconds)
+    block_share = _block_seconds(pipeline, options) / statistics.median(runs[_UNCACHED.name].seconds)
+    if progress is not None:
+        progress("", total, total)
+    return [_row(policy, runs, min(block_share, 1.0), options) for policy in chosen]
+
+
+def _check(options: BenchOptions) -> None:
+    for name in ("images", "batch", "rounds"):
+        if getattr(options, name) < 1:
+            raise RequestError(f"{name} is {getattr(options, name)}, allowed are whole numbers from 1.")
+
+
+def requests(pipeline: Pipeline, options: BenchOptions) -> Iterator[SampleRequest]:
+    """Yield the requests that make all images: seeds count up by request, labels go round the classes."""
+    classes = pipeline.manifest.model.num_classes
+    for first in range(0, options.images, options.batch):
+        count = min(options.batch, options.images - first)
+        yield SampleRequest(
+            labels=tuple((first + index) % classes for index in range(count)),
+            steps=options.steps,
+            guidance=options.guidance,
+            seed=options.seed + first,
+            sampler=options.sampler,
+        )
+
+
+def _sample_all(pipeline: Pipeline, policy: Policy, options: BenchOptions) -> tuple[list[SampleResult], float]:
+    started = time.perf_counter()
+    results = [sample_with_policy(pipeline, request, policy) for request in requests(pipeline, options)]
+    return results, time.perf_counter() - started
+
+
+def _rho(policy: Policy, results: Sequence[SampleResult], options: BenchOptions) -> float:
+    if isinstance(policy.gate, FewerStepsGate):
+        return 1 - results[0].steps / options.steps
+    return statistics.fmean(result.rho for result in results)
+
+
+def _block_seconds(pipeline: Pipeline, options: BenchOptions) -> float:
+    """Return the time that the blocks of all images and steps take without caching: the median of single steps."""
+    total = 0.0
+    for request in requests(pipeline, options):
+        size = RunSize(batch=request.batch, branches=request.branches, steps=request.steps, history=0)
+        table = sampler_table(pipeline.manifest.schedule, request.sampler, request.steps)
+        with pipeline.lease(size, keeps_reference=lambda block: False) as (space, slots):
+            space.prepare(request, table, NoiseStream(request, pipeline.manifest.model.latent_shape).draw())
+            timings = []
+            for _ in range(9):
+                space.embed(0)
+                started = time.perf_counter()
+                for block, slot in enumerate(slots):
+                    space.evaluate(block, slot)
+                timings.append(time.perf_counter() - started)
+        total += statistics.median(timings) * request.steps
+    return total
+
+
+def _row(policy: Policy, runs: dict[str, _Runs], block_share: float, options: BenchOptions) -> BenchRow:
+    mine, uncached = runs[policy.name], runs[_UNCACHED.name]
+    speedup = statistics.median(base / own for base, own in zip(uncached.seconds, mine.seconds, strict=True))
+    quality = psnr_per_image(mine.latents, uncached.latents)
+    large = min(mine.latents.shape[2:]) >= SSIM_WINDOW
+    return BenchRow(
+        policy=policy.name,
+        steps=policy.sampled_steps(options.steps),
+        seconds=statistics.median(mine.seconds),
+        speedup=speedup,
+        rho=mine.rho,
+        efficiency=speedup * (1 - mine.rho * block_share),
+        psnr_db=float(quality.mean()),
+        psnr_worst_db=float(quality.min()),
+        ssim=float(ssim_per_image(mine.latents, uncached.latents).mean()) if large else math.nan,
+    )

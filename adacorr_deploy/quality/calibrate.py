@@ -1,0 +1,271 @@
+"""Calibration: what skipping costs, how a request's difficulty shows, and which offsets are ordinary.
+
+The cost of skipping k steps is measured in two factors. The skip itself is run from the recorded trajectory, for every
+step, gap and k: that takes no block launch. How much of that error the rest of the run passes on to the final latents
+is measured on every third step by running it, and interpolated: from the second evaluation on, it hardly depends on how
+the error came about. So a calibration takes about S²/6 + 2·S evaluated steps for S steps, instead of the S²·K²·G/2 of
+running every skip to its end; on the demo model the two agree within 2 dB (docs/METHOD.md).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adacorr_deploy.caching.calibration import Calibration, CalibrationKey, Probe
+from adacorr_deploy.caching.controllers import paper_score, robust_score
+from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS
+from adacorr_deploy.caching.predictors import Predictor
+from adacorr_deploy.core.errors import CalibrationError
+from adacorr_deploy.core.samplers import Sampler, sampler_table
+from adacorr_deploy.quality.replay import Latents, Replay, Units
+from adacorr_deploy.runtime import Pipeline, SampleRequest
+from adacorr_deploy.runtime.buffers import RunSize
+from adacorr_deploy.runtime.denoise import signals_of_branches
+from adacorr_deploy.runtime.request import NoiseStream
+
+CALIBRATION_SEED: Final = 20_260_213  # apart from the small seeds that people use
+MAX_SKIPPED: Final = 6
+MAX_GAP: Final = 6
+_GAIN_STRIDE: Final = 3
+_TYPICAL: Final = 2  # distance and gap at which gains and difficulties are measured
+_FLOOR: Final = 1e-12  # squared error below float32's noise: the logarithms need a positive number
+
+Progress = Callable[[str, int, int], None]  # phase, done, total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationOptions:
+    """For which runs to calibrate."""
+
+    sampler: Sampler = Sampler.DDIM
+    steps: int = 50
+    guidance: float = 4.0
+    images: int = 16
+    predictor: Predictor = PRESETS[DEFAULT_POLICY].predictor
+
+
+def calibration_key(pipeline: Pipeline, *, sampler: Sampler, steps: int, guidance: float) -> CalibrationKey:
+    """Return the key of a run on a bundle."""
+    manifest = pipeline.manifest
+    return CalibrationKey(
+        checkpoint_sha256=manifest.checkpoint_sha256,
+        sampler=sampler.value,
+        steps=steps,
+        guidance=guidance,
+        latent_shape=manifest.model.latent_shape,
+    )
+
+
+def calibrate(pipeline: Pipeline, options: CalibrationOptions, progress: Progress | None = None) -> Calibration:
+    """Measure a bundle's runs of one sampler, number of steps and guidance. Deterministic.
+
+    Raises:
+        CalibrationError: If the sampler adds noise (its skips can't be compared), or there are fewer than 4 steps.
+        RequestError: If an option is out of range.
+    """
+    table = sampler_table(pipeline.manifest.schedule, options.sampler, options.steps)
+    if table.needs_noise:
+        raise CalibrationError(
+            f"sampler {options.sampler.value} adds noise at every step, which calibration can't follow. "
+            "Calibrate with --sampler ddim, or run with --policy fora or none."
+        )
+    if options.steps < 4:
+        raise CalibrationError(f"steps is {options.steps}; with fewer than 4 there is nothing to skip.")
+    classes = pipeline.manifest.model.num_classes
+    labels = tuple(index * classes // options.images for index in range(options.images))
+    request = SampleRequest(
+        labels=labels, steps=options.steps, guidance=options.guidance, seed=CALIBRATION_SEED, sampler=options.sampler
+    )
+    whole, history = options.predictor.whole_step, options.predictor.history
+    size = RunSize(
+        batch=request.batch,
+        branches=request.branches,
+        steps=options.steps,
+        history=0 if whole else history,
+        output_history=history if whole else 0,
+    )
+    with pipeline.lease(size, keeps_reference=lambda block: True) as (space, slots):
+        latents = NoiseStream(request, pipeline.manifest.model.latent_shape).draw()
+        space.prepare(request, table, latents)
+        replay = Replay(space=space, slots=slots, predictor=options.predictor)
+        study = _Study(replay, request, progress or (lambda phase, done, total: None))
+        study.record(latents)
+        study.measure()
+    key = calibration_key(pipeline, sampler=options.sampler, steps=options.steps, guidance=options.guidance)
+    return study.calibration(key, options.predictor)
+
+
+class _Study:
+    """The measurements of one batch of calibration images."""
+
+    def __init__(self, replay: Replay, request: SampleRequest, progress: Progress) -> None:
+        blocks = len(replay.slots)
+        shape = (request.steps, MAX_GAP, MAX_SKIPPED)
+        self._replay = replay
+        self._batch = request.batch
+        self._steps = request.steps
+        self._progress = progress
+        # At three quarters of the depth, a block's errors follow the final one's best; whole steps have no blocks.
+        self._probe_block = 0 if replay.predictor.whole_step else max(0, 3 * blocks // 4 - 1)
+        self._trajectory: list[Latents] = []  # what each step starts from, and the final latents
+        self._window: dict[int, Units] = {}  # the units of the last evaluations, by step
+        self._first_inputs: dict[int, NDArray[np.generic]] = {}  # the first block's inputs, by step
+        self._skip_errors = np.full(shape, np.inf)
+        self._gains = {self._steps: 1.0}
+        self._probe_errors = np.zeros(shape)  # 0: not measured
+        self._probe_images: dict[int, NDArray[np.float64]] = {}  # by step, at distance and gap _TYPICAL
+        self._difficulties: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []  # probe and skip errors, (B,)
+        self._offsets = np.zeros((self._steps, MAX_SKIPPED))
+        self._paper_scores: list[list[float]] = [[] for _ in range(blocks)]
+
+    def record(self, latents: Latents) -> None:
+        """Run the trajectory without caching."""
+        self._trajectory = [latents]
+        for step in range(self._steps):
+            self._progress("recording the trajectory", step, self._steps)
+            latents = self._replay.evaluated_step(step, latents)
+            self._trajectory.append(latents)
+
+    def measure(self) -> None:
+        """Walk the trajectory again; at each step, look at what skipping from here does."""
+        reach = MAX_SKIPPED + self._replay.predictor.history * MAX_GAP
+        for step in range(self._steps):
+            self._progress("skipping from every step", step, self._steps)
+            if step > 0:
+                self._measure_skips(step)
+            self._evaluate(step)
+            self._window.pop(step - reach, None)
+            self._first_inputs.pop(step - reach, None)
+        self._progress("skipping from every step", self._steps, self._steps)
+
+    def _measure_skips(self, step: int) -> None:
+        """Skip from `step` on, for every gap, and see how far the latents stray from the trajectory."""
+        count = min(MAX_SKIPPED, self._steps - step)
+        for gap in range(1, MAX_GAP + 1):
+            evaluations = self._evaluations(step - 1, gap)
+            if evaluations is None:
+                continue
+            self._replay.fill({at: self._window[at] for at in evaluations})
+            for index, latents in enumerate(self._replay.skipped_run(step, count, self._trajectory[step])):
+                images = self._image_errors(latents, step + index + 1)
+                self._skip_errors[step, gap - 1, index] = _geometric_mean(images)
+                if gap == _TYPICAL and index + 1 == _TYPICAL:
+                    if step - 1 in self._probe_images:
+                        self._difficulties.append((self._probe_images[step - 1], images))
+                    self._measure_gain(step + index + 1, latents)
+
+    def _measure_gain(self, step: int, latents: Latents) -> None:
+        """Run on from strayed latents to the end: the share of their squared error that arrives there."""
+        if step % _GAIN_STRIDE and step < self._steps - 2:
+            return
+        final = self._replay.evaluated_run(step, self._steps, latents)
+        arrived, strayed = self._image_errors(final, self._steps), self._image_errors(latents, step)
+        self._gains[step] = _geometric_mean(arrived) / _geometric_mean(strayed)
+
+    def _evaluate(self, step: int) -> None:
+        """Evaluate a step of the trajectory; measure its offsets, its paper scores, and the probe's errors."""
+        replay = self._replay
+        replay.start(step, self._trajectory[step])
+        self._first_inputs[step] = replay.space.block_input(0).read()
+        self._measure_offsets(step)
+        units: Units = []
+        whole = replay.predictor.whole_step
+        for block, slot in enumerate(replay.slots):
+            if step > 0:  # the reference holds the previous step's input
+                branches = signals_of_branches(replay.space.input_signals(block, slot), self._batch)
+                self._paper_scores[block].append(max(paper_score(branch, 1.0) for branch in branches))
+            replay.space.evaluate(block, slot)
+            if not whole:
+                units.append(slot.ring[slot.next_entry].read())
+            if slot.reference is not None:
+                slot.reference.copy_from(replay.space.block_input(block))
+            if block == self._probe_block and not whole:
+                self._measure_probe(step, units)
+        if whole:
+            output = replay.space.slots.output
+            entry = output.next_entry
+            replay.finish(step)
+            units.append(output.ring[entry].read())
+            self._measure_probe(step, units)
+        self._window[step] = units
+
+    def _measure_offsets(self, step: int) -> None:
+        """Compare the first block's input with those of the steps before, and leave the previous one as reference."""
+        slot = self._replay.slots[0]
+        for age in range(min(step, MAX_SKIPPED), 0, -1):
+            if slot.reference is not None:
+                slot.reference.write(self._first_inputs[step - age])
+            rows = self._replay.space.input_signals(0, slot)
+            each = [signals_of_branches(rows[[row]], 1)[0] for row in range(rows.shape[0])]
+            self._offsets[step, age - 1] = max(robust_score(signals) for signals in each)
+
+    def _measure_probe(self, step: int, fresh: Units) -> None:
+        """Predict the probe from every pair of distance and gap, against what was just evaluated."""
+        for gap, distance in itertools.product(range(1, MAX_GAP + 1), range(1, MAX_SKIPPED + 1)):
+            evaluations = self._evaluations(step - distance, gap)
+            if evaluations is None:
+                continue
+            rows = self._probe_rows(step, evaluations, fresh)
+            images = np.maximum(rows.reshape(-1, self._batch).max(axis=0), math.sqrt(_FLOOR))
+            self._probe_errors[step, gap - 1, distance - 1] = _geometric_mean(images)
+            if gap == distance == _TYPICAL:
+                self._probe_images[step] = images
+
+    def _probe_rows(self, step: int, evaluations: Sequence[int], fresh: Units) -> NDArray[np.float64]:
+        if self._replay.predictor.whole_step:
+            return self._replay.output_error(step, {at: self._window[at] for at in evaluations}, fresh[0])
+        slot = self._replay.slots[self._probe_block]
+        slot.fill([(at, self._window[at][self._probe_block]) for at in evaluations])
+        return self._replay.block_error(self._probe_block, step)
+
+    def _evaluations(self, last: int, gap: int) -> list[int] | None:
+        """Return the evaluations that a prediction reads when the last was at `last`, oldest first."""
+        steps = [last - index * gap for index in range(self._replay.predictor.history)]
+        return sorted(steps) if min(steps) >= 0 else None
+
+    def _image_errors(self, latents: Latents, step: int) -> NDArray[np.float64]:
+        """Squared error per element against the trajectory, (B,)."""
+        return np.asarray(np.square(latents.astype(np.float64) - self._trajectory[step]).mean(axis=(1, 2, 3)))
+
+    def calibration(self, key: CalibrationKey, predictor: Predictor) -> Calibration:
+        """Put the measurements together."""
+        return Calibration(
+            key=key,
+            predictor=predictor,
+            images=self._batch,
+            skip_costs=_nested(self._skip_errors * self._gain_after_skips()),
+            probe=Probe(block=self._probe_block, expected=_nested(self._probe_errors), slope=self._slope()),
+            offset_limits=tuple(tuple(row) for row in self._offsets.tolist()),
+            paper_floors=tuple(float(np.quantile(scores, 0.75)) for scores in self._paper_scores),
+        )
+
+    def _gain_after_skips(self) -> NDArray[np.float64]:
+        """Return the gain at the step after each skip, (S, 1, K), interpolated in the logarithm."""
+        measured = sorted(self._gains)
+        after = np.arange(self._steps)[:, None] + np.arange(1, MAX_SKIPPED + 1)
+        logs = np.interp(after, measured, [math.log(self._gains[step]) for step in measured])
+        return np.exp(logs)[:, None, :]
+
+    def _slope(self) -> float:
+        """Return the power of the probe's squared error, relative to the other images', that skip errors follow."""
+        pairs = [(2 * np.log(probe), np.log(np.maximum(skip, _FLOOR))) for probe, skip in self._difficulties]
+        x = np.concatenate([probe - probe.mean() for probe, _ in pairs] or [np.zeros(1)])
+        y = np.concatenate([skip - skip.mean() for _, skip in pairs] or [np.zeros(1)])
+        power = float(x @ x)
+        return min(1.0, max(0.0, float(x @ y) / power)) if power > 0 else 0.0
+
+
+def _geometric_mean(errors: NDArray[np.float64]) -> float:
+    """The typical error: a few images stray a hundred times further than the rest, and would set an arithmetic mean."""
+    return math.exp(float(np.log(np.maximum(errors, _FLOOR)).mean()))
+
+
+def _nested(cube: NDArray[np.float64]) -> tuple[tuple[tuple[float, ...], ...], ...]:
+    return tuple(tuple(tuple(row) for row in rows) for rows in cube.tolist())

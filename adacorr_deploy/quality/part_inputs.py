@@ -1,0 +1,165 @@
+"""What every part is given when it is checked: the tensors of a real run's middle step, none of them random numbers."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adacorr_deploy.core.samplers import sampler_table
+from adacorr_deploy.core.specs import ModelSpec
+from adacorr_deploy.engines.backend import Buffer
+from adacorr_deploy.plugins.service_parts import (
+    MAX_EVALUATIONS,
+    OUTPUT_ERROR_PART,
+    SIGNALS_PART,
+    blend_part_name,
+    extrapolate_part_name,
+    predict_part_name,
+)
+from adacorr_deploy.quality.reference import initial_latents, runtime_noises
+from adacorr_deploy.runtime import Pipeline, SampleRequest
+from adacorr_deploy.runtime.buffers import RunSize
+from adacorr_deploy.runtime.workspace import Workspace
+
+Arrays = Mapping[str, NDArray[np.generic]]
+
+MIN_STEPS: Final = 2 * MAX_EVALUATIONS  # so that the middle step has that many before it
+# Extrapolation through the last T evaluations by order T − 1, newest first.
+_COEFFICIENTS: Final = ((1.0,), (2.0, -1.0), (3.0, -3.0, 1.0))
+_THRESHOLDS: Final = (0.03, 0.09, 1.0)  # τ_reuse, τ_recompute, γ
+_ESTIMATES: Final = (0.0, 0.12)  # spread over the rows: below τ_reuse, between, and above τ_recompute
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Evaluation:
+    """What went into and came out of a block part at one step."""
+
+    step: int
+    tokens: NDArray[np.generic]  # (R, N, D)
+    units: NDArray[np.generic]  # (U, R, N, D)
+    tokens_out: NDArray[np.generic]  # (R, N, D)
+
+
+def part_inputs(reference: Pipeline, request: SampleRequest) -> dict[str, Arrays]:
+    """Run the reference to its middle step, and return the inputs of every part there, by part and tensor.
+
+    Service parts get the slot that the steps before would have filled, of one block part of each size.
+
+    Args:
+        reference: A pipeline in float32.
+        request: Of at least `MIN_STEPS` steps.
+    """
+    model, middle = reference.manifest.model, request.steps // 2
+    table = sampler_table(reference.manifest.schedule, request.sampler, request.steps)
+    size = RunSize(batch=request.batch, branches=request.branches, steps=request.steps, history=0)
+    noises = runtime_noises(reference, request)
+    studied = {model.blocks.index(blocks): deque[_Evaluation](maxlen=MAX_EVALUATIONS + 1) for blocks in model.blocks}
+    outputs = deque[NDArray[np.generic]](maxlen=MAX_EVALUATIONS + 1)  # of the model, (1, B, C, H, W) each
+    inputs: dict[str, Arrays] = {}
+    with reference.lease(size, keeps_reference=lambda block: False) as (space, slots):
+        space.prepare(request, table, initial_latents(reference, request))
+        for step in range(middle + 1):
+            space.embed(step)
+            for block, slot in enumerate(slots):
+                if step == middle:  # now: the block after the next overwrites them
+                    inputs[model.block_names[block]] = _block_inputs(space, block)
+                space.evaluate(block, slot)
+                if block in studied:
+                    studied[block].append(_evaluation(space, step, block, slot.ring[0]))
+            if step == middle:
+                inputs |= _image_inputs(space, model, step, noises[step])
+            space.head(step, noises[step])
+            outputs.append(space.slots.output.ring[0].read())
+    for block, evaluations in studied.items():
+        modulation = inputs[model.block_names[block]]["modulation"]
+        inputs |= _block_service_inputs(model, model.blocks[block], modulation, list(evaluations))
+    return inputs | _output_service_inputs(inputs["head"], list(outputs))
+
+
+def _evaluation(space: Workspace, step: int, block: int, units: Buffer) -> _Evaluation:
+    return _Evaluation(
+        step=step,
+        tokens=space.block_input(block).read(),
+        units=units.read(),
+        tokens_out=space.block_output(block).read(),
+    )
+
+
+def _block_inputs(space: Workspace, block: int) -> Arrays:
+    return {
+        "tokens": space.block_input(block).read(),
+        "modulation": space.blocks.modulation[block].read(),
+        "step": space.image.step.read(),
+    }
+
+
+def _image_inputs(
+    space: Workspace, model: ModelSpec, step: int, noise: NDArray[np.float32] | None
+) -> dict[str, Arrays]:
+    """Return the inputs of embed, condition and head."""
+    image, latents = space.image, space.image.latents[step % 2].read()
+    return {
+        "embed": {"latents": latents, "branches": image.branches.read()},
+        "condition": {"timesteps": image.timesteps.read(), "labels": image.labels.read()},
+        "head": {
+            "tokens": space.block_input(len(model.blocks)).read(),
+            "modulation": space.blocks.modulation_head.read(),
+            "step": image.step.read(),
+            "latents": latents,
+            "guidance": image.guidance.read(),
+            "coefficients": image.coefficients.read(),
+            "noise": np.zeros_like(latents) if noise is None else noise,
+        },
+    }
+
+
+def _block_service_inputs(
+    model: ModelSpec, blocks: int, modulation: NDArray[np.generic], evaluations: Sequence[_Evaluation]
+) -> dict[str, Arrays]:
+    """Return the inputs of signals, and of predict and blend for parts of `blocks` transformer blocks.
+
+    Args:
+        model: The model.
+        blocks: Transformer blocks in the part.
+        modulation: Of the part, (S, R, 6n, D).
+        evaluations: The `MAX_EVALUATIONS` that a slot holds, oldest first, and that of the present step.
+    """
+    *kept, present = evaluations
+    inputs: dict[str, Arrays] = {SIGNALS_PART: {"tokens": present.tokens, "reference": kept[-1].tokens}}
+    for coefficients in _COEFFICIENTS:
+        count = len(coefficients)
+        used = kept[-count:]
+        history: Arrays = {
+            "history": np.stack([evaluation.units for evaluation in used]),
+            "modulation": modulation,
+            # Each evaluation with its own step's gates, so that a part which takes the wrong row shows.
+            "gate_steps": np.asarray([evaluation.step for evaluation in used], dtype=np.int64),
+            "coefficients": np.asarray(coefficients[::-1], dtype=np.float32),
+        }
+        inputs[predict_part_name(model, blocks=blocks, evaluations=count)] = {"tokens": present.tokens, **history}
+        inputs[blend_part_name(model, blocks=blocks, evaluations=count)] = {
+            "base": kept[-1].tokens,
+            "fresh": present.tokens_out,
+            "estimate": np.linspace(*_ESTIMATES, len(present.tokens), dtype=np.float32),
+            "thresholds": np.asarray(_THRESHOLDS, dtype=np.float32),
+            **history,
+        }
+    return inputs
+
+
+def _output_service_inputs(head: Arrays, outputs: Sequence[NDArray[np.generic]]) -> dict[str, Arrays]:
+    """Return the inputs of extrapolate and output_error, from the head's inputs and the last outputs, oldest first."""
+    *kept, present = outputs
+    inputs: dict[str, Arrays] = {OUTPUT_ERROR_PART: {"predicted": kept[-1][0], "fresh": present[0]}}
+    for coefficients in _COEFFICIENTS:
+        inputs[extrapolate_part_name(len(coefficients))] = {
+            **{name: head[name] for name in ("latents", "step", "coefficients", "noise")},
+            "history": np.stack(kept[-len(coefficients) :]),
+            "factors": np.asarray(coefficients[::-1], dtype=np.float32),
+        }
+    return inputs

@@ -1,0 +1,160 @@
+"""What a bundle is measured against: diffusers' own loop, and the runtime's chain over the original PyTorch modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from numpy.typing import NDArray
+
+from adacorr_deploy.core.bundle import Bundle
+from adacorr_deploy.core.errors import BundleError
+from adacorr_deploy.core.samplers import COLUMNS, NoiseSchedule, Sampler, SamplerTable, sampler_table
+from adacorr_deploy.core.specs import DType, PartSpec
+from adacorr_deploy.engines import Session
+from adacorr_deploy.engines.torch_reference import TorchBackend
+from adacorr_deploy.runtime import Pipeline, SampleRequest
+from adacorr_deploy.runtime.buffers import RunSize
+from adacorr_deploy.runtime.request import NoiseStream
+
+if TYPE_CHECKING:
+    from adacorr_deploy.exporters import LoadedModel
+
+Latents = NDArray[np.float32]  # (B, C, H, W)
+Noises = Sequence[Latents | None]  # one per step; None where the sampler adds none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """The original modules, in float32 whatever the bundle's precision, as parts and as a pipeline over them."""
+
+    pipeline: Pipeline
+    backend: TorchBackend
+    specs: Mapping[str, PartSpec]
+
+    def session(self, name: str) -> Session:
+        return self.backend.open(Path(name), self.specs[name])
+
+
+def reference_of_bundle(bundle: Bundle, loaded: LoadedModel) -> Reference:
+    """Return what the bundle would be if its engines made no error. Of the bundle only its manifest is used.
+
+    Raises:
+        BundleError: If the bundle was built from another checkpoint or another model.
+    """
+    _check_same_model(bundle, loaded)
+    segment = bundle.manifest.model.blocks[0]
+    parts = {part.spec.name: part for part in loaded.model.parts(DType.FLOAT32, segment)}
+    backend = TorchBackend({name: part.module for name, part in parts.items()})
+    model = loaded.model.spec(DType.FLOAT32, segment)
+    manifest = bundle.manifest.model_copy(update={"model": model, "backend": backend.name, "parts": {}})
+    sessions = {name: backend.open(Path(name), part.spec) for name, part in parts.items()}
+    pipeline = Pipeline(Bundle(path=bundle.path, manifest=manifest), backend, sessions, ExitStack())
+    return Reference(pipeline=pipeline, backend=backend, specs={name: part.spec for name, part in parts.items()})
+
+
+def _check_same_model(bundle: Bundle, loaded: LoadedModel) -> None:
+    manifest = bundle.manifest
+    if manifest.checkpoint_sha256 != loaded.checkpoint_sha256:
+        raise BundleError(
+            f"{bundle.path} was built from {manifest.model_name} (checkpoint SHA-256 {manifest.checkpoint_sha256}), "
+            f"and the reference is {loaded.name} (SHA-256 {loaded.checkpoint_sha256}). Give the checkpoint that "
+            "the bundle was built from, or rebuild the bundle."
+        )
+    if manifest.model != loaded.model.spec(manifest.model.precision, manifest.model.blocks[0]):
+        raise BundleError(
+            f"{bundle.path} holds another model than the reference {loaded.name}, though their weights are equal. "
+            "Give the configuration that the bundle was built with, or rebuild the bundle."
+        )
+
+
+def initial_latents(pipeline: Pipeline, request: SampleRequest) -> Latents:
+    """Return the latents that a request starts from."""
+    return NoiseStream(request, pipeline.manifest.model.latent_shape).draw()
+
+
+def uncached_latents(pipeline: Pipeline, request: SampleRequest, latents: Latents, noises: Noises) -> Latents:
+    """Run every block of every step with the noise given, and return the final latents, also if they are not finite."""
+    table = sampler_table(pipeline.manifest.schedule, request.sampler, request.steps)
+    size = RunSize(batch=request.batch, branches=request.branches, steps=request.steps, history=0)
+    with pipeline.lease(size, keeps_reference=lambda block: False) as (space, slots):
+        space.prepare(request, table, latents)
+        for step, noise in enumerate(noises):
+            space.embed(step)
+            for block, slot in enumerate(slots):
+                space.evaluate(block, slot)
+            space.head(step, noise)
+        return space.read_latents(request.steps - 1)
+
+
+def runtime_noises(pipeline: Pipeline, request: SampleRequest) -> Noises:
+    """Return the noise that `Pipeline.sample` adds at each step of a request."""
+    table = sampler_table(pipeline.manifest.schedule, request.sampler, request.steps)
+    stream = NoiseStream(request, pipeline.manifest.model.latent_shape)
+    stream.draw()  # the initial latents come first
+    return [stream.draw() if noisy else None for noisy in _noisy_steps(table)]
+
+
+def diffusers_noises(pipeline: Pipeline, request: SampleRequest) -> Noises:
+    """Return the noise that `diffusers_latents` adds at each step: its schedulers take a generator, not a tensor."""
+    table = sampler_table(pipeline.manifest.schedule, request.sampler, request.steps)
+    generator = torch.Generator().manual_seed(request.seed)
+    shape = (request.batch, *pipeline.manifest.model.latent_shape)
+    return [torch.randn(shape, generator=generator).numpy() if noisy else None for noisy in _noisy_steps(table)]
+
+
+def _noisy_steps(table: SamplerTable) -> Iterator[bool]:
+    return (bool(amount != 0.0) for amount in table.coefficients[:, COLUMNS.index("noise")])
+
+
+def diffusers_latents(
+    loaded: LoadedModel, schedule: NoiseSchedule, request: SampleRequest, latents: Latents, *, null_label: int
+) -> Latents:
+    """Denoise with the original model, diffusers' scheduler and guidance as in its DiTPipeline; none of it is ours.
+
+    One thing differs from that pipeline: a predicted variance is kept for the sampler that uses it.
+    """
+    scheduler = _scheduler(schedule, request.sampler)
+    scheduler.set_timesteps(request.steps)
+    generator = torch.Generator().manual_seed(request.seed)
+    extra = {} if request.sampler is Sampler.DDIM else {"generator": generator}
+    labels = torch.from_numpy(request.rows(null_label))
+    keeps_variance = request.sampler is Sampler.DDPM and schedule.variance_type == "learned_range"
+    sample = torch.from_numpy(latents)
+    with torch.inference_mode():
+        for timestep in scheduler.timesteps:
+            rows = torch.cat([sample] * request.branches)
+            output = loaded.model.predict(rows, timestep.expand(len(rows)), labels)
+            guided = _guided(output, sample.shape[1], request)
+            guided = guided if keeps_variance else guided[:, : sample.shape[1]]
+            sample = scheduler.step(guided, timestep, sample, **extra).prev_sample
+    return np.asarray(sample.numpy(), dtype=np.float32)
+
+
+def _guided(output: torch.Tensor, channels: int, request: SampleRequest) -> torch.Tensor:
+    if request.branches == 1:
+        return output
+    noise, rest = output[:, :channels], output[:, channels:]
+    conditional, unconditional = noise.chunk(2)
+    guided = unconditional + request.guidance * (conditional - unconditional)
+    return torch.cat([guided, rest[: request.batch]], dim=1)
+
+
+def _scheduler(schedule: NoiseSchedule, sampler: Sampler) -> DDIMScheduler | DDPMScheduler:
+    common = {
+        "num_train_timesteps": len(schedule.betas),
+        "trained_betas": list(schedule.betas),
+        "prediction_type": schedule.prediction_type,
+        "timestep_spacing": schedule.timestep_spacing,
+        "steps_offset": schedule.steps_offset,
+        "clip_sample": False,
+    }
+    if sampler is Sampler.DDIM:
+        return DDIMScheduler(**common, set_alpha_to_one=schedule.set_alpha_to_one)
+    return DDPMScheduler(**common, variance_type=schedule.variance_type)

@@ -1,0 +1,98 @@
+"""Driving a workspace from any step with any cache: what calibration asks, and a request never does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adacorr_deploy.caching.predictors import Predictor
+from adacorr_deploy.runtime.slots import CacheSlot, Window
+from adacorr_deploy.runtime.workspace import Workspace
+
+Latents = NDArray[np.float32]  # (B, C, H, W)
+Units = list[NDArray[np.generic]]  # per block part (U, R, N, D), or the model's output alone, (1, B, C, H, W)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """One prepared request, whose steps are run in any order. The sampler must add no noise."""
+
+    space: Workspace
+    slots: Sequence[CacheSlot]
+    predictor: Predictor
+
+    def start(self, step: int, latents: Latents) -> None:
+        """Put latents where `step` reads them, and make its tokens."""
+        self.space.image.latents[step % 2].write(latents)
+        self.space.embed(step)
+
+    def finish(self, step: int) -> Latents:
+        """Run the head, and return the latents that `step` leads to."""
+        self.space.head(step, None)
+        return self.space.read_latents(step)
+
+    def evaluated_step(self, step: int, latents: Latents) -> Latents:
+        """Evaluate every block of a step."""
+        self.start(step, latents)
+        for block, slot in enumerate(self.slots):
+            self.space.evaluate(block, slot)
+        return self.finish(step)
+
+    def evaluated_run(self, first_step: int, steps: int, latents: Latents) -> Latents:
+        """Evaluate every step from `first_step` on, and return the final latents."""
+        for step in range(first_step, steps):
+            latents = self.evaluated_step(step, latents)
+        return latents
+
+    @property
+    def predicting_slots(self) -> Sequence[CacheSlot]:
+        """The slots that the predictor reads: one per block, or the output's alone."""
+        return (self.space.slots.output,) if self.predictor.whole_step else self.slots
+
+    def fill(self, evaluations: Mapping[int, Units]) -> None:
+        """Fill the slots as if exactly these steps had been evaluated, in their order."""
+        for index, slot in enumerate(self.predicting_slots):
+            slot.fill([(step, evaluations[step][index]) for step in sorted(evaluations)])
+
+    def skipped_run(self, first_step: int, count: int, latents: Latents) -> list[Latents]:
+        """Skip `count` steps on the slots' predictions, and return the latents after each."""
+        results = []
+        for step in range(first_step, first_step + count):
+            latents = self._skipped_step(step, latents)
+            results.append(latents)
+        return results
+
+    def _skipped_step(self, step: int, latents: Latents) -> Latents:
+        self.start(step, latents)
+        if self.predictor.whole_step:
+            self.space.extrapolate(step, None, self._window(self.space.slots.output, step))
+            return self.space.read_latents(step)
+        for block, slot in enumerate(self.slots):
+            self.space.reuse(block, slot, self._window(slot, step))
+        return self.finish(step)
+
+    def block_error(self, block: int, step: int) -> NDArray[np.float64]:
+        """Compare a block's prediction with its fresh output, which was just evaluated: relative error per row, (R,).
+
+        The slot holds the evaluations to predict from; the fresh input and output are still in the block's buffers.
+        """
+        slot = self.slots[block]
+        self.space.predict_aside(block, slot, self._window(slot, step))
+        return np.asarray(self.space.error_signals(block), dtype=np.float64)[:, 0]
+
+    def output_error(
+        self, step: int, evaluations: Mapping[int, Units], fresh: NDArray[np.generic]
+    ) -> NDArray[np.float64]:
+        """Compare the output that these evaluations predict with the fresh one, (1, B, C, H, W): per image, (B,)."""
+        slot = self.space.slots.output
+        self.fill(evaluations)
+        self.space.predict_output_aside(step, self._window(slot, step))
+        entry = slot.next_entry
+        slot.ring[entry].write(fresh)
+        return np.asarray(self.space.output_error(entry), dtype=np.float64)
+
+    def _window(self, slot: CacheSlot, step: int) -> Window:
+        return slot.window(self.predictor.prediction(step, slot.history.steps))
