@@ -82,7 +82,7 @@ class AdaCorrectionGate(_Gate):
     kind: Literal["adacorrection"] = "adacorrection"
     speedup: Speedup = 2.0
     gamma: Annotated[float, Field(gt=0, le=100)] = 1.0
-    band: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    band: Annotated[float, Field(ge=0, lt=1)] = 0.1
     adaptivity: Annotated[float, Field(ge=0, le=1)] = 0.5
     memory: Annotated[float, Field(ge=0, lt=1)] = 0.3
     offset_margin: Annotated[float, Field(ge=1)] = 1.5

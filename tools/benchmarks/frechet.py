@@ -1,4 +1,4 @@
-"""Fréchet distance of a demo bundle's policies to Fashion-MNIST, over many samples; it can be interrupted and run again.
+"""Fréchet distance of a demo bundle's policies to Fashion-MNIST, over many samples; can be interrupted and run again.
 
     python tools/benchmarks/frechet.py BUNDLE -o build/frechet --policies none,robust@2.2,fewer-steps@2 --samples 5000
 
@@ -41,12 +41,19 @@ def chunk(pipeline: Pipeline, classifier: Classifier, policy: str, index: int, a
     return file
 
 
-def sampled(pipeline: Pipeline, classifier: Classifier, policy: str, args: argparse.Namespace) -> dict[str, NDArray[np.generic]]:
+def sampled(
+    pipeline: Pipeline, classifier: Classifier, policy: str, args: argparse.Namespace
+) -> dict[str, NDArray[np.generic]]:
     parts = []
     count = -(-args.samples // args.batch)
     for index in range(count):
         parts.append(dict(np.load(chunk(pipeline, classifier, policy, index, args), allow_pickle=False)))
-        print(f"\r{policy}: {(index + 1) * args.batch} of {count * args.batch} images", end="", file=sys.stderr, flush=True)
+        print(
+            f"\r{policy}: {(index + 1) * args.batch} of {count * args.batch} images",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
     print(file=sys.stderr)
     return {
         "features": np.concatenate([part["features"] for part in parts]),

@@ -118,7 +118,7 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Predicts the noise in `images` (B, C, H, W) at `timesteps` (B,) for `labels` (B,); the null label is `classes`."""
+    """Predicts the noise in images (B, C, H, W) at timesteps (B,) for labels (B,); the null label is `classes`."""
 
     def __init__(
         self,
