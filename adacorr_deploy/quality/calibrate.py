@@ -251,7 +251,8 @@ class _Study:
         measured = sorted(self._gains)
         after = np.arange(self._steps)[:, None] + np.arange(1, MAX_SKIPPED + 1)
         logs = np.interp(after, measured, [math.log(self._gains[step]) for step in measured])
-        return np.exp(logs)[:, None, :]
+        gains: NDArray[np.float64] = np.exp(logs)[:, None, :]
+        return gains
 
     def _slope(self) -> float:
         """Return the power of the probe's squared error, relative to the other images', that skip errors follow."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS, AdaCorrectionGate, Policy, policy_named
-from adacorr_deploy.caching.predictors import PredictorKind
+from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS, AdaCorrectionGate, policy_named
+from adacorr_deploy.caching.predictors import Predictor, PredictorKind
 from adacorr_deploy.core.errors import PolicyError
 
 
@@ -82,13 +82,7 @@ def test_fewer_steps_is_the_only_policy_that_changes_the_sampler() -> None:
 
 
 def test_the_longest_history_is_three() -> None:
-    assert (
-        max(
-            Policy(name="x", gate={"kind": "none"}, predictor={"kind": kind, "order": 2}).predictor.history
-            for kind in PredictorKind
-        )
-        == 3
-    )  # type: ignore[arg-type]
+    assert max(Predictor(kind=kind, order=2).history for kind in PredictorKind) == 3
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +42,15 @@ def chunk(pipeline: Pipeline, classifier: Classifier, policy: str, index: int, a
     return file
 
 
-def sampled(
-    pipeline: Pipeline, classifier: Classifier, policy: str, args: argparse.Namespace
-) -> dict[str, NDArray[np.generic]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    features: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    rho: float
+    seconds: float
+
+
+def sampled(pipeline: Pipeline, classifier: Classifier, policy: str, args: argparse.Namespace) -> Sampled:
     parts = []
     count = -(-args.samples // args.batch)
     for index in range(count):
@@ -55,12 +62,12 @@ def sampled(
             flush=True,
         )
     print(file=sys.stderr)
-    return {
-        "features": np.concatenate([part["features"] for part in parts]),
-        "labels": np.concatenate([part["labels"] for part in parts]).astype(np.int64),
-        "rho": np.array([part["rho"] for part in parts]),
-        "seconds": np.array([part["seconds"] for part in parts]),
-    }
+    return Sampled(
+        features=np.concatenate([part["features"] for part in parts]).astype(np.float32),
+        labels=np.concatenate([part["labels"] for part in parts]).astype(np.int64),
+        rho=float(np.mean([part["rho"] for part in parts])),
+        seconds=float(np.sum([part["seconds"] for part in parts])),
+    )
 
 
 def main() -> None:
@@ -78,19 +85,17 @@ def main() -> None:
         baseline = sampled(pipeline, classifier, "none", args)
         for policy in args.policies.split(","):
             mine = baseline if policy == "none" else sampled(pipeline, classifier, policy, args)
-            distance = bootstrap_frechet(mine["features"], reference, labels=mine["labels"])
+            distance = bootstrap_frechet(mine.features, reference, labels=mine.labels)
             row = {
                 "policy": policy,
-                "samples": len(mine["features"]),
+                "samples": len(mine.features),
                 "frechet": distance.value,
                 "frechet_interval": [distance.low, distance.high],
-                "rho": float(mine["rho"].mean()),
-                "seconds": float(mine["seconds"].sum()),
+                "rho": mine.rho,
+                "seconds": mine.seconds,
             }
             if policy != "none":
-                ratio = bootstrap_frechet_ratio(
-                    mine["features"], baseline["features"], reference, labels=mine["labels"]
-                )
+                ratio = bootstrap_frechet_ratio(mine.features, baseline.features, reference, labels=mine.labels)
                 row |= {"ratio_to_none": ratio.value, "ratio_interval": [ratio.low, ratio.high]}
             print(json.dumps(row), flush=True)
 

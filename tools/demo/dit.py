@@ -147,21 +147,16 @@ class DiT(nn.Module):
 
     def _initialize(self) -> None:
         """adaLN-zero: every block starts as the identity and the output as zero (§3.2 of the paper)."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        for zeroed in [block.adaLN_modulation[1] for block in self.blocks] + [
-            self.final_layer.adaLN_modulation[1],
-            self.final_layer.linear,
-        ]:
-            nn.init.zeros_(zeroed.weight)
-            nn.init.zeros_(zeroed.bias)
+        parameters = dict(self.named_parameters())
+        for name, parameter in parameters.items():
+            if name == "pos_embed":
+                continue
+            if "adaLN_modulation" in name or name.startswith("final_layer.linear") or name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif name.startswith(("y_embedder", "t_embedder")):
+                nn.init.normal_(parameter, std=0.02)
+            else:
+                nn.init.xavier_uniform_(parameter.flatten(1))
 
     def forward(self, images: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
         x = self.x_embedder(images) + self.pos_embed
