@@ -9,8 +9,9 @@ last evaluations j. They differ in the coefficients c and in whose adaLN gates g
     gated-taylor   results extrapolated to this step, with the gates of this step
 
 `output-taylor` stands for a whole step: the model's guided output is extrapolated, and no block takes part. At equal ρ
-it is as good as `gated-taylor` (docs/METHOD.md has the figures), and it costs and keeps nothing, where predicting every
-block costs ONNX Runtime 5 to 15 % of evaluating it on a CPU. So policies that decide over whole steps use it.
+it is as good as `gated-taylor` (figures in adacorr_deploy/docs/method.md), and it costs and keeps nothing, where
+predicting every block costs ONNX Runtime 5 to 15 % of evaluating it on a CPU. So policies that decide over whole steps
+use it.
 """
 
 from __future__ import annotations

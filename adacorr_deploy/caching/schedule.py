@@ -9,9 +9,10 @@ is the static schedule, and at a request's own price it is the rule that AdaCorr
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from adacorr_deploy.caching.guards import Guards
 
@@ -28,6 +29,10 @@ class SkipCosts:
     """
 
     values: Costs
+    _added: Costs = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_added", [[_increments(row) for row in rows] for rows in self.values])
 
     @property
     def steps(self) -> int:
@@ -43,10 +48,15 @@ class SkipCosts:
 
     def added(self, step: int, gap: int, skipped: int) -> float:
         """Return the error added by skipping `step` too, after `skipped` steps before it were skipped."""
-        row = self.values[step - skipped][min(gap, self.max_gap) - 1]
-        if skipped >= self.max_skipped or not math.isfinite(row[skipped]):
+        if skipped >= self.max_skipped:
             return math.inf
-        return row[skipped] - (row[skipped - 1] if skipped else 0.0)
+        return self._added[step - skipped][min(gap, self.max_gap) - 1][skipped]
+
+
+def _increments(row: Sequence[float]) -> list[float]:
+    """Return what each further skipped step adds; infinite from the first that can't be skipped."""
+    differences = [later - earlier for earlier, later in itertools.pairwise((0.0, *row))]
+    return [difference if math.isfinite(difference) else math.inf for difference in differences]
 
 
 class Plan:
@@ -65,19 +75,19 @@ class Plan:
 
     def _solve(self) -> list[list[list[float]]]:
         """Return ahead[step][gap − 1][skipped]: the least cost from that state to the end."""
-        costs = self._costs
-        ahead = [[[0.0] * (self._max_skipped + 1) for _ in range(costs.max_gap)]]
+        costs, max_gap, added = self._costs, self._costs.max_gap, self._costs.added
+        ahead = [[[0.0] * (self._max_skipped + 1) for _ in range(max_gap)]]
         for step in range(costs.steps - 1, -1, -1):
             after = ahead[-1]
-            here = []
-            for gap in range(1, costs.max_gap + 1):
-                row = []
-                for skipped in range(self._max_skipped + 1):
-                    best = self._price + after[min(skipped + 1, costs.max_gap) - 1][0]
-                    if self._may_skip(step, skipped):
-                        best = min(best, costs.added(step, gap, skipped) + after[gap - 1][skipped + 1])
-                    row.append(best)
-                here.append(row)
+            # Evaluating leads to the gap that the skipped steps leave, whatever the gap was before.
+            here = [
+                [self._price + after[min(skipped + 1, max_gap) - 1][0] for skipped in range(self._max_skipped + 1)]
+                for _ in range(max_gap)
+            ]
+            for skipped in range(self._max_skipped):
+                if self._may_skip(step, skipped):
+                    for gap, row in enumerate(here):
+                        row[skipped] = min(row[skipped], added(step, gap + 1, skipped) + after[gap][skipped + 1])
             ahead.append(here)
         ahead.reverse()
         return ahead
@@ -113,7 +123,7 @@ def price_for_evaluations(costs: SkipCosts, guards: Guards, evaluations: int) ->
     """
     finite = [value for step in costs.values for gap in step for value in gap if math.isfinite(value) and value > 0]
     low, high = (math.log(min(finite)) - 5, math.log(max(finite)) + 5) if finite else (0.0, 1.0)
-    for _ in range(40):
+    for _ in range(30):
         middle = (low + high) / 2
         if len(Plan(costs, guards, math.exp(middle)).evaluated_steps()) > evaluations:
             low = middle
