@@ -1,0 +1,183 @@
+"""adacorr-bench: policies side by side on one bundle."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, NoReturn
+
+import typer
+
+from adacorr_deploy.cli.console import Cell, progress_bar, show_json, show_lines, show_table
+from adacorr_deploy.cli.errors import run_app
+from adacorr_deploy.cli.options import Guidance, Json, SamplerName, Seed, Steps, command_app, examples
+from adacorr_deploy.core.errors import RequestError, SamplingCancelledError
+from adacorr_deploy.core.samplers import Sampler
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from adacorr_deploy.caching.policy import Policy
+    from adacorr_deploy.quality.bench import BenchOptions, BenchRow
+    from adacorr_deploy.runtime import Pipeline
+
+_POLICIES: Final = "none,fewer-steps@2,fora,scheduled@2,robust@2"
+_COLUMNS: Final = ("policy", "steps", "seconds", "speedup", "rho", "efficiency", "psnr_db", "ssim")
+
+app = command_app()
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command and exit."""
+    run_app(app, arguments)
+
+
+@app.command(
+    epilog=examples(
+        "adacorr-bench --list",
+        "adacorr-bench demo.bundle",
+        "adacorr-bench demo.bundle --policies fewer-steps@2.5,robust@2.5,mine.toml --images 32",
+        "adacorr-bench demo.bundle --rounds 5 --csv results.csv",
+    )
+)
+def bench(  # noqa: PLR0913, PLR0917  one parameter is one option
+    bundle: Annotated[
+        Path | None,
+        typer.Argument(metavar="BUNDLE", help="Folder that adacorr-build made.", show_default=False),
+    ] = None,
+    policies: Annotated[
+        str,
+        typer.Option(
+            "--policies",
+            metavar="NAMES",
+            help="Presets, presets with a target as robust@2.5, or files, with commas between; none is always run.",
+        ),
+    ] = _POLICIES,
+    images: Annotated[int, typer.Option("--images", metavar="N", min=1, help="Images per policy.")] = 16,
+    batch: Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Images per request.")] = 8,
+    rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Timed runs; the medians count.")] = 3,
+    steps: Steps = 50,
+    guidance: Guidance = 4.0,
+    seed: Seed = 0,
+    sampler: SamplerName = Sampler.DDIM,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Keep the rows as CSV too.", show_default=False)
+    ] = None,
+    list_presets: Annotated[bool, typer.Option("--list", help="Show the preset policies, and stop.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare policies on a bundle: time, share of block launches skipped, and closeness to the uncached images.
+
+    All policies take turns in each round, so that a drift of the machine's speed touches all alike. speedup is against
+    none in the same run; rho is the share of block launches skipped; efficiency is speedup ÷ the ideal one at that rho;
+    psnr_db and ssim are against none's images (– where they are identical, or too small for SSIM).
+    """
+    if list_presets:
+        _show_presets(as_json)
+        return
+    if bundle is None:
+        raise typer.BadParameter("give a BUNDLE, or --list.")
+    from adacorr_deploy.quality.bench import BenchOptions
+
+    options = BenchOptions(
+        images=images, batch=batch, rounds=rounds, steps=steps, guidance=guidance, seed=seed, sampler=sampler
+    )
+    rows = [_cells(row) for row in _measured(bundle, policies, options, csv_file)]
+    if csv_file is not None:
+        _write_csv(csv_file, rows)
+    if as_json:
+        show_json(rows)
+    else:
+        show_table(_COLUMNS, [tuple(row.values()) for row in rows])
+        show_lines(*([f"rows: {csv_file}"] if csv_file is not None else []))
+
+
+def _measured(bundle: Path, policies: str, options: BenchOptions, csv_file: Path | None) -> list[BenchRow]:
+    """Measure, after checking everything that could spoil it later."""
+    from adacorr_deploy.caching.policy import policy_named
+    from adacorr_deploy.cli.output_files import check_file_can_be_made
+    from adacorr_deploy.quality.bench import bench
+    from adacorr_deploy.runtime import Pipeline
+
+    if csv_file is not None:
+        check_file_can_be_made(csv_file)
+    names = dict.fromkeys(name.strip() for name in policies.split(",") if name.strip())
+    if not names:
+        raise RequestError("policies is empty. Give at least one name; adacorr-bench --list shows them.")
+    chosen = [policy_named(name) for name in names]
+    with Pipeline.open(bundle) as pipeline:
+        _check_runs(pipeline, chosen, options)
+        with progress_bar() as advance:
+            return bench(pipeline, chosen, options, advance)
+
+
+def _check_runs(pipeline: Pipeline, policies: Sequence[Policy], options: BenchOptions) -> None:
+    """Start each policy's first request and stop before its first block: all that it would refuse, it refuses now."""
+    from adacorr_deploy.quality.bench import requests
+    from adacorr_deploy.runtime import check_request, sample_with_policy
+
+    first = next(requests(pipeline, options))
+    check_request(first, pipeline.manifest.model, pipeline.manifest.schedule)
+    for policy in policies:
+        with suppress(SamplingCancelledError):
+            sample_with_policy(pipeline, first, policy, cancelled=lambda: True)
+
+
+def _cells(row: BenchRow) -> dict[str, Cell]:
+    """Return a row by column; what has no finite value (the PSNR of identical images) is None."""
+    cells: dict[str, Cell] = {name: getattr(row, name) for name in _COLUMNS}
+    return {name: None if isinstance(cell, float) and not math.isfinite(cell) else cell for name, cell in cells.items()}
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Cell]]) -> None:
+    from adacorr_deploy.cli.output_files import write_files
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_files({path: text.getvalue().encode()})
+
+
+def _show_presets(as_json: bool) -> None:
+    from adacorr_deploy.caching.policy import PRESETS
+
+    if as_json:
+        show_json(
+            [
+                {**policy.model_dump(mode="json", by_alias=True), "needs_calibration": policy.needs_calibration}
+                for policy in PRESETS.values()
+            ]
+        )
+        return
+    show_table(
+        ("policy", "gate", "predictor", "guards", "needs calibration"),
+        [
+            (policy.name, _fields(policy.gate), *_caching(policy), "yes" if policy.needs_calibration else "no")
+            for policy in PRESETS.values()
+        ],
+    )
+
+
+def _fields(model: BaseModel) -> str:
+    """Return a policy's piece in one line: its kind, then its settings; lists that are empty say nothing."""
+    settings = model.model_dump(mode="json", by_alias=True)
+    kind = [settings.pop("kind")] if "kind" in settings else []
+    return ", ".join([*kind, *(f"{name} {value}" for name, value in settings.items() if value not in (None, []))])
+
+
+def _caching(policy: Policy) -> tuple[str, str]:
+    """Return predictor and guards; nothing for policies that cache nothing."""
+    from adacorr_deploy.caching.policy import FewerStepsGate, NoGate
+
+    if isinstance(policy.gate, NoGate | FewerStepsGate):
+        return "–", "–"
+    return policy.predictor.label, _fields(policy.guards)
+
+
+if __name__ == "__main__":
+    main()

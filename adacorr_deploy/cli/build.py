@@ -1,0 +1,220 @@
+"""adacorr-build: from a checkpoint to a bundle."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from adacorr_deploy.cli.calibrate import calibrate_bundle
+from adacorr_deploy.cli.console import Advance, progress_bar, show_json, show_lines, show_table
+from adacorr_deploy.cli.errors import needs_build_packages, run_app
+from adacorr_deploy.cli.model_source import DEMO, path_from_model
+from adacorr_deploy.cli.options import Heads, Json, Scheduler, command_app, examples
+from adacorr_deploy.core.errors import PolicyError
+from adacorr_deploy.core.specs import DType
+
+if TYPE_CHECKING:
+    from adacorr_deploy.core.bundle import Bundle
+
+app = command_app()
+
+
+class Precision(str, Enum):
+    """Of weights and activations; the values are what people call them."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+
+    @property
+    def dtype(self) -> DType:
+        return DType.FLOAT32 if self is Precision.FP32 else DType.FLOAT16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """What is built."""
+
+    model: str
+    scheduler: Path | None
+    heads: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What it is built into."""
+
+    bundle: Path
+    backend: str
+    precision: Precision
+    segment: int
+    policy: str
+    overwrite: bool
+    calibrated: bool
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command and exit."""
+    run_app(app, arguments)
+
+
+@app.command(
+    epilog=examples(
+        "adacorr-build demo -o demo.bundle",
+        "adacorr-build path/to/DiT-XL-2-256 -o dit-xl.bundle --calibrate",
+        "adacorr-build DiT-XL-2-256x256.pt -o dit-xl.bundle --precision fp16 --policy fora",
+        "adacorr-build my-dit/transformer --scheduler my-dit/scheduler -o my.bundle --segment 4",
+    )
+)
+def build(  # noqa: PLR0913, PLR0917  one parameter is one option
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="demo (the model that comes with the package), a diffusers pipeline or transformer folder, or a DiT "
+            "checkpoint in the original layout (.pt, .safetensors).",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="BUNDLE", help="Folder of the new bundle.", show_default=False),
+    ],
+    backend: Annotated[
+        str, typer.Option("--backend", metavar="NAME", help="Engines that will run the bundle.")
+    ] = "onnxruntime",
+    precision: Annotated[Precision, typer.Option("--precision", help="Of weights and activations.")] = Precision.FP32,
+    segment: Annotated[
+        int,
+        typer.Option(
+            "--segment", metavar="N", min=1, help="Transformer blocks in one engine; caching decides over whole ones."
+        ),
+    ] = 1,
+    scheduler: Scheduler = None,
+    heads: Heads = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            "--policy",
+            metavar="NAME",
+            help="Preset that adacorr-run takes from this bundle if it is given none (adacorr-bench --list).  "
+            "Default: robust.",
+            show_default=False,
+        ),
+    ] = None,
+    calibrate: Annotated[
+        bool | None,
+        typer.Option(
+            "--calibrate/--no-calibrate",
+            help="Measure what skipping costs, for ddim, 50 steps, guidance 4. Default: only for demo; other runs: "
+            "adacorr-calibrate.",
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle that stands at BUNDLE.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Export a Diffusion Transformer, compile its parts, and store them as a bundle.
+
+    The bundle appears whole or not at all: a build that fails or is interrupted leaves nothing behind, and the next one
+    starts anew.
+    """
+    calibrated = model == DEMO if calibrate is None else calibrate
+    target = Target(
+        bundle=output,
+        backend=backend,
+        precision=precision,
+        segment=segment,
+        policy=_default_policy(policy, calibrated=calibrated),
+        overwrite=overwrite,
+        calibrated=calibrated,
+    )
+    started = time.perf_counter()
+    with needs_build_packages("adacorr-build"), progress_bar() as advance:
+        bundle = _built(Source(model=model, scheduler=scheduler, heads=heads), target, advance)
+    seconds = time.perf_counter() - started
+    parts = len(bundle.manifest.parts)
+    size_bytes = sum(record.size_bytes for record in bundle.manifest.files.values())
+    if as_json:
+        show_json(
+            {
+                "bundle": str(bundle.path),
+                "model": bundle.manifest.model_name,
+                "backend": bundle.manifest.backend,
+                "precision": precision.value,
+                "parts": parts,
+                "bytes": size_bytes,
+                "seconds": seconds,
+            }
+        )
+        return
+    show_table(
+        ("model", "backend", "precision", "parts", "MB", "seconds"),
+        [(bundle.manifest.model_name, backend, precision.value, parts, f"{size_bytes / 1e6:.1f}", f"{seconds:.1f}")],
+    )
+    show_lines(f"{bundle.path}", f"Sample from it with: adacorr-run {bundle.path} -o images")
+
+
+def _default_policy(name: str | None, *, calibrated: bool) -> str:
+    """Return the bundle's policy, checked before any work.
+
+    Raises:
+        PolicyError: If it is unknown, or needs a calibration that this build doesn't make.
+    """
+    from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS, policy_named
+
+    if name is None:
+        return DEFAULT_POLICY
+    policy = policy_named(name)
+    if policy.needs_calibration and not calibrated:
+        free = ", ".join(preset.name for preset in PRESETS.values() if not preset.needs_calibration)
+        raise PolicyError(
+            f"policy {name} needs a calibration, which this build leaves out. Add --calibrate, or choose one of {free}."
+        )
+    return name
+
+
+def _built(source: Source, target: Target, advance: Advance) -> Bundle:
+    from adacorr_deploy.engines import backend_by_name
+    from adacorr_deploy.exporters import load_checkpoint
+    from adacorr_deploy.exporters.bundle_builder import BuildOptions, build_bundle
+
+    options = BuildOptions(
+        precision=target.precision.dtype,
+        segment=target.segment,
+        overwrite=target.overwrite,
+        default_policy=target.policy,
+    )
+    backend = backend_by_name(target.backend)
+    return build_bundle(
+        load_checkpoint(path_from_model(source.model), source.scheduler, heads=source.heads),
+        target.bundle,
+        backend,
+        options,
+        progress=lambda part, done, total: advance(f"building {part}", done, total),
+        finish=_calibration(target.policy, advance) if target.calibrated else None,
+    )
+
+
+def _calibration(default_policy: str, advance: Advance) -> Callable[[Path], None]:
+    """Return what calibrates the complete bundle, for what its default policy needs, before it is moved into place."""
+    from adacorr_deploy.caching.policy import policy_named
+    from adacorr_deploy.quality.calibrate import CalibrationOptions
+
+    options, policy = CalibrationOptions(), policy_named(default_policy)
+    if policy.needs_calibration:
+        options = replace(options, predictor=policy.predictor)
+
+    def finish(folder: Path) -> None:
+        calibrate_bundle(folder, options, advance)
+
+    return finish
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""adacorr-calibrate: measure a bundle's runs, so that policies know what skipping costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, NoReturn
+
+import typer
+
+from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS
+from adacorr_deploy.caching.predictors import Predictor, PredictorKind
+from adacorr_deploy.cli.console import Advance, progress_bar, show_json, show_lines
+from adacorr_deploy.cli.errors import run_app
+from adacorr_deploy.cli.options import Bundle, Guidance, Json, SamplerName, Steps, command_app, examples
+from adacorr_deploy.core.samplers import Sampler
+
+if TYPE_CHECKING:
+    from adacorr_deploy.quality.calibrate import CalibrationOptions
+
+_PREDICTOR: Final = PRESETS[DEFAULT_POLICY].predictor
+
+app = command_app()
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command and exit."""
+    run_app(app, arguments)
+
+
+@app.command(
+    epilog=examples(
+        "adacorr-calibrate demo.bundle",
+        "adacorr-calibrate demo.bundle --steps 30 --guidance 1.5",
+        "adacorr-calibrate demo.bundle --predictor gated-taylor --order 2",
+    )
+)
+def calibrate(
+    bundle: Bundle,
+    steps: Steps = 50,
+    guidance: Guidance = 4.0,
+    sampler: SamplerName = Sampler.DDIM,
+    images: Annotated[int, typer.Option("--images", metavar="N", min=1, help="Images to measure on.")] = 16,
+    predictor: Annotated[
+        PredictorKind, typer.Option("--predictor", help="Stands for a skipped block; the policy's must be the same.")
+    ] = _PREDICTOR.kind,
+    order: Annotated[
+        int, typer.Option("--order", metavar="1|2", min=1, max=2, help="Of a predictor that extrapolates.")
+    ] = _PREDICTOR.order,
+    as_json: Json = False,
+) -> None:
+    """Measure a bundle's runs, so that policies know what skipping costs (adacorr-bench --list: which need it).
+
+    A calibration holds for one sampler, number of steps, guidance and predictor; it is stored in the bundle and takes
+    the place of an earlier one for the same. Measuring again gives the same calibration.
+    """
+    from adacorr_deploy.quality.calibrate import CalibrationOptions
+
+    options = CalibrationOptions(
+        sampler=sampler,
+        steps=steps,
+        guidance=guidance,
+        images=images,
+        predictor=Predictor(kind=predictor, order=order),
+    )
+    started = time.perf_counter()
+    with progress_bar() as advance:
+        stored = calibrate_bundle(bundle, options, advance)
+    seconds = time.perf_counter() - started
+    if as_json:
+        show_json({"calibration": str(stored), "steps": steps, "guidance": guidance, "seconds": seconds})
+    else:
+        show_lines(f"{stored}: {sampler.value}, {steps} steps, guidance {guidance:g}, in {seconds:.1f} s")
+
+
+def calibrate_bundle(bundle: Path, options: CalibrationOptions, advance: Advance) -> Path:
+    """Calibrate a bundle on disk, store the result in it, and return its path; `adacorr-build` does so too.
+
+    Raises:
+        RequestError: If an option is out of range.
+        CalibrationError: If the sampler can't be calibrated.
+        BundleError: If the bundle is altered or can't be written.
+    """
+    from adacorr_deploy.core.bundle import CALIBRATION_DIR, store_in_bundle
+    from adacorr_deploy.quality.calibrate import calibrate
+    from adacorr_deploy.runtime import Pipeline, SampleRequest, check_request
+
+    with Pipeline.open(bundle) as pipeline:
+        request = SampleRequest(
+            labels=(0,) * options.images, steps=options.steps, guidance=options.guidance, sampler=options.sampler
+        )
+        check_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
+        calibration = calibrate(pipeline, options, advance)
+        relative = f"{CALIBRATION_DIR}/{calibration.file_name}"
+        return store_in_bundle(pipeline.bundle, relative, calibration.model_dump_json().encode()).file(relative)
+
+
+if __name__ == "__main__":
+    main()

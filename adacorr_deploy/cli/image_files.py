@@ -1,0 +1,90 @@
+"""From sampled pixels to PNG files: one for each image, and a labelled grid of all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from adacorr_deploy.quality.pictures import ImageGrid, picture_of_grids, png_from_picture
+
+PIXEL_CHANNELS: Final = (1, 3)  # grey or RGB: latents that are the image itself
+GRID_NAME: Final = "grid.png"
+
+_COLUMNS: Final = 10  # classes side by side in a grid
+_SHOWN_PIXELS: Final = 84  # small images are enlarged to about this height in a grid
+_NAME_CHARACTERS: Final = 40
+_WHITE: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """Images, and what they are called."""
+
+    pixels: NDArray[np.float32]  # (B, C, H, W) in [−1, 1], C of PIXEL_CHANNELS
+    labels: tuple[int, ...]  # of each image
+    class_names: tuple[str, ...] | None  # by label
+    seed: int
+
+    def name(self, label: int) -> str:
+        return self.class_names[label] if self.class_names else f"class {label}"
+
+
+def png_files(sampled: Sampled, title: str) -> Mapping[str, bytes]:
+    """Return the PNG of each image by its file's name, in order, and last the grid's. Same pixels, same bytes."""
+    width = max(2, len(str(len(sampled.labels) - 1)))
+    files = {
+        f"{index:0{width}d}_{_file_word(sampled.name(label))}_seed{sampled.seed}.png": png_from_picture(_picture(image))
+        for index, (label, image) in enumerate(zip(sampled.labels, sampled.pixels, strict=True))
+    }
+    return {**files, GRID_NAME: png_from_picture(_grid(sampled, title))}
+
+
+def _picture(image: NDArray[np.float32]) -> Image.Image:
+    """(C, H, W) in [−1, 1] → a picture of H × W pixels."""
+    levels = np.rint((np.clip(image, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
+    return Image.fromarray(levels[0] if len(levels) == 1 else np.ascontiguousarray(levels.transpose(1, 2, 0)))
+
+
+def _grid(sampled: Sampled, title: str) -> Image.Image:
+    """One column for each class, its images below one another; after ten classes a new band of columns begins."""
+    labels = list(dict.fromkeys(sampled.labels))
+    scale = max(1, _SHOWN_PIXELS // sampled.pixels.shape[2])
+    bands = [
+        picture_of_grids(_panels(sampled, labels[first : first + _COLUMNS]), title="" if first else title, scale=scale)
+        for first in range(0, len(labels), _COLUMNS)
+    ]
+    return _stacked(bands)
+
+
+def _panels(sampled: Sampled, labels: Sequence[int]) -> list[ImageGrid]:
+    of_label = {label: sampled.pixels[np.equal(sampled.labels, label)] for label in labels}
+    rows = max(len(images) for images in of_label.values())
+    return [
+        ImageGrid(title=sampled.name(label), images=_filled(images, rows), columns=1)
+        for label, images in of_label.items()
+    ]
+
+
+def _filled(images: NDArray[np.float32], rows: int) -> NDArray[np.float32]:
+    blank = np.full((rows - len(images), *images.shape[1:]), _WHITE, dtype=np.float32)
+    return np.concatenate([images, blank])
+
+
+def _stacked(pictures: Sequence[Image.Image]) -> Image.Image:
+    size = (max(picture.width for picture in pictures), sum(picture.height for picture in pictures))
+    canvas = Image.new("RGB", size, "white")
+    top = 0
+    for picture in pictures:
+        canvas.paste(picture, (0, top))
+        top += picture.height
+    return canvas
+
+
+def _file_word(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:_NAME_CHARACTERS] or "class"

@@ -1,0 +1,223 @@
+"""adacorr-run: sample images from a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from adacorr_deploy.cli.console import note, progress_bar, show_json, show_lines, show_table
+from adacorr_deploy.cli.errors import run_app
+from adacorr_deploy.cli.options import Bundle, Guidance, Json, SamplerName, Seed, Steps, command_app, examples
+from adacorr_deploy.core.errors import RequestError
+from adacorr_deploy.core.samplers import Sampler
+
+if TYPE_CHECKING:
+    from adacorr_deploy.caching.policy import Policy
+    from adacorr_deploy.core.specs import ModelSpec
+    from adacorr_deploy.runtime import Pipeline, SampleRequest, SampleResult
+
+app = command_app()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outputs:
+    """Where the results go."""
+
+    directory: Path | None  # of the pictures
+    latents: Path | None
+    trace: Path | None
+
+    def check(self) -> None:
+        """Refuse what can't be written, before anything is sampled.
+
+        Raises:
+            OutputError: If an output's folder can't be made or written.
+            RequestError: If nothing would be kept.
+        """
+        from adacorr_deploy.cli.output_files import check_file_can_be_made, check_folder_can_be_made
+
+        if self.directory is None and self.latents is None:
+            raise RequestError("Nothing would be kept. Give a folder for the images with -o, or --save-latents.")
+        if self.directory is not None:
+            check_folder_can_be_made(self.directory)
+        for file in (self.latents, self.trace):
+            if file is not None:
+                check_file_can_be_made(file)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command and exit."""
+    run_app(app, arguments)
+
+
+@app.command(
+    epilog=examples(
+        "adacorr-run demo.bundle -o images",
+        "adacorr-run demo.bundle --class-labels trouser,sneaker,8 --seed 7 -o images",
+        "adacorr-run demo.bundle --policy robust@2.5 --trace trace.json -o images",
+        "adacorr-run demo.bundle --policy none --latents start.npy --save-latents final.npy -o images",
+    )
+)
+def run(  # noqa: PLR0913, PLR0917  one parameter is one option
+    bundle: Bundle,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder for one PNG per image and grid.png; files of the same names are replaced.",
+            show_default=False,
+        ),
+    ] = None,
+    class_labels: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--class-labels",
+            metavar="LABELS",
+            help="Numbers or names of classes, one image each: 0,3,7 or trouser,8, or the option repeated. "
+            "Default: every class, or 8 of them where there are more than 10.",
+            show_default=False,
+        ),
+    ] = None,
+    steps: Steps = 50,
+    guidance: Guidance = 4.0,
+    seed: Seed = 0,
+    sampler: SamplerName = Sampler.DDIM,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            "--policy",
+            metavar="NAME|FILE",
+            help="A preset (adacorr-bench --list), one with a target speed-up as robust@2.5, or a .json or .toml "
+            "file. Default: the bundle's own.",
+            show_default=False,
+        ),
+    ] = None,
+    latents: Annotated[
+        Path | None,
+        typer.Option(
+            "--latents",
+            metavar="IN.npy",
+            help="Initial latents, float32 (images, channels, height, width), in place of drawn ones.",
+            show_default=False,
+        ),
+    ] = None,
+    save_latents: Annotated[
+        Path | None,
+        typer.Option("--save-latents", metavar="OUT.npy", help="Keep the final latents.", show_default=False),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            "--trace",
+            metavar="T.json",
+            help="Keep what every block did at every step, and why.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Sample images from a bundle: one PNG for each, and a labelled grid.
+
+    Needs neither PyTorch nor ONNX's own packages.
+    """
+    from adacorr_deploy.caching.policy import policy_named
+    from adacorr_deploy.cli.labels import labels_from_text
+    from adacorr_deploy.cli.latents_file import latents_from_npy
+    from adacorr_deploy.runtime import Pipeline, SampleRequest, check_request, sample_with_policy
+
+    outputs = Outputs(directory=output, latents=save_latents, trace=trace)
+    outputs.check()
+    with Pipeline.open(bundle) as pipeline:
+        manifest = pipeline.manifest
+        _check_pixels(manifest.model, outputs)
+        request = SampleRequest(
+            labels=labels_from_text(
+                class_labels or [], num_classes=manifest.model.num_classes, class_names=manifest.class_names
+            ),
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            sampler=sampler,
+            latents=latents_from_npy(latents) if latents else None,
+        )
+        check_request(request, manifest.model, manifest.schedule)
+        chosen = policy_named(policy or manifest.default_policy)
+        with progress_bar() as advance:
+            result = sample_with_policy(
+                pipeline,
+                request,
+                chosen,
+                progress=lambda step, steps, rho: advance(f"{chosen.name}, ρ {rho:.2f}, step", step, steps),
+            )
+        images = _write(outputs, pipeline, request, chosen, result)
+    if as_json:
+        show_json(
+            {
+                "images": [str(path) for path in images],
+                "steps": result.steps,
+                "rho": result.rho,
+                "launches": result.launches,
+                "seconds": result.seconds,
+            }
+        )
+    else:
+        _show(outputs, images, chosen, result)
+
+
+def _check_pixels(model: ModelSpec, outputs: Outputs) -> None:
+    from adacorr_deploy.cli.image_files import PIXEL_CHANNELS
+
+    channels = model.latent_shape[0]
+    if channels not in PIXEL_CHANNELS and outputs.latents is None:
+        raise RequestError(
+            f"This model's latents have {channels} channels: they become images through a VAE, which bundles don't "
+            "hold yet. Keep the latents with --save-latents OUT.npy and decode them yourself."
+        )
+
+
+def _write(
+    outputs: Outputs, pipeline: Pipeline, request: SampleRequest, policy: Policy, result: SampleResult
+) -> list[Path]:
+    """Write every output, and return the images' paths."""
+    from adacorr_deploy.cli.image_files import GRID_NAME, PIXEL_CHANNELS, Sampled, png_files
+    from adacorr_deploy.cli.latents_file import npy_from_latents
+    from adacorr_deploy.cli.output_files import write_files
+
+    manifest, files = pipeline.manifest, {}
+    if outputs.directory is not None and manifest.model.latent_shape[0] in PIXEL_CHANNELS:
+        sampled = Sampled(
+            pixels=result.latents, labels=request.labels, class_names=manifest.class_names, seed=request.seed
+        )
+        title = f"{manifest.model_name}, {policy.name}, {result.steps} steps, guidance {request.guidance:g}"
+        files = {outputs.directory / name: png for name, png in png_files(sampled, title).items()}
+    elif outputs.directory is not None:
+        note("note: no images, as bundles hold no VAE yet; the latents are kept")
+    images = [path for path in files if path.name != GRID_NAME]
+    if outputs.latents is not None:
+        files[outputs.latents] = npy_from_latents(result.latents)
+    if outputs.trace is not None:
+        files[outputs.trace] = result.trace.to_json().encode()
+    write_files(files)
+    return images
+
+
+def _show(outputs: Outputs, images: Sequence[Path], policy: Policy, result: SampleResult) -> None:
+    from adacorr_deploy.cli.image_files import GRID_NAME
+
+    show_table(
+        ("policy", "steps", "ρ", "launches", "seconds"),
+        [(policy.name, result.steps, result.rho, result.launches, result.seconds)],
+    )
+    if images and outputs.directory is not None:
+        show_lines(f"{len(images)} images and {outputs.directory / GRID_NAME}")
+    show_lines(*(str(path) for path in (outputs.latents, outputs.trace) if path is not None))
+
+
+if __name__ == "__main__":
+    main()

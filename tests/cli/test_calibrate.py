@@ -1,0 +1,91 @@
+"""Invariant: a calibration is stored with its hash, and measuring again gives the same bytes."""
+
+from __future__ import annotations
+
+import json
+import re
+from inspect import signature
+from pathlib import Path
+
+import pytest
+
+from adacorr_deploy.cli.calibrate import calibrate
+from adacorr_deploy.core.bundle import open_bundle
+from adacorr_deploy.quality.calibrate import CalibrationOptions
+from tests.cli.conftest import STEPS, Command
+from tests.cli.full_disk import small_files_only
+
+
+def calibrations(bundle: Path) -> dict[str, bytes]:
+    """The stored calibrations, by name; opening the bundle checks their hashes."""
+    opened = open_bundle(bundle)
+    return {name: opened.file(name).read_bytes() for name in opened.manifest.files if name.startswith("calibration/")}
+
+
+def test_json_says_where_the_calibration_is(command: Command, own_bundle: Path) -> None:
+    before = calibrations(own_bundle)
+    found = command("calibrate", own_bundle, "--steps", 6, "--guidance", 1.5, "--images", 1, "--json").json
+    assert list(found) == ["calibration", "steps", "guidance", "seconds"]
+    assert (found["steps"], found["guidance"]) == (6, 1.5)
+    after = calibrations(own_bundle)
+    (new,) = after.keys() - before.keys()
+    assert found["calibration"] == str(own_bundle / new)
+    assert {**after, **before} == after
+
+
+def test_defaults_are_those_of_the_layer_below() -> None:
+    defaults = {name: parameter.default for name, parameter in signature(calibrate).parameters.items()}
+    options = CalibrationOptions()
+    assert (options.predictor.kind, options.predictor.order) == (defaults["predictor"], defaults["order"])
+    assert (options.sampler, options.steps, options.guidance, options.images) == (
+        defaults["sampler"],
+        defaults["steps"],
+        defaults["guidance"],
+        defaults["images"],
+    )
+
+
+def test_measuring_again_gives_the_same_bytes(command: Command, own_bundle: Path) -> None:
+    before = calibrations(own_bundle)
+    shown = command("calibrate", own_bundle, "--steps", STEPS, "--images", 2).stdout
+    assert f": ddim, {STEPS} steps, guidance 4, in " in shown
+    assert calibrations(own_bundle) == before
+    command("calibrate", own_bundle, "--steps", STEPS, "--images", 1)
+    assert calibrations(own_bundle).keys() == before.keys()  # replaced
+    assert calibrations(own_bundle) != before
+
+
+def test_the_predictor_asked_for_is_the_one_measured(command: Command, own_bundle: Path) -> None:
+    found = command(
+        "calibrate", own_bundle, "--steps", 6, "--images", 1, "--predictor", "taylor", "--order", 2, "--json"
+    )
+    stored = json.loads(Path(str(found.json["calibration"])).read_text())
+    assert stored["predictor"] == {"kind": "taylor", "order": 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "steps is 0, allowed"),
+        (["--steps", "3"], "fewer than 4 there is nothing to skip"),
+        (["--guidance", "0.5"], "guidance is 0.5, allowed is at least 1"),
+        (["--sampler", "ddpm"], "adds noise at every step"),
+        (["--images", "0"], "Invalid value for '--images'"),
+        (["--order", "3"], "Invalid value for '--order'"),
+        (["--predictor", "oracle"], "'oracle' is not one of 'hold', 'taylor', 'gated', "),
+    ],
+)
+def test_bad_options_are_one_line_and_change_nothing(
+    command: Command, bundle: Path, arguments: list[str], message: str
+) -> None:
+    before = (bundle / "manifest.json").read_bytes()
+    assert re.search(message, command("calibrate", bundle, *arguments).error)
+    assert (bundle / "manifest.json").read_bytes() == before
+
+
+def test_a_failed_write_keeps_the_earlier_calibration(command: Command, own_bundle: Path) -> None:
+    before = calibrations(own_bundle)
+    with small_files_only(1000):
+        error = command("calibrate", own_bundle, "--steps", STEPS, "--images", 1).error
+    assert re.search("own.bundle can't be written: .*File too large", error)
+    assert calibrations(own_bundle) == before

@@ -1,0 +1,45 @@
+"""Invariant: labels come out in the order in which they were written, whatever the way."""
+
+from __future__ import annotations
+
+import pytest
+
+from adacorr_deploy.cli.labels import labels_from_text
+from adacorr_deploy.core.errors import RequestError
+
+NAMES = ("tench, Tinca tinca", "goldfish", "7")
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels"),
+    [
+        (["0,2"], (0, 2)),
+        (["2", "0", "2"], (2, 0, 2)),
+        (["Goldfish"], (1,)),
+        (["tench, Tinca tinca", "goldfish,0"], (0, 1, 0)),
+        (["7"], (2,)),  # a class that is called by a number
+        (["999,-1"], (999, -1)),  # refused later, by the model's own limits
+        ([], (0, 1, 2)),
+    ],
+)
+def test_names_and_numbers_are_read(texts: list[str], labels: tuple[int, ...]) -> None:
+    assert labels_from_text(texts, num_classes=3, class_names=NAMES) == labels
+
+
+def test_many_classes_are_shown_by_eight_of_them() -> None:
+    labels = labels_from_text([], num_classes=1000, class_names=None)
+    assert labels == (0, 125, 250, 375, 500, 625, 750, 875)
+    assert labels_from_text([], num_classes=10, class_names=None) == tuple(range(10))
+
+
+@pytest.mark.parametrize("text", ["shark", "1,,2", "1.5", "²"])
+def test_another_word_is_refused_with_what_is_known(text: str) -> None:
+    with pytest.raises(RequestError, match=r"from 0 to 2 nor one of its names: tench, Tinca tinca, goldfish, 7\."):
+        labels_from_text([text], num_classes=3, class_names=NAMES)
+    with pytest.raises(RequestError, match="from 0 to 2; this bundle has no class names"):
+        labels_from_text([text], num_classes=3, class_names=None)
+
+
+def test_a_thousand_names_are_not_all_listed() -> None:
+    with pytest.raises(RequestError, match=r"name 11, …\.$"):
+        labels_from_text(["x"], num_classes=1000, class_names=[f"name {label}" for label in range(1000)])
