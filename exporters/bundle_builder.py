@@ -90,7 +90,7 @@ def build_bundle(
         UnsupportedModelError: If a part can't be exported.
         EngineError: If a part can't be compiled.
     """
-    _check_output(output, options)
+    check_output(output, options)
     with _building_folder(output) as folder:
         parts_dir = folder / PARTS_DIR
         parts_dir.mkdir()
@@ -123,7 +123,12 @@ def build_bundle(
     return open_bundle(output)
 
 
-def _check_output(output: Path, options: BuildOptions) -> None:
+def check_output(output: Path, options: BuildOptions) -> None:
+    """Refuse an output that a build may not replace; worth calling before a large checkpoint is loaded.
+
+    Raises:
+        OutputError: If it exists, and isn't a bundle to overwrite.
+    """
     if not output.exists():
         return
     if not options.overwrite:

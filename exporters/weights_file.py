@@ -66,4 +66,4 @@ def write_weights(path: Path, header: bytes, tensors: Iterable[tuple[str, Tensor
                 raise UnsupportedModelError(
                     f"{path.stem}: {name} overflows {dtype.value}. Build with --precision fp32."
                 )
-            stored.numpy().tofile(file)
+            file.write(stored.numpy().data)  # tofile would lose the reason of a full disk

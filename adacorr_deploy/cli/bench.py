@@ -6,7 +6,6 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 
@@ -15,7 +14,7 @@ import typer
 from adacorr_deploy.cli.console import Cell, progress_bar, show_json, show_lines, show_table
 from adacorr_deploy.cli.errors import run_app
 from adacorr_deploy.cli.options import Guidance, Json, SamplerName, Seed, Steps, command_app, examples
-from adacorr_deploy.core.errors import RequestError, SamplingCancelledError
+from adacorr_deploy.core.errors import RequestError
 from adacorr_deploy.core.samplers import Sampler
 
 if TYPE_CHECKING:
@@ -116,15 +115,13 @@ def _measured(bundle: Path, policies: str, options: BenchOptions, csv_file: Path
 
 
 def _check_runs(pipeline: Pipeline, policies: Sequence[Policy], options: BenchOptions) -> None:
-    """Start each policy's first request and stop before its first block: all that it would refuse, it refuses now."""
+    """Refuse before anything is timed what a policy would refuse in its turn."""
     from adacorr_deploy.quality.bench import requests
-    from adacorr_deploy.runtime import check_request, sample_with_policy
+    from adacorr_deploy.runtime import controller_for_request
 
     first = next(requests(pipeline, options))
-    check_request(first, pipeline.manifest.model, pipeline.manifest.schedule)
     for policy in policies:
-        with suppress(SamplingCancelledError):
-            sample_with_policy(pipeline, first, policy, cancelled=lambda: True)
+        controller_for_request(pipeline, first, policy)
 
 
 def _cells(row: BenchRow) -> dict[str, Cell]:

@@ -182,7 +182,7 @@ def _default_policy(name: str | None, *, calibrated: bool) -> str:
 def _built(source: Source, target: Target, advance: Advance) -> Bundle:
     from adacorr_deploy.engines import backend_by_name
     from adacorr_deploy.exporters import load_checkpoint
-    from adacorr_deploy.exporters.bundle_builder import BuildOptions, build_bundle
+    from adacorr_deploy.exporters.bundle_builder import BuildOptions, build_bundle, check_output
 
     options = BuildOptions(
         precision=target.precision.dtype,
@@ -191,6 +191,7 @@ def _built(source: Source, target: Target, advance: Advance) -> Bundle:
         default_policy=target.policy,
     )
     backend = backend_by_name(target.backend)
+    check_output(target.bundle, options)
     return build_bundle(
         load_checkpoint(path_from_model(source.model), source.scheduler, heads=source.heads),
         target.bundle,

@@ -25,10 +25,11 @@ from adacorr_deploy.caching.predictors import Predictor
 from adacorr_deploy.core.errors import CalibrationError
 from adacorr_deploy.core.samplers import Sampler, sampler_table
 from adacorr_deploy.quality.replay import Latents, Replay, Units
-from adacorr_deploy.runtime import Pipeline, SampleRequest
+from adacorr_deploy.runtime import Pipeline, SampleRequest, check_request
 from adacorr_deploy.runtime.buffers import RunSize
 from adacorr_deploy.runtime.denoise import signals_of_branches
 from adacorr_deploy.runtime.request import NoiseStream
+from adacorr_deploy.runtime.sampling import calibration_key
 
 CALIBRATION_SEED: Final = 20_260_213  # apart from the small seeds that people use
 MAX_SKIPPED: Final = 6
@@ -49,18 +50,6 @@ class CalibrationOptions:
     guidance: float = 4.0
     images: int = 16
     predictor: Predictor = PRESETS[DEFAULT_POLICY].predictor
-
-
-def calibration_key(pipeline: Pipeline, *, sampler: Sampler, steps: int, guidance: float) -> CalibrationKey:
-    """Return the key of a run on a bundle."""
-    manifest = pipeline.manifest
-    return CalibrationKey(
-        checkpoint_sha256=manifest.checkpoint_sha256,
-        sampler=sampler.value,
-        steps=steps,
-        guidance=guidance,
-        latent_shape=manifest.model.latent_shape,
-    )
 
 
 def calibrate(pipeline: Pipeline, options: CalibrationOptions, progress: Progress | None = None) -> Calibration:
@@ -91,6 +80,7 @@ def calibrate(pipeline: Pipeline, options: CalibrationOptions, progress: Progres
         history=0 if whole else history,
         output_history=history if whole else 0,
     )
+    check_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
     with pipeline.lease(size, keeps_reference=lambda block: True) as (space, slots):
         latents = NoiseStream(request, pipeline.manifest.model.latent_shape).draw()
         space.prepare(request, table, latents)
@@ -98,8 +88,7 @@ def calibrate(pipeline: Pipeline, options: CalibrationOptions, progress: Progres
         study = _Study(replay, request, progress or (lambda phase, done, total: None))
         study.record(latents)
         study.measure()
-    key = calibration_key(pipeline, sampler=options.sampler, steps=options.steps, guidance=options.guidance)
-    return study.calibration(key, options.predictor)
+    return study.calibration(calibration_key(pipeline, request), options.predictor)
 
 
 class _Study:

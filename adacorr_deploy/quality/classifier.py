@@ -35,7 +35,10 @@ class FeatureNetwork(Protocol):
     """What a Fréchet distance needs to know of a network."""
 
     def features(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return one feature vector per image: (N, C, H, W) float32 in [−1, 1] → (N, F) float32."""
+        """Return one feature vector per image: (N, C, H, W) float32 → (N, F) float32.
+
+        Samples may leave [−1, 1]; they are clipped first, since a Fréchet distance is one of pictures.
+        """
         ...
 
 
@@ -71,7 +74,7 @@ class Classifier:
         self._net = net.eval().requires_grad_(False)
 
     def features(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return feature vectors: (N, 1, 28, 28) float32 in [−1, 1] → (N, 64) float32.
+        """Return feature vectors: (N, 1, 28, 28) float32, clipped to [−1, 1] → (N, 64) float32.
 
         Raises:
             RequestError: If the images have another shape or hold a NaN or an infinity.
@@ -79,13 +82,13 @@ class Classifier:
         return self._in_batches(self._net.extract_features, images)
 
     def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return class logits: (N, 1, 28, 28) float32 in [−1, 1] → (N, 10) float32. Raises as `features` does."""
+        """Return class logits: (N, 1, 28, 28) float32, clipped to [−1, 1] → (N, 10) float32; raises as `features`."""
         return self._in_batches(self._net, images)
 
     def _in_batches(self, function: Callable[[Tensor], Tensor], images: NDArray[np.float32]) -> NDArray[np.float32]:
         _check_images(images)
         with torch.inference_mode():
-            batches = torch.from_numpy(np.ascontiguousarray(images, np.float32)).split(_BATCH)
+            batches = torch.from_numpy(np.clip(images, -1.0, 1.0).astype(np.float32)).split(_BATCH)
             return torch.cat([function(batch) for batch in batches]).numpy()
 
 

@@ -41,7 +41,7 @@ from adacorr_deploy.quality.reference import (
     runtime_noises,
     uncached_latents,
 )
-from adacorr_deploy.runtime import Pipeline, SampleRequest, check_request, sample_with_policy
+from adacorr_deploy.runtime import Pipeline, SampleRequest, check_request, controller_for_request, sample_with_policy
 
 if TYPE_CHECKING:
     from adacorr_deploy.exporters import LoadedModel
@@ -183,6 +183,8 @@ def validate_bundle(
     """
     bundle = open_bundle(bundle_path)
     request = _request(bundle, options)
+    with Pipeline.open(bundle_path) as engine:
+        controller_for_request(engine, request, options.policy)  # a missing calibration is told before the long work
     told = _Told(progress, total=len(bundle.manifest.parts) + len(_RUNS))
     reference = reference_of_bundle(bundle, loaded)
     parts = _part_errors(bundle, reference, request, told)

@@ -6,7 +6,7 @@ from adacorr_deploy.runtime.buffers import MAX_HISTORY
 from adacorr_deploy.runtime.denoise import Progress
 from adacorr_deploy.runtime.pipeline import Pipeline, SampleResult
 from adacorr_deploy.runtime.request import MAX_SEED, SampleRequest, check_request
-from adacorr_deploy.runtime.sampling import sample_with_policy
+from adacorr_deploy.runtime.sampling import controller_for_request, sample_with_policy
 from adacorr_deploy.runtime.trace import Branch, Trace, TraceRecord
 
 __all__ = [  # noqa: RUF022 (grouped by what they are for)
@@ -16,6 +16,7 @@ __all__ = [  # noqa: RUF022 (grouped by what they are for)
     "SampleRequest",
     "SampleResult",
     "check_request",
+    "controller_for_request",
     "sample_with_policy",
     # Limits
     "MAX_HISTORY",

@@ -14,11 +14,12 @@ from adacorr_deploy.caching.calibration import (
     calibration_from_json,
 )
 from adacorr_deploy.caching.controllers import Run, controller_for_policy
+from adacorr_deploy.caching.decisions import Controller
 from adacorr_deploy.caching.policy import FewerStepsGate, NoGate, PaperGate, Policy
 from adacorr_deploy.core.bundle import CALIBRATION_DIR, Bundle
 from adacorr_deploy.runtime.denoise import Progress
 from adacorr_deploy.runtime.pipeline import Pipeline, SampleResult
-from adacorr_deploy.runtime.request import SampleRequest
+from adacorr_deploy.runtime.request import SampleRequest, check_request
 
 
 def sample_with_policy(
@@ -44,21 +45,31 @@ def sample_with_policy(
         SamplingCancelledError: If `cancelled` returned True.
         EngineError: If an engine fails or the latents become NaN.
     """
-    steps = policy.sampled_steps(request.steps)
-    calibration = None
-    if policy.needs_calibration:
-        found = calibrations(pipeline.bundle).values()
-        predictor = None if isinstance(policy.gate, PaperGate) else policy.predictor
-        calibration = calibration_for_run(found, calibration_key(pipeline, request), predictor, policy=policy.name)
-    controller = controller_for_policy(policy, Run(steps=steps), calibration)
+    controller = controller_for_request(pipeline, request, policy)
     cached = not isinstance(policy.gate, NoGate | FewerStepsGate)
     return pipeline.sample(
-        replace(request, steps=steps),
+        replace(request, steps=policy.sampled_steps(request.steps)),
         controller,
         history=policy.predictor.history if cached else 0,
         progress=progress,
         cancelled=cancelled,
     )
+
+
+def controller_for_request(pipeline: Pipeline, request: SampleRequest, policy: Policy) -> Controller:
+    """Return a fresh controller, after checking that the request and the policy can be run on this bundle.
+
+    Raises:
+        CalibrationError: If the policy needs a calibration that the bundle doesn't hold for this run.
+        RequestError: If the request is out of range.
+    """
+    check_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
+    calibration = None
+    if policy.needs_calibration:
+        found = calibrations(pipeline.bundle).values()
+        predictor = None if isinstance(policy.gate, PaperGate) else policy.predictor
+        calibration = calibration_for_run(found, calibration_key(pipeline, request), predictor, policy=policy.name)
+    return controller_for_policy(policy, Run(steps=policy.sampled_steps(request.steps)), calibration)
 
 
 def calibration_key(pipeline: Pipeline, request: SampleRequest) -> CalibrationKey:

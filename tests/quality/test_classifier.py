@@ -45,6 +45,12 @@ def test_an_images_features_do_not_depend_on_its_batch() -> None:
     np.testing.assert_allclose(together[[0, 499, 500, 502]], alone, rtol=1e-4, atol=1e-5)
 
 
+def test_samples_beyond_white_and_black_count_as_the_pictures_they_make() -> None:
+    classifier, images = load_classifier(), noise_images(2)
+    np.testing.assert_array_equal(classifier.features(3 * images), classifier.features(np.clip(3 * images, -1, 1)))
+    assert not np.array_equal(classifier.features(3 * images), classifier.features(images))
+
+
 def test_loading_twice_gives_the_same_network() -> None:
     np.testing.assert_array_equal(
         load_classifier().features(noise_images(2)), load_classifier().features(noise_images(2))
