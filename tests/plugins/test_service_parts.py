@@ -45,7 +45,10 @@ def test_each_onnx_part_is_valid_and_has_the_tensors_of_its_spec(precision: DTyp
 
 
 def test_each_part_is_one_node_of_our_domain_that_asks_for_a_plugin() -> None:
-    for _, proto in service_parts(model_spec()).values():
+    parts = service_parts(model_spec())
+    of_the_op = [name for name in parts if name.startswith(("signals", "predict", "blend"))]
+    assert len(of_the_op) == 1 + 2 * 3
+    for _, proto in (parts[name] for name in of_the_op):
         (node,) = proto.graph.node
         (function,) = proto.functions
         assert (node.domain, node.op_type) == (function.domain, function.name) == (DOMAIN, function.name)
@@ -60,7 +63,7 @@ def test_only_block_parts_of_an_uncommon_size_carry_their_size_in_the_name() -> 
     assert predict_part_name(model, blocks=1, evaluations=2) == "predict_2_n1"
     assert blend_part_name(model, blocks=1, evaluations=3) == "blend_3_n1"
     specs = service_part_specs(model)
-    assert len(specs) == 1 + 2 * 2 * 3
+    assert len(specs) == 1 + 2 * 2 * 3 + 3 + 1  # signals, predict and blend of two sizes, extrapolate, output_error
     assert specs["predict_2"].tensor("history").shape[:2] == (2, 8)
     assert specs["predict_2_n1"].tensor("history").shape[:2] == (2, 2)
 
