@@ -129,7 +129,11 @@ def check_output(output: Path, options: BuildOptions) -> None:
     Raises:
         OutputError: If it exists, and isn't a bundle to overwrite.
     """
-    if not output.exists():
+    try:
+        exists = output.exists()
+    except OSError as error:  # a name too long, a folder that may not be read
+        raise OutputError(f"{output} can't be written: {error}. Choose another folder with -o.") from error
+    if not exists:
         return
     if not options.overwrite:
         raise OutputError(f"{output} exists. Choose another folder with -o, remove it, or give --overwrite.")
@@ -143,6 +147,7 @@ def _building_folder(output: Path) -> Iterator[Path]:
     folder = output.parent / f".{output.name}.{os.getpid()}.building"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)  # of a killed build: in containers, process ids come again
         folder.mkdir()
         yield folder
     except OSError as error:
@@ -200,6 +205,11 @@ def _move_into_place(folder: Path, output: Path) -> None:
         folder.rename(output)
         return
     replaced = output.parent / f".{output.name}.{os.getpid()}.replaced"
-    output.rename(replaced)
-    folder.rename(output)
     shutil.rmtree(replaced, ignore_errors=True)
+    try:
+        output.rename(replaced)
+        folder.rename(output)
+    finally:
+        if replaced.exists() and not output.exists():
+            replaced.rename(output)
+        shutil.rmtree(replaced, ignore_errors=True)

@@ -119,7 +119,8 @@ class AdaCorrectionController:
     predicted inputs spoil the histories that extrapolation needs. The estimate ê of a step is the error that skipping
     it adds by calibration, times the difficulty of the request: how much larger than in calibration the probe errors
     were at its own evaluations. Harder by r² is the same as an evaluation cheaper by r², so the allowance
-    comes from the plan at that price: the cheapest way on for this request, not for the average one.
+    comes from the plan at that price. `adaptivity` says how far difficulty counts: at 0 every request follows the
+    schedule of the average one.
     """
 
     def __init__(self, policy: Policy, gate: AdaCorrectionGate, run: Run, calibration: Calibration) -> None:
@@ -133,7 +134,10 @@ class AdaCorrectionController:
         self._log_error = 0.0  # measured over expected, squared; a running mean of its logarithm
         self._spent = 0.0
         self._decided: tuple[int, Decision] | None = None
-        self._evaluated: list[int] = []
+        self._steps = SlotHistory(
+            capacity=2
+        )  # the steps that were not skipped; protected blocks have more of their own
+        self._measured_at = (1, 1)  # distance and gap of the error that is being measured
 
     @property
     def whole_steps(self) -> bool:
@@ -143,11 +147,16 @@ class AdaCorrectionController:
         return block == 0 or self._gate.corrector is Corrector.PAPER
 
     def needs_signals(self, step: int, block: int, history: SlotHistory) -> bool:
-        return block == 0 and guard_reason(self._policy, self._run, step, block, history) is None
+        return block == 0 and self._step_guard(step) is None
+
+    def _step_guard(self, step: int) -> str | None:
+        return self._policy.guards.step_reason(step=step, steps=self._run.steps, age=self._steps.age(step))
 
     def decide(self, step: int, block: int, history: SlotHistory, signals: Sequence[Signals] | None) -> Decision:
         if self._decided is None or self._decided[0] != step:
             self._decided = (step, self._decide_step(step, history, signals))
+            if self._decided[1].action is not Action.REUSE:
+                self._steps.record(step)
         decision = self._decided[1]
         guard = guard_reason(self._policy, self._run, step, block, history)
         if guard and decision.action is not Action.EVALUATE:
@@ -155,13 +164,13 @@ class AdaCorrectionController:
         return decision
 
     def _decide_step(self, step: int, history: SlotHistory, signals: Sequence[Signals] | None) -> Decision:
-        guard = guard_reason(self._policy, self._run, step, 0, history)
+        guard = self._step_guard(step)
         if guard or signals is None or doubtful(signals):
             return Decision(action=Action.EVALUATE, reason=guard or "signals not finite")
-        age, gap = step - history.steps[0], _gap(history)
+        age, gap = step - self._steps.steps[0], _gap(self._steps)
         offset = max(robust_score(branch) for branch in signals)
         limits = self._calibration.offset_limits[step]
-        if offset > self._gate.offset_margin * limits[min(age, len(limits)) - 1]:
+        if offset > self._gate.offset_margin * limits[min(history.age(step) or 1, len(limits)) - 1]:
             return Decision(action=Action.EVALUATE, reason="offset beyond calibration", score=offset, weight=1.0)
         plan = self._planner.plan(self._price / self.difficulty)
         estimate = self._planner.costs.added(step, gap, age - 1) * self.difficulty
@@ -194,14 +203,15 @@ class AdaCorrectionController:
         return self._policy.predictor.prediction(step, history.steps)
 
     def measures_error(self, step: int, block: int, history: SlotHistory) -> bool:
-        if block != self._calibration.probe.block or len(history.steps) < 2:
+        enough = len(history.steps) >= min(2, self._policy.predictor.history)
+        if block != self._calibration.probe.block or not enough:
             return False
-        self._evaluated = history.steps[:2]
+        self._measured_at = (step - history.steps[0], _gap(history))
         return True
 
     def record_error(self, step: int, block: int, error: float) -> None:
         probe = self._calibration.probe
-        distance, gap = step - self._evaluated[0], self._evaluated[0] - self._evaluated[1]
+        distance, gap = self._measured_at
         cube = probe.expected[step]
         expected = cube[min(gap, len(cube)) - 1][min(distance, len(cube[0])) - 1]
         if expected > 0 and error > 0 and math.isfinite(error):
@@ -251,7 +261,7 @@ def controller_for_policy(policy: Policy, run: Run, calibration: Calibration | N
 
 
 def guard_reason(policy: Policy, run: Run, step: int, block: int, history: SlotHistory) -> str | None:
-    return policy.guards.reason(step=step, steps=run.steps, block=block, history=history)
+    return policy.guards.reason(step=step, steps=run.steps, block=block, age=history.age(step))
 
 
 def paper_score(signals: Signals, lambda_: float) -> float:

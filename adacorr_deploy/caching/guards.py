@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from adacorr_deploy.caching.decisions import Signals, SlotHistory
+from adacorr_deploy.caching.decisions import Signals
 
 
 class Guards(BaseModel):
@@ -20,17 +20,22 @@ class Guards(BaseModel):
     max_age_steps: Annotated[int, Field(ge=1, le=1000)] = 6
     protected_blocks: frozenset[Annotated[int, Field(ge=0)]] = frozenset()
 
-    def reason(self, *, step: int, steps: int, block: int, history: SlotHistory) -> str | None:
+    def reason(self, *, step: int, steps: int, block: int, age: int | None) -> str | None:
         """Return why the block must be evaluated, or None if the gate may decide.
 
         Args:
             step: Index of the step, 0 … steps − 1.
             steps: Steps of the run.
             block: Index of the block part.
-            history: The slot's evaluations, all of this request: a slot is cleared when it is lent to another, so
-                that a change of weights, sampler, shape or condition is a first use.
+            age: Steps since its slot was filled by this request, None before the first time. A slot is cleared when it
+                is lent to another request, so a change of weights, sampler, shape or condition is a first use.
         """
-        age = history.age(step)
+        return self.step_reason(step=step, steps=steps, age=age) or (
+            "protected block" if block in self.protected_blocks else None
+        )
+
+    def step_reason(self, *, step: int, steps: int, age: int | None) -> str | None:
+        """Return why any block must be evaluated at this step, or None. Arguments as those of `reason`."""
         if age is None:
             return "first use"
         if step < self.warmup_steps:
@@ -39,8 +44,6 @@ class Guards(BaseModel):
             return "final steps"
         if age > self.max_age_steps:
             return "maximum age"
-        if block in self.protected_blocks:
-            return "protected block"
         return None
 
 

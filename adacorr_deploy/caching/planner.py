@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from adacorr_deploy.caching.calibration import Calibration
 from adacorr_deploy.caching.guards import Guards
-from adacorr_deploy.caching.schedule import Plan, SkipCosts, price_for_evaluations
+from adacorr_deploy.caching.schedule import Plan, SkipCosts, evaluations_for_speedup, price_for_evaluations
 
 _PRICE_STEPS = 20  # plans kept per factor e of price: 5 % apart, so that few plans serve all requests
 
@@ -22,10 +22,12 @@ class Planner:
         self._prices: dict[float, float] = {}
 
     def price(self, speedup: float) -> float:
-        """Return the price at which at most steps ÷ `speedup` steps are evaluated."""
+        """Return the lowest tabulated price at which at most steps ÷ `speedup` steps are evaluated."""
         if speedup not in self._prices:
-            evaluations = math.floor(self.costs.steps / speedup + 1e-9)
-            self._prices[speedup] = price_for_evaluations(self.costs, self._guards, evaluations)
+            evaluations = evaluations_for_speedup(self.costs.steps, speedup)
+            least = price_for_evaluations(self.costs, self._guards, evaluations)
+            # Up, not to the nearest: below this price the plan would evaluate more than asked for.
+            self._prices[speedup] = math.exp(math.ceil(math.log(least) * _PRICE_STEPS) / _PRICE_STEPS)
         return self._prices[speedup]
 
     def plan(self, price: float) -> Plan:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from adacorr_deploy.caching.guards import Guards
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
+from adacorr_deploy.caching.schedule import evaluations_for_speedup
 from adacorr_deploy.core.errors import PolicyError
 
 if sys.version_info >= (3, 11):
@@ -102,6 +103,12 @@ class PaperGate(_Gate):
     lambda_: Annotated[float, Field(ge=0, le=100, alias="lambda")] = 1.0
     epsilon: Annotated[float, Field(ge=0, lt=1)] = 0.05
 
+    @model_validator(mode="after")
+    def _floor_fits_lambda(self) -> PaperGate:
+        if self.lazy and self.lambda_ != 1.0:
+            raise ValueError(f"lambda is {self.lambda_}; the calibrated floor of a lazy gate is made for 1")
+        return self
+
 
 Gate = Annotated[
     NoGate | FewerStepsGate | IntervalGate | ScheduleGate | AdaCorrectionGate | PaperGate, Field(discriminator="kind")
@@ -140,7 +147,11 @@ class Policy(BaseModel):
 
     def sampled_steps(self, steps: int) -> int:
         """Return how many steps the sampler takes where `steps` were asked for."""
-        return max(1, round(steps / self.gate.speedup)) if isinstance(self.gate, FewerStepsGate) else steps
+        return (
+            max(1, evaluations_for_speedup(steps, self.gate.speedup))
+            if isinstance(self.gate, FewerStepsGate)
+            else steps
+        )
 
 
 _HOLD: Final = Predictor(kind=PredictorKind.HOLD)
@@ -151,7 +162,12 @@ PRESETS: Final[Mapping[str, Policy]] = {
     for policy in (
         Policy(name="none", gate=NoGate()),
         Policy(name="fewer-steps", gate=FewerStepsGate()),
-        Policy(name="fora", gate=IntervalGate(), predictor=Predictor(kind=PredictorKind.GATED)),
+        Policy(
+            name="fora",
+            gate=IntervalGate(),
+            predictor=Predictor(kind=PredictorKind.GATED),
+            guards=Guards(max_age_steps=1000),  # the interval alone decides, as published
+        ),
         Policy(name="scheduled", gate=ScheduleGate(), predictor=_OUTPUT),
         Policy(name="scheduled-blocks", gate=ScheduleGate()),
         Policy(name="robust", gate=AdaCorrectionGate(), predictor=_OUTPUT),
@@ -169,9 +185,9 @@ def policy_named(name_or_file: str) -> Policy:
     Raises:
         PolicyError: If there is no such preset or file, or a field is not valid.
     """
-    name, _, target = name_or_file.partition("@")
+    name, at, target = name_or_file.partition("@")
     if name in PRESETS:
-        return _with_speedup(PRESETS[name], target) if target else PRESETS[name]
+        return _with_speedup(PRESETS[name], target) if at else PRESETS[name]
     path = Path(name_or_file)
     if path.suffix in (".json", ".toml"):
         return policy_from_file(path)

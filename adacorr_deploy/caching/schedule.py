@@ -115,6 +115,11 @@ class Plan:
         return tuple(evaluated)
 
 
+def evaluations_for_speedup(steps: int, speedup: float) -> int:
+    """Return how many of `steps` may be evaluated for a speed-up of at least `speedup`."""
+    return math.floor(steps / speedup + 1e-9)
+
+
 def price_for_evaluations(costs: SkipCosts, guards: Guards, evaluations: int) -> float:
     """Return the lowest price at which the cheapest path evaluates at most `evaluations` steps.
 

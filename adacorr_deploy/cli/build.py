@@ -103,7 +103,7 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
             "--policy",
             metavar="NAME",
             help="Preset that adacorr-run takes from this bundle if it is given none (adacorr-bench --list).  "
-            "Default: robust.",
+            "Default: robust, or none without a calibration.",
             show_default=False,
         ),
     ] = None,
@@ -169,7 +169,7 @@ def _default_policy(name: str | None, *, calibrated: bool) -> str:
     from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS, policy_named
 
     if name is None:
-        return DEFAULT_POLICY
+        return DEFAULT_POLICY if calibrated else "none"
     policy = policy_named(name)
     if policy.needs_calibration and not calibrated:
         free = ", ".join(preset.name for preset in PRESETS.values() if not preset.needs_calibration)

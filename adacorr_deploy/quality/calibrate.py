@@ -22,7 +22,7 @@ from adacorr_deploy.caching.calibration import Calibration, CalibrationKey, Prob
 from adacorr_deploy.caching.controllers import paper_score, robust_score
 from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS
 from adacorr_deploy.caching.predictors import Predictor
-from adacorr_deploy.core.errors import CalibrationError
+from adacorr_deploy.core.errors import CalibrationError, EngineError
 from adacorr_deploy.core.samplers import Sampler, sampler_table
 from adacorr_deploy.quality.replay import Latents, Replay, Units
 from adacorr_deploy.runtime import Pipeline, SampleRequest, check_request
@@ -58,6 +58,7 @@ def calibrate(pipeline: Pipeline, options: CalibrationOptions, progress: Progres
     Raises:
         CalibrationError: If the sampler adds noise (its skips can't be compared), or there are fewer than 4 steps.
         RequestError: If an option is out of range.
+        EngineError: If an engine fails or the latents become NaN.
     """
     table = sampler_table(pipeline.manifest.schedule, options.sampler, options.steps)
     if table.needs_noise:
@@ -120,11 +121,17 @@ class _Study:
         for step in range(self._steps):
             self._progress("recording the trajectory", step, self._steps)
             latents = self._replay.evaluated_step(step, latents)
+            if not np.isfinite(latents).all():
+                raise EngineError(
+                    f"The latents hold NaN or infinite values after step {step + 1} of {self._steps}, without caching. "
+                    "Check the model with adacorr-validate; in fp16 build it with --precision fp32."
+                )
             self._trajectory.append(latents)
+        self._progress("recording the trajectory", self._steps, self._steps)
 
     def measure(self) -> None:
         """Walk the trajectory again; at each step, look at what skipping from here does."""
-        reach = MAX_SKIPPED + self._replay.predictor.history * MAX_GAP
+        reach = MAX_SKIPPED + (self._replay.predictor.history - 1) * MAX_GAP  # the oldest evaluation that is read again
         for step in range(self._steps):
             self._progress("skipping from every step", step, self._steps)
             if step > 0:
@@ -146,7 +153,7 @@ class _Study:
                 images = self._image_errors(latents, step + index + 1)
                 self._skip_errors[step, gap - 1, index] = _geometric_mean(images)
                 if gap == _TYPICAL and index + 1 == _TYPICAL:
-                    if step - 1 in self._probe_images:
+                    if step - 1 in self._probe_images and np.isfinite(images).all():
                         self._difficulties.append((self._probe_images[step - 1], images))
                     self._measure_gain(step + index + 1, latents)
 
@@ -156,7 +163,9 @@ class _Study:
             return
         final = self._replay.evaluated_run(step, self._steps, latents)
         arrived, strayed = self._image_errors(final, self._steps), self._image_errors(latents, step)
-        self._gains[step] = _geometric_mean(arrived) / _geometric_mean(strayed)
+        gain = _geometric_mean(arrived) / _geometric_mean(strayed)
+        if math.isfinite(gain):
+            self._gains[step] = gain
 
     def _evaluate(self, step: int) -> None:
         """Evaluate a step of the trajectory; measure its offsets, its paper scores, and the probe's errors."""
@@ -203,6 +212,8 @@ class _Study:
                 continue
             rows = self._probe_rows(step, evaluations, fresh)
             images = np.maximum(rows.reshape(-1, self._batch).max(axis=0), math.sqrt(_FLOOR))
+            if not np.isfinite(images).all():
+                continue
             self._probe_errors[step, gap - 1, distance - 1] = _geometric_mean(images)
             if gap == distance == _TYPICAL:
                 self._probe_images[step] = images
@@ -253,8 +264,11 @@ class _Study:
 
 
 def _geometric_mean(errors: NDArray[np.float64]) -> float:
-    """The typical error: a few images stray a hundred times further than the rest, and would set an arithmetic mean."""
-    return math.exp(float(np.log(np.maximum(errors, _FLOOR)).mean()))
+    """The typical error: a few images stray a hundred times further than the rest, and would set an arithmetic mean.
+
+    Where one has overflown, it is infinite: what was skipped there can't be skipped.
+    """
+    return math.exp(float(np.log(np.maximum(errors, _FLOOR)).mean())) if np.isfinite(errors).all() else math.inf
 
 
 def _nested(cube: NDArray[np.float64]) -> tuple[tuple[tuple[float, ...], ...], ...]:

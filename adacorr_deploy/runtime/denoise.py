@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,8 @@ from adacorr_deploy.core.errors import EngineError, PolicyError, SamplingCancell
 from adacorr_deploy.runtime.slots import CacheSlot
 from adacorr_deploy.runtime.trace import Trace
 from adacorr_deploy.runtime.workspace import Workspace
+
+_SMALLEST_ERROR: Final = 1e-6  # relative errors below float32's noise count as this
 
 
 class Progress(Protocol):
@@ -91,7 +93,7 @@ class Denoiser:
         self.space.head(step, noise)
         output.record(step)
         if measures:
-            self._record_error(step, 0, _root_mean_square(self.space.output_error(entry).tolist()))
+            self._record_error(step, 0, typical_error(self.space.output_error(entry).tolist(), self.batch))
 
     def _act(self, step: int, block: int, slot: CacheSlot, decision: Decision) -> None:
         if decision.action is Action.REUSE:
@@ -110,8 +112,8 @@ class Denoiser:
         self.space.evaluate(block, slot)
         self._refill(step, block, slot)
         if measures:
-            branches = signals_of_branches(self.space.error_signals(block), self.batch)
-            self._record_error(step, block, _largest(branch.relative_offset for branch in branches))
+            offsets = [float(row[0]) for row in self.space.error_signals(block).tolist()]
+            self._record_error(step, block, typical_error(offsets, self.batch))
 
     def _record_error(self, step: int, block: int, error: float) -> None:
         self._suspect |= not math.isfinite(error)
@@ -161,6 +163,19 @@ class Denoiser:
                 "Check the model with adacorr-validate; in fp16 build it with --precision fp32."
             )
         return latents
+
+
+def typical_error(rows: Sequence[float], batch: int) -> float:
+    """Return the geometric mean over images of each image's error, the larger of its branches': what calibration keeps.
+
+    Args:
+        rows: (R,) or (B,) relative errors, ≥ 0, the conditional rows first. One that is not finite makes the result so.
+        batch: B.
+    """
+    images = [_largest(rows[image::batch]) for image in range(batch)]
+    if not all(math.isfinite(error) for error in images):
+        return math.nan
+    return math.exp(math.fsum(math.log(max(error, _SMALLEST_ERROR)) for error in images) / batch)
 
 
 def signals_of_branches(rows: NDArray[np.generic], batch: int) -> list[Signals]:

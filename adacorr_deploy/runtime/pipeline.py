@@ -89,10 +89,11 @@ class Pipeline:
         return self.bundle.manifest
 
     def close(self) -> None:
-        """Close the sessions and let the buffers go. A second call does nothing."""
-        self._closed = True
-        self._workspaces.clear()
-        self._resources.close()
+        """Close the sessions and free the buffers once no request is running. A second call does nothing."""
+        with self._busy:
+            self._closed = True
+            self._workspaces.clear()
+            self._resources.close()
 
     def __enter__(self) -> Pipeline:
         return self

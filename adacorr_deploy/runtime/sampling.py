@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -17,6 +18,7 @@ from adacorr_deploy.caching.controllers import Run, controller_for_policy
 from adacorr_deploy.caching.decisions import Controller
 from adacorr_deploy.caching.policy import FewerStepsGate, NoGate, PaperGate, Policy
 from adacorr_deploy.core.bundle import CALIBRATION_DIR, Bundle
+from adacorr_deploy.core.errors import BundleError
 from adacorr_deploy.runtime.denoise import Progress
 from adacorr_deploy.runtime.pipeline import Pipeline, SampleResult
 from adacorr_deploy.runtime.request import SampleRequest, check_request
@@ -85,7 +87,12 @@ def calibration_key(pipeline: Pipeline, request: SampleRequest) -> CalibrationKe
 
 
 def calibrations(bundle: Bundle) -> dict[str, Calibration]:
-    """Read every calibration of a bundle, by file name; nothing but what the manifest lists is read."""
+    """Read every calibration of a bundle, by file name; nothing but what the manifest lists is read.
+
+    Raises:
+        BundleError: If one has gone since the bundle was opened.
+        CalibrationError: If one is not valid.
+    """
     return {
         name: _calibration(bundle.file(name), record.sha256)
         for name, record in bundle.manifest.files.items()
@@ -96,4 +103,10 @@ def calibrations(bundle: Bundle) -> dict[str, Calibration]:
 @lru_cache(maxsize=64)
 def _calibration(file: Path, sha256: str) -> Calibration:
     """Read a calibration file once; `sha256` tells apart what the same path held at other times."""
-    return calibration_from_json(file.read_bytes(), where=str(file))
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{file} can't be read any more: {error}. Calibrate again, or rebuild the bundle.") from error
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise BundleError(f"{file} was replaced after its bundle was opened. Open the bundle again.")
+    return calibration_from_json(content, where=str(file))

@@ -19,7 +19,7 @@ from adacorr_deploy.caching.controllers import (
 )
 from adacorr_deploy.caching.decisions import Action, Controller, Decision, Signals, SlotHistory
 from adacorr_deploy.caching.policy import PRESETS, Corrector, Policy, policy_named
-from adacorr_deploy.caching.predictors import Predictor
+from adacorr_deploy.caching.predictors import Predictor, PredictorKind
 from adacorr_deploy.core.errors import CalibrationError
 from tests.caching.scripted_calibration import PROBE_BLOCK, STEPS, calibration
 
@@ -113,12 +113,27 @@ def test_signals_that_are_not_finite_force_evaluation(name: str, value: float) -
     assert evaluated_steps(decisions) == list(range(STEPS))
 
 
-def test_a_protected_block_is_evaluated_where_the_others_are_reused() -> None:
+@pytest.mark.parametrize("protected", [0, 1])
+def test_a_protected_block_is_evaluated_where_the_others_are_reused(protected: int) -> None:
     base = PRESETS["robust-blocks"]
-    policy = base.model_copy(update={"guards": base.guards.model_copy(update={"protected_blocks": frozenset({1})})})
-    decisions = drive(controller(policy))
-    assert evaluated_steps(decisions, 1) == list(range(STEPS))
-    assert len(evaluated_steps(decisions, 0)) < STEPS
+    guards = base.guards.model_copy(update={"protected_blocks": frozenset({protected})})
+    decisions = drive(controller(base.model_copy(update={"guards": guards})))
+    assert evaluated_steps(decisions, protected) == list(range(STEPS))
+    assert evaluated_steps(decisions, 1 - protected) == evaluated_steps(drive(controller("robust-blocks")))
+
+
+@pytest.mark.parametrize("kind", list(PredictorKind))
+def test_every_predictor_adapts(kind: PredictorKind) -> None:
+    base = PRESETS["robust-blocks"]
+    policy = base.model_copy(update={"predictor": Predictor(kind=kind)})
+    easy, hard = (len(evaluated_steps(drive(controller(policy), error=error))) for error in (0.001, 10.0))
+    assert easy < hard
+
+
+@pytest.mark.parametrize("interval", [3, 8, 10])
+def test_fora_follows_its_interval_alone(interval: int) -> None:
+    steps = evaluated_steps(drive(controller(f"fora@{interval}")))
+    assert steps == sorted({0, 1, STEPS - 1, *range(0, STEPS, interval)})
 
 
 def test_difficulty_follows_the_measured_error_by_the_calibrated_slope() -> None:

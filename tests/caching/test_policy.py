@@ -101,3 +101,24 @@ def test_a_predictor_of_whole_steps_is_refused_where_blocks_are_meant(
     path.write_text(json.dumps(content))
     with pytest.raises(PolicyError, match=message):
         policy_named(str(path))
+
+
+@pytest.mark.parametrize(
+    ("steps", "speedup", "sampled"), [(50, 2, 25), (27, 2, 13), (50, 3, 16), (25, 1.5, 16), (1, 20, 1)]
+)
+def test_fewer_steps_takes_no_more_steps_than_a_schedule_of_the_same_target(
+    steps: int, speedup: float, sampled: int
+) -> None:
+    assert policy_named(f"fewer-steps@{speedup}").sampled_steps(steps) == sampled
+
+
+def test_a_lazy_paper_gate_with_another_lambda_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps({"name": "x", "gate": {"kind": "paper", "lazy": True, "lambda": 0.5}}))
+    with pytest.raises(PolicyError, match="floor"):
+        policy_named(str(path))
+
+
+def test_an_at_sign_without_a_target_is_refused() -> None:
+    with pytest.raises(PolicyError):
+        policy_named("robust@")

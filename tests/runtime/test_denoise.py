@@ -14,7 +14,7 @@ from adacorr_deploy.caching.decisions import Action
 from adacorr_deploy.core.errors import EngineError, PolicyError
 from adacorr_deploy.core.samplers import Sampler
 from adacorr_deploy.runtime import Pipeline, SampleRequest
-from adacorr_deploy.runtime.denoise import signals_of_branches
+from adacorr_deploy.runtime.denoise import signals_of_branches, typical_error
 from tests.runtime.fake_backend import FakeBackend
 from tests.runtime.scripted import PlainRun, Script, always, f32
 from tests.runtime.tiny_dit import TinyDiT, signals
@@ -88,8 +88,11 @@ def test_rings_and_launches_compute_what_plain_lists_do(
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * max(1.0, float(np.abs(expected).max())))
     for (step, block), error in script.errors.items():
         rows = signals({"tokens": plain.predicted[step, block], "reference": plain.outputs[step, block]})
-        largest = max(branch.relative_offset for branch in signals_of_branches(rows["signals"], REQUEST.batch))
-        assert error == pytest.approx(largest, rel=1e-3, abs=1e-5)
+        offsets = (
+            np.asarray(rows["signals"])[:, 0].reshape(-1, REQUEST.batch).max(axis=0)
+        )  # the worse branch of each image
+        typical = float(np.exp(np.log(np.maximum(offsets, 1e-6)).mean()))
+        assert error == pytest.approx(typical, rel=1e-3, abs=1e-5)
 
 
 def test_signals_compare_with_the_input_of_the_last_evaluation(pipeline: Pipeline, model: TinyDiT) -> None:
@@ -213,3 +216,13 @@ def test_branches_are_summed_up_apart_and_nan_is_never_lost() -> None:
     assert uncond.relative_offset == 1.0
     reversed_cond, _ = signals_of_branches(rows[[3, 2, 0, 1]], 2)
     assert math.isnan(reversed_cond.relative_offset_p95)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_a_batch_of_equal_images_is_as_hard_as_one(batch: int) -> None:
+    assert typical_error([0.3] * batch + [0.7] * batch, batch) == pytest.approx(0.7)
+
+
+def test_one_wild_image_does_not_decide_for_a_batch_and_a_nan_is_not_lost() -> None:
+    assert typical_error([0.1, 0.1, 0.1, 100.0], 4) < 1.0
+    assert math.isnan(typical_error([0.1, math.nan, 0.1, 0.1], 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from typing import Final
 
@@ -94,7 +95,7 @@ def card_text(training: Training, distances: list[DistanceRow], *, remark: str =
         images_argument=images,
         minutes=training.minutes,
         loss=training.loss,
-        remark=f"{remark}\n" if remark else "",
+        remark=textwrap.fill(remark, 118) + "\n" if remark else "",
         distances=DISTANCES.format(rows="\n".join(map(_row, distances)), steps=sampling_steps) if distances else "",
     )
 

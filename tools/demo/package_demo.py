@@ -127,7 +127,7 @@ def frechet_rows(model: DiTTransformer2DModel, images: int) -> list[DistanceRow]
     labels = torch.arange(images) % len(CLASS_NAMES)
     rows = []
     for guidance in GUIDANCES:
-        with torch.autocast("cpu", torch.bfloat16):  # twice as fast, and far below the distance's own uncertainty
+        with torch.autocast("cpu", torch.bfloat16):  # for speed alone
             sampled = sample(model, labels, guidance, seed=1)
         recognised = float((classifier.logits(sampled).argmax(axis=1) == labels.numpy()).mean())
         interval = bootstrap_frechet(classifier.features(sampled), reference, labels=labels.numpy())

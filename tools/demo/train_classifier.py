@@ -2,7 +2,7 @@
 
     python tools/demo/train_classifier.py [-o adacorr_deploy/demo] [--epochs 15]
 
-About five minutes on one core (bfloat16 convolutions where the processor has them). Leaves `classifier.safetensors`
+About seven minutes on one core (bfloat16 convolutions where the processor has them). Leaves `classifier.safetensors`
 and `reference_features.safetensors`, and prints the test accuracy, taken in float32 on the weights of the last epoch:
 no epoch is chosen by its test accuracy.
 """

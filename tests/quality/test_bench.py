@@ -1,0 +1,178 @@
+"""Rows say what the runs did: the same images for every policy, launches that were really saved, honest medians."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from adacorr_deploy.caching.policy import PRESETS, IntervalGate, Policy, policy_named
+from adacorr_deploy.caching.predictors import Predictor, PredictorKind
+from adacorr_deploy.core.errors import CalibrationError, RequestError
+from adacorr_deploy.core.samplers import Sampler
+from adacorr_deploy.quality import bench as module
+from adacorr_deploy.quality.bench import BenchOptions, BenchRow, bench, requests
+from adacorr_deploy.runtime import Pipeline, SampleRequest, SampleResult, sample_with_policy
+from tests.runtime.conftest import write_bundle
+from tests.runtime.fake_backend import FakeBackend
+from tests.runtime.tiny_dit import TinyDiT
+
+STEPS = 12
+OPTIONS = BenchOptions(images=5, batch=2, rounds=1, steps=STEPS, guidance=3.0, seed=4)
+FORA = policy_named("fora")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("bundles") / "tiny", TinyDiT())
+
+
+@pytest.fixture
+def backend() -> FakeBackend:
+    return FakeBackend.of(TinyDiT())
+
+
+@pytest.fixture
+def pipeline(tiny: Path, backend: FakeBackend) -> Iterator[Pipeline]:
+    with Pipeline.open(tiny, backend=backend) as opened:
+        yield opened
+
+
+def rows_by_policy(pipeline: Pipeline, *names: str, options: BenchOptions = OPTIONS) -> dict[str, BenchRow]:
+    return {row.policy: row for row in bench(pipeline, [policy_named(name) for name in names], options)}
+
+
+def test_the_uncached_run_is_compared_with_itself(pipeline: Pipeline) -> None:
+    (row,) = bench(pipeline, [], replace(OPTIONS, rounds=3))
+    assert (row.policy, row.steps) == ("none", STEPS)
+    assert (row.speedup, row.rho, row.efficiency) == (1.0, 0.0, 1.0)
+    assert (row.psnr_db, row.psnr_worst_db) == (math.inf, math.inf)
+    assert math.isnan(row.ssim)  # 4×4 images are smaller than its window
+
+
+def test_rho_is_that_of_the_traces_and_of_the_engines_counters(pipeline: Pipeline) -> None:
+    row = rows_by_policy(pipeline, "fora")["fora"]
+    results = [sample_with_policy(pipeline, request, FORA) for request in requests(pipeline, OPTIONS)]
+    assert [len(result.latents) for result in results] == [2, 2, 1]
+    assert {result.rho for result in results} == {row.rho}
+    full = STEPS * len(pipeline.manifest.model.blocks)
+    assert sum(result.launches for result in results) == round((1 - row.rho) * full * len(results))
+    assert 0.4 < row.rho < 2 / 3
+
+
+def test_fewer_steps_counts_the_launches_of_the_steps_not_taken(pipeline: Pipeline) -> None:
+    row = rows_by_policy(pipeline, "fewer-steps@3")["fewer-steps@3"]
+    assert row.steps == 4
+    assert row.rho == pytest.approx(1 - 4 / STEPS)
+    assert 0 < row.psnr_worst_db <= row.psnr_db < 80
+
+
+def test_quality_is_of_the_latents_of_all_requests(pipeline: Pipeline) -> None:
+    row = rows_by_policy(pipeline, "fora")["fora"]
+    errors = []
+    for request in requests(pipeline, OPTIONS):
+        cached = sample_with_policy(pipeline, request, FORA).latents
+        exact = sample_with_policy(pipeline, request, PRESETS["none"]).latents
+        errors += np.square(cached.astype(np.float64) - exact).mean(axis=(1, 2, 3)).tolist()
+    decibels = [10 * math.log10(4 / error) for error in errors]
+    assert len(decibels) == OPTIONS.images
+    assert row.psnr_db == pytest.approx(np.mean(decibels))
+    assert row.psnr_worst_db == pytest.approx(min(decibels))
+
+
+def test_an_image_that_did_not_change_does_not_hide_those_that_did(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request whose every block was evaluated has no finite PSNR: the mean must still be that of the others."""
+
+    def first_is_exact(opened: Pipeline, request: SampleRequest, policy: Policy) -> SampleResult:
+        return sample_with_policy(opened, request, PRESETS["none"] if request.seed == OPTIONS.seed else policy)
+
+    cached = rows_by_policy(pipeline, "fora")["fora"]
+    monkeypatch.setattr(module, "sample_with_policy", first_is_exact)
+    row = rows_by_policy(pipeline, "fora")["fora"]
+    assert math.isfinite(row.psnr_db)
+    assert row.psnr_worst_db <= row.psnr_db
+    assert row.psnr_worst_db >= cached.psnr_worst_db
+
+
+def test_requests_make_every_image_once_with_its_own_seed_and_class(pipeline: Pipeline) -> None:
+    """Images are pairs across policies, not across batch sizes: an image is drawn from its request's seed and place."""
+    made = list(requests(pipeline, replace(OPTIONS, images=7, batch=3)))
+    assert [request.labels for request in made] == [(0, 1, 2), (0, 1, 2), (0,)]
+    assert [request.seed for request in made] == [4, 7, 10]
+    assert len({(request.seed, place) for request in made for place in range(request.batch)}) == 7
+    assert {(request.steps, request.guidance, request.sampler) for request in made} == {(STEPS, 3.0, Sampler.DDIM)}
+
+
+def test_every_round_runs_each_policy_in_turn_and_the_last_call_is_whole(pipeline: Pipeline) -> None:
+    told: list[tuple[str, int, int]] = []
+    bench(
+        pipeline,
+        [FORA, policy_named("fewer-steps")],
+        replace(OPTIONS, rounds=2),
+        lambda policy, done, total: told.append((policy, done, total)),
+    )
+    assert [policy for policy, *_ in told] == ["none", "fora", "fewer-steps"] * 3 + [""]
+    assert [(done, total) for _, done, total in told] == [(done, 9) for done in range(10)]
+
+
+def test_speedup_is_the_median_of_paired_rounds(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine slows down tenfold in one round: a ratio of medians of unpaired rounds would show it."""
+    elapsed = {"none": [7.0, 4.0, 40.0, 2.0], "fora": [7.0, 2.0, 10.0, 2.0]}  # the first, uncounted
+
+    def timed(opened: Pipeline, policy: Policy, options: BenchOptions) -> tuple[list[SampleResult], float]:
+        results = [sample_with_policy(opened, request, policy) for request in requests(opened, options)]
+        return results, elapsed[policy.name].pop(0)
+
+    monkeypatch.setattr(module, "_sample_all", timed)
+    monkeypatch.setattr(module, "_block_seconds", lambda opened, options: 3.0)
+    row = rows_by_policy(pipeline, "fora", options=replace(OPTIONS, rounds=3))["fora"]
+    assert (row.seconds, row.speedup) == (2.0, 2.0)  # ratios 2, 4, 1
+    assert row.efficiency == pytest.approx(2.0 * (1 - row.rho * 3.0 / 4.0))  # blocks take 3 of the 4 uncached seconds
+
+
+def test_a_policy_given_twice_is_measured_once(pipeline: Pipeline) -> None:
+    rows = bench(pipeline, [FORA, PRESETS["none"], FORA], OPTIONS)
+    assert [row.policy for row in rows] == ["none", "fora"]
+
+
+@pytest.mark.parametrize("name", ["none", "fora"])
+def test_two_policies_of_one_name_are_refused_before_anything_runs(
+    pipeline: Pipeline, backend: FakeBackend, name: str
+) -> None:
+    other = Policy(name=name, gate=IntervalGate(interval=7), predictor=Predictor(kind=PredictorKind.HOLD))
+    with pytest.raises(RequestError, match=f"two different policies are named {name}"):
+        bench(pipeline, [FORA, other], OPTIONS)
+    assert backend.order == []
+
+
+@pytest.mark.parametrize("name", ["images", "batch", "rounds"])
+def test_options_below_one_are_refused(pipeline: Pipeline, name: str) -> None:
+    with pytest.raises(RequestError, match=f"{name} is 0, allowed are whole numbers from 1"):
+        bench(pipeline, [FORA], replace(OPTIONS, **{name: 0}))  # type: ignore[arg-type]
+
+
+def test_other_bad_options_and_missing_calibrations_are_the_runtimes_own_errors(pipeline: Pipeline) -> None:
+    with pytest.raises(RequestError, match="guidance is 0"):
+        bench(pipeline, [FORA], replace(OPTIONS, guidance=0.0))
+    with pytest.raises(CalibrationError, match="policy robust needs a calibration"):
+        bench(pipeline, [PRESETS["robust"]], OPTIONS)
+
+
+def test_structural_similarity_is_one_for_the_same_image_and_less_for_others(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def enlarged(opened: Pipeline, request: SampleRequest, policy: Policy) -> SampleResult:
+        result = sample_with_policy(opened, request, policy)
+        return replace(result, latents=np.kron(result.latents, np.ones((4, 4), np.float32)))
+
+    monkeypatch.setattr(module, "sample_with_policy", enlarged)
+    rows = rows_by_policy(pipeline, "fora")
+    assert rows["none"].ssim == pytest.approx(1.0, abs=1e-12)
+    assert -1 <= rows["fora"].ssim < 1 - 1e-9
+    assert rows["fora"].seconds > 0 and rows["fora"].efficiency > 0

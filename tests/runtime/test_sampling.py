@@ -1,0 +1,200 @@
+"""A policy runs with the calibration that was made for this very run, or says which command makes it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from adacorr_deploy.caching.calibration import Calibration
+from adacorr_deploy.caching.decisions import Action
+from adacorr_deploy.caching.policy import PRESETS, Policy, policy_named
+from adacorr_deploy.caching.predictors import Predictor, PredictorKind
+from adacorr_deploy.core.bundle import store_in_bundle
+from adacorr_deploy.core.errors import BundleError, CalibrationError, RequestError, SamplingCancelledError
+from adacorr_deploy.core.samplers import Sampler
+from adacorr_deploy.runtime import Pipeline, SampleRequest, controller_for_request, sample_with_policy
+from adacorr_deploy.runtime.sampling import calibration_key, calibrations
+from tests.caching.scripted_calibration import STEPS, calibration
+from tests.runtime.fake_backend import FakeBackend
+from tests.runtime.tiny_dit import TinyDiT
+
+REQUEST = SampleRequest((0, 2), steps=STEPS, guidance=4.0, seed=7)
+FULL = STEPS * 3  # block launches without caching
+OUTPUT = Predictor(kind=PredictorKind.OUTPUT_TAYLOR)
+CALIBRATED = ("robust", "robust-blocks", "scheduled", "scheduled-blocks", "paper-lazy")
+
+
+@pytest.fixture
+def own_bundle(bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bundle, tmp_path / "own"))
+
+
+@pytest.fixture
+def own_pipeline(own_bundle: Path, backend: FakeBackend) -> Iterator[Pipeline]:
+    with Pipeline.open(own_bundle, backend=backend) as opened:
+        yield opened
+
+
+def for_pipeline(pipeline: Pipeline, predictor: Predictor, **key: object) -> Calibration:
+    """A calibration of this bundle's three block parts that forbids nothing by its offsets."""
+    key = {**calibration_key(pipeline, REQUEST).model_dump(), **key}
+    made = calibration(predictor=predictor).model_dump()
+    limits = tuple((1e9,) * 3 for _ in range(STEPS))
+    return Calibration.model_validate({**made, "key": key, "offset_limits": limits, "paper_floors": (1e9,) * 3})
+
+
+def store(pipeline: Pipeline, made: Calibration) -> None:
+    content = made.model_dump_json().encode()
+    pipeline.bundle = store_in_bundle(pipeline.bundle, f"calibration/{made.file_name}", content)
+
+
+def refusal(pipeline: Pipeline, request: SampleRequest, policy: Policy) -> str:
+    with pytest.raises(CalibrationError) as caught:
+        sample_with_policy(pipeline, request, policy)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_without_a_calibration_the_command_that_makes_it_is_given(
+    own_pipeline: Pipeline, backend: FakeBackend, name: str
+) -> None:
+    message = refusal(own_pipeline, REQUEST, PRESETS[name])
+    assert f"policy {name} needs a calibration; the bundle holds none." in message
+    assert "adacorr-calibrate BUNDLE --sampler ddim --steps 12 --guidance 4" in message
+    predictor = PRESETS[name].predictor
+    asked = f"--predictor {predictor.kind.value} --order {predictor.order}"
+    assert (asked in message) == (name != "paper-lazy")  # whose floors hold for any predictor
+    assert backend.order == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "difference"),
+    [
+        ({"steps": 11}, "steps is 12, the run's is 11"),
+        ({"guidance": 3.5}, "guidance is 4.0, the run's is 3.5"),
+        ({"sampler": Sampler.DDPM}, "sampler is ddim, the run's is ddpm"),
+    ],
+    ids=["steps", "guidance", "sampler"],
+)
+def test_a_calibration_for_another_run_is_refused_by_what_differs(
+    own_pipeline: Pipeline, changed: dict[str, object], difference: str
+) -> None:
+    store(own_pipeline, for_pipeline(own_pipeline, OUTPUT))
+    request = replace(REQUEST, **changed)  # type: ignore[arg-type]
+    assert difference in refusal(own_pipeline, request, PRESETS["robust"])
+
+
+def test_a_calibration_of_another_checkpoint_is_refused(own_pipeline: Pipeline) -> None:
+    store(own_pipeline, for_pipeline(own_pipeline, OUTPUT, checkpoint_sha256="1" * 64))
+    assert "checkpoint_sha256 is 111" in refusal(own_pipeline, REQUEST, PRESETS["robust"])
+
+
+def test_a_calibration_of_another_predictor_is_refused(own_pipeline: Pipeline) -> None:
+    store(own_pipeline, for_pipeline(own_pipeline, Predictor()))
+    message = refusal(own_pipeline, REQUEST, PRESETS["robust"])
+    assert "the bundle's are for predictor gated-taylor-1, not output-taylor-1" in message
+    assert "--predictor output-taylor --order 1" in message
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_with_its_calibration_a_policy_launches_what_its_trace_says_and_less_than_all(
+    own_pipeline: Pipeline, backend: FakeBackend, name: str
+) -> None:
+    for predictor in (Predictor(), OUTPUT):  # side by side: each policy must find its own
+        store(own_pipeline, for_pipeline(own_pipeline, predictor))
+    result = sample_with_policy(own_pipeline, REQUEST, PRESETS[name])
+    launched = sum(part.startswith("block_") for part in backend.order)
+    assert result.launches == result.trace.launches == launched < FULL
+    assert result.rho == pytest.approx(1 - launched / FULL)
+    exact = sample_with_policy(own_pipeline, REQUEST, PRESETS["none"]).latents
+    assert not np.array_equal(result.latents, exact)
+
+
+def test_a_schedule_evaluates_exactly_as_many_steps_as_its_target_allows(own_pipeline: Pipeline) -> None:
+    store(own_pipeline, for_pipeline(own_pipeline, OUTPUT))
+    for target in ("1", "1.5", "2"):
+        result = sample_with_policy(own_pipeline, REQUEST, policy_named(f"scheduled@{target}"))
+        assert result.launches <= 3 * int(STEPS / float(target))
+
+
+def test_a_replaced_calibration_is_read_anew(own_pipeline: Pipeline, own_bundle: Path, backend: FakeBackend) -> None:
+    """Files are parsed once per content: a service that calibrates again must not go on with what it read before."""
+    before = for_pipeline(own_pipeline, OUTPUT)
+    store(own_pipeline, before)
+    assert sample_with_policy(own_pipeline, REQUEST, PRESETS["robust"]).launches < FULL
+    never = tuple((("inf",) * 3,) * 3 for _ in range(STEPS))
+    after = Calibration.model_validate({**before.model_dump(), "skip_costs": never})
+    store(own_pipeline, after)
+    assert list(calibrations(own_pipeline.bundle).values()) == [after]
+    assert sample_with_policy(own_pipeline, REQUEST, PRESETS["robust"]).launches == FULL
+    with Pipeline.open(own_bundle, backend=backend) as again:
+        assert list(calibrations(again.bundle).values()) == [after]
+
+
+def test_a_calibration_that_is_not_listed_is_not_read(own_pipeline: Pipeline, own_bundle: Path) -> None:
+    made = for_pipeline(own_pipeline, OUTPUT)
+    (own_bundle / "calibration").mkdir()
+    (own_bundle / "calibration" / made.file_name).write_text(made.model_dump_json())
+    assert "the bundle holds none" in refusal(own_pipeline, REQUEST, PRESETS["robust"])
+
+
+def test_a_calibration_that_has_gone_is_named(own_pipeline: Pipeline, own_bundle: Path) -> None:
+    made = for_pipeline(own_pipeline, OUTPUT, guidance=4.25)
+    store(own_pipeline, made)
+    (own_bundle / "calibration" / made.file_name).unlink()
+    with pytest.raises(BundleError, match=rf"calibration/{made.file_name} can't be read any more"):
+        sample_with_policy(own_pipeline, REQUEST, PRESETS["robust"])
+
+
+def test_a_calibration_file_that_is_none_is_named(own_pipeline: Pipeline) -> None:
+    own_pipeline.bundle = store_in_bundle(own_pipeline.bundle, "calibration/bad.json", b'{"steps": 3}')
+    with pytest.raises(CalibrationError, match=r"calibration/bad.json: .*adacorr-calibrate"):
+        sample_with_policy(own_pipeline, REQUEST, PRESETS["robust"])
+
+
+def test_fewer_steps_takes_the_sampler_there_in_fewer_steps_and_none_takes_all(own_pipeline: Pipeline) -> None:
+    fewer = sample_with_policy(own_pipeline, REQUEST, policy_named("fewer-steps@3"))
+    assert (fewer.steps, fewer.launches, fewer.rho) == (4, 12, 0.0)
+    asked = sample_with_policy(own_pipeline, replace(REQUEST, steps=4), PRESETS["none"])
+    np.testing.assert_array_equal(fewer.latents, asked.latents)
+
+
+def test_nothing_is_kept_for_policies_that_reuse_nothing(own_pipeline: Pipeline, backend: FakeBackend) -> None:
+    def allocated(policy: Policy) -> int:
+        before = len(backend.buffers)
+        sample_with_policy(own_pipeline, REQUEST, policy)
+        return sum(buffer.values.nbytes for buffer in backend.buffers[before:])
+
+    assert allocated(PRESETS["none"]) < allocated(PRESETS["fora"])
+
+
+def test_controllers_are_made_anew_for_each_request(own_pipeline: Pipeline) -> None:
+    store(own_pipeline, for_pipeline(own_pipeline, OUTPUT))
+    first, second = (controller_for_request(own_pipeline, REQUEST, PRESETS["robust"]) for _ in range(2))
+    assert first is not second
+    runs = [sample_with_policy(own_pipeline, REQUEST, PRESETS["robust"]) for _ in range(2)]
+    assert list(runs[0].trace.records) == list(runs[1].trace.records)
+    assert any(record.action is Action.REUSE for record in runs[0].trace.records)
+
+
+def test_progress_and_cancellation_reach_the_loop(own_pipeline: Pipeline) -> None:
+    told: list[tuple[int, int]] = []
+    sample_with_policy(
+        own_pipeline, REQUEST, PRESETS["fora"], progress=lambda step, steps, rho: told.append((step, steps))
+    )
+    assert told == [(step, STEPS) for step in range(1, STEPS + 1)]
+    with pytest.raises(SamplingCancelledError):
+        sample_with_policy(own_pipeline, REQUEST, PRESETS["fora"], cancelled=lambda: True)
+
+
+def test_the_request_is_checked_as_asked_not_as_shortened(own_pipeline: Pipeline, model: TinyDiT) -> None:
+    """`fewer-steps` would bring a number of steps beyond the schedule into its range."""
+    with pytest.raises(RequestError, match="steps is 150"):
+        sample_with_policy(own_pipeline, replace(REQUEST, steps=150), policy_named("fewer-steps@2"))
+    with pytest.raises(RequestError, match=f"label is {model.spec.num_classes}"):
+        sample_with_policy(own_pipeline, replace(REQUEST, labels=(model.spec.num_classes,)), PRESETS["robust"])

@@ -1,0 +1,63 @@
+"""The benchmarks run on a tiny model from a fresh process, and print what their readers rely on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "tools" / "benchmarks"
+pytest.importorskip("torch")
+
+FIGURES = {
+    "chain ÷ monolith",
+    "chain ÷ diffusers",
+    "reused block ÷ evaluated block",
+    "signals of a block ÷ evaluated block",
+    "extrapolated step ÷ evaluated step",
+    "share of blocks in uncached time",
+    "bookkeeping ÷ uncached time",
+    "signals and bookkeeping ÷ uncached time",
+    *(
+        f"{figure}, {run}"
+        for figure in ("speed-up", "efficiency", "efficiency of the loop")
+        for run in ("whole steps, output-taylor", "blocks, gated-taylor")
+    ),
+}
+
+
+def run_script(name: str, *arguments: object) -> str:
+    command = [sys.executable, str(BENCHMARKS / name), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_both_measure_a_tiny_model_and_their_arithmetic_holds(tmp_path: Path) -> None:
+    bundle = tmp_path / "tiny.bundle"
+    arguments = ("--size", "tiny", "--batch", 2, "--rounds", 1, "--steps", 6, "--keep", bundle, "--json")
+    chain = json.loads(run_script("chain.py", *arguments))
+    assert chain["rho"] == {"none": 0.0, "output": 0.5, "blocks": 0.5}
+    assert chain["max_abs_difference_to_chain"]["monolith"] < 1e-4  # every arm computes the same step
+    assert chain["max_abs_difference_to_chain"]["diffusers"] < 1e-3
+    assert {figure["name"] for figure in chain["figures"]} == FIGURES
+    assert all(figure["low"] <= figure["median"] <= figure["high"] for figure in chain["figures"])
+    assert {"cpu", "cores", "torch", "diffusers", "onnxruntime", "load_average"} <= chain["machine"].keys()
+
+    memory = json.loads(run_script("memory.py", bundle, "--batch", 2, "--steps", 6, "--json"))
+    assert [row["policy"] for row in memory["rows"]] == ["none", "robust", "blocks"]
+    for row in memory["rows"]:
+        assert row["buffers"] == row["allocated"]  # the formulas say exactly what the runtime asks for
+        assert row["arithmetic"] == sum(term["size_bytes"] for term in row["terms"])
+        assert row["baseline"] < row["peak_when_opened"] <= row["peak"]
+
+
+def test_an_unknown_size_is_refused_by_name() -> None:
+    command = [sys.executable, str(BENCHMARKS / "chain.py"), "--size", "M/2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "size 'M/2' is not known" in done.stderr
