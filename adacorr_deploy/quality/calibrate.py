@@ -4,7 +4,8 @@ The cost of skipping k steps is measured in two factors. The skip itself is run 
 step, gap and k: that takes no block launch. How much of that error the rest of the run passes on to the final latents
 is measured on every third step by running it, and interpolated: from the second evaluation on, it hardly depends on how
 the error came about. So a calibration takes about S²/6 + 2·S evaluated steps for S steps, instead of the S²·K²·G/2 of
-running every skip to its end; on the demo model the two agree within 2 dB (adacorr_deploy/docs/method.md).
+running every skip to its end. tests/quality/test_calibrate.py runs skips to their ends and compares: within 0.2 % where
+the gain was measured, within an order of magnitude where it is interpolated.
 """
 
 from __future__ import annotations
