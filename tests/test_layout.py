@@ -105,7 +105,8 @@ def test_every_declared_dependency_is_pinned_within_its_range(repository_root: P
     assert declared
     extras = ["", *(importlib.metadata.metadata("adacorr-deploy").get_all("Provides-Extra") or ())]
     for version in ("3.10", "3.11", "3.12", "3.13"):
-        environment = {**default_environment(), "python_version": version, "python_full_version": f"{version}.0"}
+        environment: dict[str, str] = {key: str(value) for key, value in default_environment().items()}
+        environment |= {"python_version": version, "python_full_version": f"{version}.0"}
         for requirement in declared:
             marker = requirement.marker
             if marker and not any(marker.evaluate({**environment, "extra": extra}) for extra in extras):
@@ -113,7 +114,7 @@ def test_every_declared_dependency_is_pinned_within_its_range(repository_root: P
             (pin,) = [
                 pin
                 for pin in pins[canonicalize_name(requirement.name)]
-                if pin.marker is None or pin.marker.evaluate({key: str(value) for key, value in environment.items()})
+                if pin.marker is None or pin.marker.evaluate(dict(environment))
             ]
             (pinned,) = pin.specifier
             assert pinned.operator == "=="

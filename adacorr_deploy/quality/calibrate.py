@@ -74,14 +74,7 @@ def calibrate(pipeline: Pipeline, options: CalibrationOptions, progress: Progres
     request = SampleRequest(
         labels=labels, steps=options.steps, guidance=options.guidance, seed=CALIBRATION_SEED, sampler=options.sampler
     )
-    whole, history = options.predictor.whole_step, options.predictor.history
-    size = RunSize(
-        batch=request.batch,
-        branches=request.branches,
-        steps=options.steps,
-        history=0 if whole else history,
-        output_history=history if whole else 0,
-    )
+    size = RunSize.of(request, history=options.predictor.history, whole_steps=options.predictor.whole_step)
     check_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
     with pipeline.lease(size, keeps_reference=lambda block: True) as (space, slots):
         latents = NoiseStream(request, pipeline.manifest.model.latent_shape).draw()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,8 +48,9 @@ class PartRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is untyped
         self.inference_time = time.perf_counter() - started
         return OrderedDict(outputs)
 
+    @abstractmethod
     def outputs_from_inputs(self, inputs: Arrays) -> Tensors:
-        raise NotImplementedError
+        """Run the part, and return its outputs by name."""
 
 
 class SessionRunner(PartRunner):

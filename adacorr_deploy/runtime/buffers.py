@@ -11,6 +11,7 @@ from adacorr_deploy.core.samplers import COLUMNS
 from adacorr_deploy.core.specs import DType, ModelSpec
 from adacorr_deploy.engines.backend import Backend, Buffer
 from adacorr_deploy.plugins.service_parts import MAX_EVALUATIONS, MODULATION_ROWS, SIGNAL_COUNT
+from adacorr_deploy.runtime.request import SampleRequest
 
 MAX_HISTORY: Final = MAX_EVALUATIONS  # a slot keeps no more than the predict parts can use
 # [τ_reuse, τ_recompute, γ] with which the blend part's weight is the estimate itself: the policy has weighed already.
@@ -26,6 +27,17 @@ class RunSize:
     steps: int
     history: int = 0
     output_history: int = 0
+
+    @classmethod
+    def of(cls, request: SampleRequest, *, history: int, whole_steps: bool) -> RunSize:
+        """Return the size of a request whose policy keeps `history` evaluations, of blocks or of whole steps."""
+        return cls(
+            batch=request.batch,
+            branches=request.branches,
+            steps=request.steps,
+            history=0 if whole_steps else history,
+            output_history=history if whole_steps else 0,
+        )
 
     @property
     def rows(self) -> int:

@@ -139,13 +139,7 @@ class Pipeline:
                 f"sampler {request.sampler.value} takes its noise from the model's variance, which a policy over whole "
                 "steps does not predict. Choose a policy with a block predictor, or --sampler ddim."
             )
-        size = RunSize(
-            batch=request.batch,
-            branches=request.branches,
-            steps=request.steps,
-            history=0 if whole else history,
-            output_history=history if whole else 0,
-        )
+        size = RunSize.of(request, history=history, whole_steps=whole)
         with self.lease(size, keeps_reference=controller.keeps_reference) as (space, slots):
             launches = self._block_launches()
             started = time.perf_counter()

@@ -70,6 +70,24 @@ def sampled(pipeline: Pipeline, classifier: Classifier, policy: str, args: argpa
     )
 
 
+def check_run(pipeline: Pipeline, args: argparse.Namespace) -> None:
+    """Refuse to mix the features of different runs in one folder."""
+    names = [name for name in args.policies.split(",") if name.endswith((".json", ".toml"))]
+    run = {
+        "checkpoint": pipeline.manifest.checkpoint_sha256,
+        "batch": args.batch,
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "first_seed": FIRST_SEED,
+        "policy_files": {name: Path(name).read_text(encoding="utf-8") for name in names},
+    }
+    file = args.output / "run.json"
+    args.output.mkdir(parents=True, exist_ok=True)
+    if file.exists() and json.loads(file.read_text(encoding="utf-8")) != run:
+        raise SystemExit(f"error: {args.output} holds the features of another run ({file}). Choose another folder.")
+    file.write_text(json.dumps(run, indent=1), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
@@ -82,6 +100,7 @@ def main() -> None:
     args = parser.parse_args()
     classifier, reference = load_classifier(), load_reference_statistics()
     with Pipeline.open(args.bundle) as pipeline:
+        check_run(pipeline, args)
         baseline = sampled(pipeline, classifier, "none", args)
         for policy in args.policies.split(","):
             mine = baseline if policy == "none" else sampled(pipeline, classifier, policy, args)
