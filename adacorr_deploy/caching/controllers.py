@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from adacorr_deploy.caching.calibration import Calibration
 from adacorr_deploy.caching.decisions import Action, Controller, Decision, Prediction, Signals, SlotHistory
@@ -94,16 +94,17 @@ class PaperController:
             return Decision(action=Action.EVALUATE, reason=guard or "signals not finite")
         score = max(paper_score(branch, self._gate.lambda_) for branch in signals)
         floor = self._floors[block] if self._floors is not None else 0.0
-        weight = weight_from_estimate(score, reuse=floor, recompute=floor + 1.0, gamma=self._gate.gamma)
-        if not self._gate.lazy:
-            return Decision(action=Action.CORRECT, reason="paper: always evaluated", score=score, weight=weight)
-        if weight <= self._gate.epsilon:
-            return Decision(action=Action.REUSE, reason="weight within epsilon", score=score, weight=weight)
-        action = Action.EVALUATE if weight == 1.0 else Action.CORRECT
-        return Decision(action=action, reason="weight above epsilon", score=score, weight=weight)
+        thresholds = (floor, floor + 1.0, self._gate.gamma)
+        weight = weight_from_estimate(score, thresholds)
+        action, reason = Action.CORRECT, "weight above epsilon" if self._gate.lazy else "paper: always evaluated"
+        if self._gate.lazy and weight <= self._gate.epsilon:
+            action, reason = Action.REUSE, "weight within epsilon"
+        elif self._gate.lazy and weight == 1.0:
+            action = Action.EVALUATE
+        return Decision(action=action, reason=reason, score=score, weight=weight, thresholds=thresholds)
 
     def prediction(self, step: int, block: int, history: SlotHistory) -> Prediction:
-        return self._policy.predictor.prediction(step, history.steps)
+        return replace(self._policy.predictor.prediction(step, history.steps), onto_kept_input=True)
 
     def measures_error(self, step: int, block: int, history: SlotHistory) -> bool:
         return False
@@ -144,7 +145,7 @@ class AdaCorrectionController:
         return self._policy.predictor.whole_step
 
     def keeps_reference(self, block: int) -> bool:
-        return block == 0 or self._gate.corrector is Corrector.PAPER
+        return block == 0
 
     def needs_signals(self, step: int, block: int, history: SlotHistory) -> bool:
         return block == 0 and self._step_guard(step) is None
@@ -180,19 +181,17 @@ class AdaCorrectionController:
     def _weighed(self, step: int, estimate: float, allowance: float) -> Decision:
         if allowance <= 0 or not math.isfinite(estimate):
             return Decision(action=Action.EVALUATE, reason="evaluating pays in any case", score=estimate, weight=1.0)
-        weight = weight_from_estimate(
-            estimate,
-            reuse=(1 - self._gate.band) * allowance,
-            recompute=(1 + self._gate.band) * allowance,
-            gamma=self._gate.gamma,
-        )
+        thresholds = ((1 - self._gate.band) * allowance, (1 + self._gate.band) * allowance, self._gate.gamma)
+        weight = weight_from_estimate(estimate, thresholds)
         if weight >= 1.0:
             return Decision(
                 action=Action.EVALUATE, reason="estimate above the allowance", score=estimate, weight=weight
             )
         if weight > 0.0:
             if self._gate.corrector is Corrector.PAPER:
-                return Decision(action=Action.CORRECT, reason="blended", score=estimate, weight=weight)
+                return Decision(
+                    action=Action.CORRECT, reason="blended", score=estimate, weight=weight, thresholds=thresholds
+                )
             if self._spent + max(estimate, 0.0) > self._budget[step]:
                 return Decision(action=Action.EVALUATE, reason="error budget spent", score=estimate, weight=weight)
         self._spent += max(estimate, 0.0)
@@ -274,10 +273,16 @@ def robust_score(signals: Signals) -> float:
     return math.hypot(max(signals.relative_offset, 0.5 * signals.relative_offset_p95), signals.spatial_change)
 
 
-def weight_from_estimate(estimate: float, *, reuse: float, recompute: float, gamma: float) -> float:
-    """W = clip(γ·(ê − τ_reuse) / (τ_recompute − τ_reuse), 0, 1); a step at τ_reuse where the thresholds meet."""
+def weight_from_estimate(estimate: float, thresholds: tuple[float, float, float]) -> float:
+    """W = clip(γ·(ê − τ_reuse) / (τ_recompute − τ_reuse), 0, 1), as the blend part computes it too.
+
+    Args:
+        estimate: ê, finite.
+        thresholds: τ_reuse, τ_recompute, γ. Where the two meet, w is a step, and 1 on it.
+    """
+    reuse, recompute, gamma = thresholds
     if recompute <= reuse:
-        return 1.0 if estimate > reuse else 0.0
+        return 1.0 if estimate >= reuse else 0.0
     return min(1.0, max(0.0, gamma * (estimate - reuse) / (recompute - reuse)))
 
 

@@ -32,19 +32,25 @@ class Signals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """One block's action at one step; `score` and `weight` are None where the policy computes none."""
+    """One block's action at one step; `score` and `weight` are None where the policy computes none.
+
+    A correction has both, and `thresholds` (τ_reuse, τ_recompute, γ): the blend weighs by clip(γ·(score − τ_reuse) /
+    (τ_recompute − τ_reuse), 0, 1), which is `weight`.
+    """
 
     action: Action
     reason: str
     score: float | None = None
     weight: float | None = None
+    thresholds: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
     """A slot's estimate: x + Σⱼ cⱼ Σᵤ gⱼᵤ ⊙ hⱼᵤ over its evaluations j (newest first) and units u.
 
-    Of a slot that holds the model's output oⱼ, it is Σⱼ cⱼ·oⱼ, and `gate_steps` says nothing.
+    Of a slot that holds the model's output oⱼ, it is Σⱼ cⱼ·oⱼ, and `gate_steps` says nothing. In a correction, x is the
+    block's present input, or, with `onto_kept_input`, the input of the last evaluation: the paper's cached output.
 
     `gate_steps[j]` is the step whose adaLN gates weigh evaluation j: the present step for `gated` predictors, the step
     of evaluation j itself for predictors of the residual.
@@ -52,6 +58,7 @@ class Prediction:
 
     coefficients: tuple[float, ...]
     gate_steps: tuple[int, ...]
+    onto_kept_input: bool = False
 
 
 @dataclass(slots=True)

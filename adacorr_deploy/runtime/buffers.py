@@ -14,8 +14,6 @@ from adacorr_deploy.plugins.service_parts import MAX_EVALUATIONS, MODULATION_ROW
 from adacorr_deploy.runtime.request import SampleRequest
 
 MAX_HISTORY: Final = MAX_EVALUATIONS  # a slot keeps no more than the predict parts can use
-# [τ_reuse, τ_recompute, γ] with which the blend part's weight is the estimate itself: the policy has weighed already.
-_IDENTITY_THRESHOLDS: Final = (0.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,9 +81,9 @@ class BlockBuffers:
     signals: Buffer  # (R, 5) float32
     factors: tuple[Factors, ...]  # for 1 … MAX_HISTORY evaluations
     no_factors: Factors  # one coefficient that is 0 for good
-    thresholds: Buffer  # (3,) float32
-    weight: Buffer  # (R,) float32: how much of the fresh output a correction takes
-    weight_out: Buffer  # (R,) float32
+    scores: Buffer  # (R,) float32: what a correction weighs
+    thresholds: Buffer  # (3,) float32: τ_reuse, τ_recompute, γ
+    weights: Buffer  # (R,) float32: how much of the fresh output a correction took
 
 
 def allocate_image_buffers(backend: Backend, model: ModelSpec, size: RunSize) -> ImageBuffers:
@@ -121,7 +119,7 @@ def allocate_block_buffers(backend: Backend, model: ModelSpec, size: RunSize) ->
             coefficients=backend.allocate((count,), DType.FLOAT32), gate_steps=backend.allocate((count,), DType.INT64)
         )
 
-    buffers = BlockBuffers(
+    return BlockBuffers(
         tokens=(backend.allocate(tokens, model.precision), backend.allocate(tokens, model.precision)),
         fresh=backend.allocate(tokens, model.precision),
         estimate=backend.allocate(tokens, model.precision),
@@ -132,8 +130,6 @@ def allocate_block_buffers(backend: Backend, model: ModelSpec, size: RunSize) ->
         factors=tuple(factors(count) for count in range(1, MAX_HISTORY + 1)),
         no_factors=factors(1),
         thresholds=backend.allocate((3,), DType.FLOAT32),
-        weight=backend.allocate((size.rows,), DType.FLOAT32),
-        weight_out=backend.allocate((size.rows,), DType.FLOAT32),
+        scores=backend.allocate((size.rows,), DType.FLOAT32),
+        weights=backend.allocate((size.rows,), DType.FLOAT32),
     )
-    buffers.thresholds.write(np.asarray(_IDENTITY_THRESHOLDS, dtype=np.float32))
-    return buffers

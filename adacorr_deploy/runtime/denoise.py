@@ -120,13 +120,14 @@ class Denoiser:
         self.controller.record_error(step, block, error)
 
     def _correct(self, step: int, block: int, slot: CacheSlot, decision: Decision) -> None:
-        if decision.weight is None:
-            raise PolicyError(f"A policy corrects block {block} at step {step} without a weight. Give it one in 0 … 1.")
+        if decision.score is None or decision.thresholds is None:
+            raise PolicyError(f"A policy corrects block {block} at step {step} without a score and its thresholds.")
         prediction = self.controller.prediction(step, block, slot.history)
-        self.space.predict_cached(block, slot, slot.window(prediction))
+        predict = self.space.predict_cached if prediction.onto_kept_input else self.space.predict_aside
+        predict(block, slot, slot.window(prediction))
         self.space.evaluate(block, slot, aside=True)
         self._refill(step, block, slot)
-        self.space.blend(block, slot, decision.weight)
+        self.space.blend(block, slot, decision.score, decision.thresholds)
 
     def _refill(self, step: int, block: int, slot: CacheSlot) -> None:
         """Note that the slot holds the fresh units of this step, and the input that they came from."""

@@ -206,15 +206,15 @@ class Workspace:
         self._factors_written[window.entries] = window
         return factors
 
-    def blend(self, block: int, slot: CacheSlot, weight: float) -> None:
-        """Mix the estimate and the fresh output, (1 − w)·estimate + w·fresh, into the block's output.
+    def blend(self, block: int, slot: CacheSlot, score: float, thresholds: tuple[float, float, float]) -> None:
+        """Weigh the score, and mix estimate and fresh output, (1 − w)·estimate + w·fresh, into the block's output.
 
         The part can also compute the estimate from the ring, but by now the evaluation has replaced the ring's oldest
         entry: so the estimate was computed before it, and the ring takes part with a factor of 0.
         """
         blocks = self.blocks
-        rows = blocks.weight.shape[0]
-        blocks.weight.write(np.full(rows, weight, dtype=np.float32))
+        blocks.scores.write(np.full(blocks.scores.shape[0], score, dtype=np.float32))
+        blocks.thresholds.write(np.asarray(thresholds, dtype=np.float32))
         self._run(
             (blend_part_name(self._model, blocks=self._model.blocks[block], evaluations=1), block),
             lambda: {
@@ -224,10 +224,10 @@ class Workspace:
                 "modulation": blocks.modulation[block],
                 "gate_steps": blocks.no_factors.gate_steps,
                 "coefficients": blocks.no_factors.coefficients,
-                "estimate": blocks.weight,
+                "estimate": blocks.scores,
                 "thresholds": blocks.thresholds,
                 "tokens_out": self.block_output(block),
-                "weight": blocks.weight_out,
+                "weight": blocks.weights,
             },
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ from adacorr_deploy.caching.decisions import Action, Controller, Decision, Signa
 from adacorr_deploy.caching.policy import PRESETS, Corrector, Policy, policy_named
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
 from adacorr_deploy.core.errors import CalibrationError
+from adacorr_deploy.plugins import oracle
 from tests.caching.scripted_calibration import PROBE_BLOCK, STEPS, calibration
 
 BLOCKS = 2
@@ -191,14 +193,14 @@ def test_paper_lazy_skips_at_the_floor_and_evaluates_far_above_it() -> None:
 def test_a_paper_score_of_an_unchanged_input_saturates_and_the_robust_score_does_not() -> None:
     """The upstream fault: Δ_spatial never vanishes, so γ = λ = 1 leaves no reuse."""
     unchanged = signals(offset=0.0, temporal=0.0, spatial=1.2)
-    assert weight_from_estimate(paper_score(unchanged, 1.0), reuse=0, recompute=1, gamma=1) == 1.0
+    assert weight_from_estimate(paper_score(unchanged, 1.0), (0.0, 1.0, 1.0)) == 1.0
     assert robust_score(unchanged) == 0.0
 
 
 @settings(deadline=None)
 @given(estimates=st.lists(st.floats(-10, 10), min_size=2, max_size=2), low=st.floats(0, 1), width=st.floats(0, 2))
 def test_weight_is_in_0_to_1_and_rises_with_the_estimate(estimates: list[float], low: float, width: float) -> None:
-    small, large = (weight_from_estimate(e, reuse=low, recompute=low + width, gamma=1.0) for e in sorted(estimates))
+    small, large = (weight_from_estimate(e, (low, low + width, 1.0)) for e in sorted(estimates))
     assert 0.0 <= small <= large <= 1.0
 
 
@@ -229,3 +231,11 @@ def test_whatever_is_measured_no_slot_outlives_the_maximum_age(errors: list[floa
         if chosen.measures_error(step, PROBE_BLOCK, history):
             chosen.record_error(step, PROBE_BLOCK, errors[step])
         history.record(step)
+
+
+@settings(deadline=None)
+@given(estimate=st.floats(-10, 10, width=32), low=st.floats(0, 1, width=32), width=st.sampled_from([0.0, 0.5, 2.0]))
+def test_the_weight_is_that_of_the_blend_part(estimate: float, low: float, width: float) -> None:
+    thresholds = (low, low + width, 1.0)
+    expected = oracle.blend_weight(np.array([estimate], np.float32), np.array(thresholds, np.float32))
+    assert weight_from_estimate(estimate, thresholds) == pytest.approx(float(expected[0]), abs=1e-5)

@@ -48,12 +48,14 @@ class Script:
             self.signals[step, block] = signals
         action = self.choose(step, block) if history.steps else Action.EVALUATE
         weight = self.weight if action is Action.CORRECT else None
-        return Decision(action=action, reason="script", score=0.25, weight=weight)
+        if weight is None:
+            return Decision(action=action, reason="script", score=0.25)
+        return Decision(action=action, reason="script", score=weight, weight=weight, thresholds=(0.0, 1.0, 1.0))
 
     def prediction(self, step: int, block: int, history: SlotHistory) -> Prediction:
         coefficients = self.coefficients[: len(history.steps)]
         gates = [step if self.present_gates else filled for filled in history.steps][: len(coefficients)]
-        return Prediction(coefficients=coefficients, gate_steps=tuple(gates))
+        return Prediction(coefficients=coefficients, gate_steps=tuple(gates), onto_kept_input=True)
 
     def measures_error(self, step: int, block: int, history: SlotHistory) -> bool:
         return self.measures

@@ -163,7 +163,7 @@ def test_no_reference_is_kept_for_a_policy_that_wants_none(pipeline: Pipeline, b
     [
         (Script(choose=always(Action.REUSE), coefficients=()), 1, "predicts from 0 evaluations"),
         (Script(choose=always(Action.CORRECT), references=False), 1, "keeps no reference"),
-        (Script(choose=always(Action.CORRECT), weight=None), 1, "without a weight"),  # type: ignore[arg-type]
+        (Script(choose=always(Action.CORRECT), weight=None), 1, "without a score"),  # type: ignore[arg-type]
     ],
 )
 def test_a_policy_that_asks_for_the_impossible_is_refused(
