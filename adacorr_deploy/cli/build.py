@@ -103,7 +103,7 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
             "--policy",
             metavar="NAME",
             help="Preset that adacorr-run takes from this bundle if it is given none (adacorr-bench --list).  "
-            "Default: robust, or none without a calibration.",
+            "Default: robust, which needs a calibration: --calibrate, or adacorr-calibrate later.",
             show_default=False,
         ),
     ] = None,
@@ -157,7 +157,18 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
         ("model", "backend", "precision", "parts", "MB", "seconds"),
         [(bundle.manifest.model_name, backend, precision.value, parts, f"{size_bytes / 1e6:.1f}", f"{seconds:.1f}")],
     )
-    show_lines(f"{bundle.path}", f"Sample from it with: adacorr-run {bundle.path} -o images")
+    show_lines(f"{bundle.path}", *_next_steps(bundle.path, target))
+
+
+def _next_steps(bundle: Path, target: Target) -> list[str]:
+    from adacorr_deploy.caching.policy import policy_named
+
+    if target.calibrated or not policy_named(target.policy).needs_calibration:
+        return [f"Sample from it with: adacorr-run {bundle} -o images"]
+    return [
+        f"Policy {target.policy} needs a calibration first: adacorr-calibrate {bundle}",
+        f"Sample without reuse meanwhile: adacorr-run {bundle} --policy none -o images",
+    ]
 
 
 def _default_policy(name: str | None, *, calibrated: bool) -> str:
@@ -169,7 +180,7 @@ def _default_policy(name: str | None, *, calibrated: bool) -> str:
     from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS, policy_named
 
     if name is None:
-        return DEFAULT_POLICY if calibrated else "none"
+        return DEFAULT_POLICY
     policy = policy_named(name)
     if policy.needs_calibration and not calibrated:
         free = ", ".join(preset.name for preset in PRESETS.values() if not preset.needs_calibration)

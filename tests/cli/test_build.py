@@ -31,8 +31,8 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_without_a_policy_nor_a_calibration_the_default_is_none(bundle: Path) -> None:
-    assert open_bundle(bundle).manifest.default_policy == "none"
+def test_without_a_policy_the_default_is_robust(bundle: Path) -> None:
+    assert open_bundle(bundle).manifest.default_policy == "robust"
 
 
 def test_demo_is_the_packaged_model_and_a_folder_of_that_name_is_not(monkeypatch: pytest.MonkeyPatch) -> None:

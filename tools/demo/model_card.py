@@ -76,7 +76,8 @@ DISTANCES: Final = """
 
 {steps} DDIM steps in PyTorch, bfloat16 matrix products (for speed). Fréchet distance of the classifier's 64 features to
 those of the training images, with a 95 % bootstrap interval (it is not an Inception FID: compare it only with itself;
-few images bias it upwards), and the share of samples that the classifier takes for the class asked for.
+few images bias it upwards), and the share of samples that the classifier takes for the class asked for. Pixels are
+clipped to [−1, 1] first, which matters a great deal here: read `CLASSIFIER.md` before comparing rows.
 
 | guidance | images | Fréchet distance | recognised |
 |---|---|---|---|
