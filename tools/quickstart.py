@@ -27,7 +27,7 @@ POLICIES = "fewer-steps@2,fora,scheduled@2,robust@2"
 PER_CLASS = 4
 SEED = 7
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 120)
 
 
 def command(name: str, *arguments: str) -> Any:  # noqa: ANN401  JSON

@@ -105,10 +105,10 @@ def bench(
                 runs[policy.name] = _Runs(latents, _rho(policy, results, options), [])
             else:
                 runs[policy.name].seconds.append(seconds)
-    block_share = _block_seconds(pipeline, options) / statistics.median(runs[_UNCACHED.name].seconds)
+    block_share = _block_share(pipeline, options)
     if progress is not None:
         progress("", total, total)
-    return [_row(policy, runs, min(block_share, 1.0), options) for policy in chosen]
+    return [_row(policy, runs, block_share, options) for policy in chosen]
 
 
 def _check(options: BenchOptions) -> None:
@@ -154,23 +154,24 @@ def _rho(policy: Policy, results: Sequence[SampleResult], options: BenchOptions)
     return statistics.fmean(result.rho for result in results)
 
 
-def _block_seconds(pipeline: Pipeline, options: BenchOptions) -> float:
-    """Return the time that the blocks of all images and steps take without caching: the median of single steps."""
-    total = 0.0
-    for request in requests(pipeline, options):
-        size = RunSize(batch=request.batch, branches=request.branches, steps=request.steps, history=0)
-        table = sampler_table(pipeline.manifest.schedule, request.sampler, request.steps)
-        with pipeline.lease(size, keeps_reference=lambda block: False) as (space, slots):
-            space.prepare(request, table, NoiseStream(request, pipeline.manifest.model.latent_shape).draw())
-            timings = []
-            for _ in range(9):
-                space.embed(0)
-                started = time.perf_counter()
-                for block, slot in enumerate(slots):
-                    space.evaluate(block, slot)
-                timings.append(time.perf_counter() - started)
-        total += statistics.median(timings) * request.steps
-    return total
+def _block_share(pipeline: Pipeline, options: BenchOptions) -> float:
+    """Return the share of an uncached step's time that its blocks take: the median of single steps, 0 … 1."""
+    request = next(requests(pipeline, options))
+    size = RunSize.of(request, history=0, whole_steps=False)
+    table = sampler_table(pipeline.manifest.schedule, request.sampler, request.steps)
+    with pipeline.lease(size, keeps_reference=lambda block: False) as (space, slots):
+        space.prepare(request, table, NoiseStream(request, pipeline.manifest.model.latent_shape).draw())
+        shares = []
+        for _ in range(9):
+            started = time.perf_counter()
+            space.embed(0)
+            before_blocks = time.perf_counter()
+            for block, slot in enumerate(slots):
+                space.evaluate(block, slot)
+            after_blocks = time.perf_counter()
+            space.head(0, None)
+            shares.append((after_blocks - before_blocks) / (time.perf_counter() - started))
+    return statistics.median(shares)
 
 
 def _row(policy: Policy, runs: dict[str, _Runs], block_share: float, options: BenchOptions) -> BenchRow:

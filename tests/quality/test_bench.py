@@ -130,10 +130,10 @@ def test_speedup_is_the_median_of_paired_rounds(pipeline: Pipeline, monkeypatch:
         return results, elapsed[policy.name].pop(0)
 
     monkeypatch.setattr(module, "_sample_all", timed)
-    monkeypatch.setattr(module, "_block_seconds", lambda opened, options: 3.0)
+    monkeypatch.setattr(module, "_block_share", lambda opened, options: 0.75)
     row = rows_by_policy(pipeline, "fora", options=replace(OPTIONS, rounds=3))["fora"]
     assert (row.seconds, row.speedup) == (2.0, 2.0)  # ratios 2, 4, 1
-    assert row.efficiency == pytest.approx(2.0 * (1 - row.rho * 3.0 / 4.0))  # blocks take 3 of the 4 uncached seconds
+    assert row.efficiency == pytest.approx(2.0 * (1 - row.rho * 0.75))
 
 
 def test_a_policy_given_twice_is_measured_once(pipeline: Pipeline) -> None:
