@@ -6,14 +6,29 @@ no tensor is copied between parts, since one part's output buffer is the next on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from adacorr_deploy.core.engine_build import EngineBuild
 from adacorr_deploy.core.specs import DType, PartSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artefact:
+    """What a backend made of a part.
+
+    Attributes:
+        path: The file that `Backend.open` takes; parts of one structure may share it.
+        weights: Safetensors file whose tensors are further inputs of the engine; None where `path` has them.
+    """
+
+    path: Path
+    weights: Path | None = None
 
 
 class Buffer(Protocol):
@@ -42,6 +57,14 @@ class Buffer(Protocol):
 
     def read(self) -> NDArray[np.generic]:
         """Return a host copy, complete when the call returns."""
+        ...
+
+    def read_later(self) -> Callable[[], NDArray[np.generic]]:
+        """Start a host copy of what the launches so far leave here; what is returned waits for it and gives it.
+
+        On a GPU the copy is queued like a launch: neither the host nor the launches after it wait. Whoever asks for it
+        later, when the GPU has gone on to other work, stalls nothing.
+        """
         ...
 
 
@@ -85,15 +108,43 @@ class Backend(Protocol):
     @property
     def name(self) -> str: ...
 
-    def build(self, onnx_path: Path, spec: PartSpec, artefact_dir: Path) -> Path:
-        """Compile a part and return the artefact's path (which may be `onnx_path` itself where nothing is compiled).
+    @property
+    def precisions(self) -> frozenset[DType]:
+        """Of models that the backend runs."""
+        ...
+
+    @property
+    def opens_onnx(self) -> bool:
+        """Whether `open` takes a part's ONNX file as it is, of a bundle that was built for any backend."""
+        ...
+
+    @property
+    def engine_build(self) -> EngineBuild | None:
+        """How `build` compiles; None where it compiles nothing."""
+        ...
+
+    def build(self, onnx_path: Path, spec: PartSpec, artefact_dir: Path) -> Artefact:
+        """Compile a part (where nothing is compiled, the artefact is `onnx_path` itself).
 
         Raises:
-            EngineError: If the part doesn't compile; nothing half-written is left.
+            EngineError: If the part doesn't compile.
+            OSError: If the artefact can't be written; use a folder that is given up then.
         """
         ...
 
-    def open(self, artefact: Path, spec: PartSpec) -> Session:
+    def is_available(self) -> bool:
+        """Whether the hardware that engines run on is here: compiling may need none."""
+        ...
+
+    def check_compatible(self, build: EngineBuild | None) -> None:
+        """Refuse engines that this machine can't run, before the first is opened.
+
+        Raises:
+            EngineError: Saying what was found, what is needed, and how to rebuild.
+        """
+        ...
+
+    def open(self, artefact: Artefact, spec: PartSpec) -> Session:
         """Open an artefact that `build` made.
 
         Raises:
@@ -107,4 +158,15 @@ class Backend(Protocol):
 
     def synchronize(self) -> None:
         """Return when every launch so far has finished."""
+        ...
+
+    def close(self) -> None:
+        """Give up what the backend holds; its sessions and buffers can't be used any more."""
+        ...
+
+    def fuse(self, launches: Sequence[Launch]) -> Launch | None:
+        """Return one launch that runs these in order, each counted by its session, or None if that saves nothing.
+
+        On a GPU it is a graph. The launches must have run once each before.
+        """
         ...

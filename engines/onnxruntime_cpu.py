@@ -17,7 +17,8 @@ same speed. With no arena at all 655 MB at the peak, and slower; prepacking off 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -25,9 +26,10 @@ from typing import Final
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_native
 
+from adacorr_deploy.core.engine_build import EngineBuild
 from adacorr_deploy.core.errors import EngineError
 from adacorr_deploy.core.specs import DType, PartSpec, TensorSpec
-from adacorr_deploy.engines.backend import Buffer
+from adacorr_deploy.engines.backend import Artefact, Buffer, Launch
 from adacorr_deploy.engines.binding import check_binding
 from adacorr_deploy.engines.host_memory import HostBuffer, host_array
 
@@ -35,9 +37,13 @@ _PROVIDERS: Final = ["CPUExecutionProvider"]
 _ONNX_TYPES: Final[Mapping[DType, str]] = {
     DType.FLOAT32: "tensor(float)",
     DType.FLOAT16: "tensor(float16)",
+    DType.BFLOAT16: "tensor(bfloat16)",
     DType.INT64: "tensor(int64)",
 }
-_LOG_ERRORS_ONLY: Final = 3  # ONNX Runtime's severity levels: 2 warning, 3 error
+LOG_FATAL_ONLY: Final = 4  # ONNX Runtime's severity levels: 2 warning, 3 error, which come as exceptions too
+Provider = str | tuple[str, Mapping[str, str]]  # a name, or a name and its options
+# Arguments of `IOBinding.bind_input` and `bind_output`: name, kind of memory, device, element type, shape, address.
+Place = tuple[str, str, int, type | int, tuple[int, ...], int]
 # ONNX Runtime's exceptions have no common base of their own.
 _ORT_ERRORS: Final[tuple[type[Exception], ...]] = (
     *(kind for kind in vars(ort_native).values() if isinstance(kind, type) and issubclass(kind, Exception)),
@@ -51,6 +57,9 @@ class OnnxRuntimeBackend:
     """Builds and opens parts for the CPU."""
 
     name: Final = "onnxruntime"
+    precisions: Final = frozenset({DType.FLOAT32, DType.FLOAT16})  # its CPU kernels know no bfloat16
+    opens_onnx: Final = True
+    engine_build: Final = None
 
     def __init__(self, *, threads: int = 0) -> None:
         """Take a number of threads per launch; 0 means one per physical core that the process may use."""
@@ -58,28 +67,30 @@ class OnnxRuntimeBackend:
             raise EngineError(f"The number of threads must be 0 (all cores) or more, got {threads}.")
         self._threads = threads
 
-    def build(self, onnx_path: Path, spec: PartSpec, artefact_dir: Path) -> Path:
+    def build(self, onnx_path: Path, spec: PartSpec, artefact_dir: Path) -> Artefact:
         """Check that ONNX Runtime takes the part, and return the ONNX file itself: nothing is compiled.
 
         Raises:
             EngineError: With ONNX Runtime's reason, or the difference between the file and its spec.
         """
-        self.open(onnx_path, spec).close()
-        return onnx_path
+        artefact = Artefact(path=onnx_path)
+        self.open(artefact, spec).close()
+        return artefact
 
-    def open(self, artefact: Path, spec: PartSpec) -> OnnxRuntimeSession:
+    def is_available(self) -> bool:
+        """Return True: a CPU is."""
+        return True
+
+    def check_compatible(self, build: EngineBuild | None) -> None:
+        """Return at once: nothing is compiled for a machine."""
+
+    def open(self, artefact: Artefact, spec: PartSpec) -> OnnxRuntimeSession:
         """Open a part.
 
         Raises:
             EngineError: If the file is missing, corrupt, needs what this version lacks, or has other tensors.
         """
-        if not artefact.is_file():
-            raise EngineError(f"{spec.name}: there is no file {artefact}. Build the bundle again with adacorr-build.")
-        with _engine_errors(f"{spec.name}: ONNX Runtime {ort.__version__} can't open {artefact}"):
-            session = ort.InferenceSession(str(artefact), self._options(), providers=_PROVIDERS)
-        _check_tensors(spec, spec.inputs, session.get_inputs(), "input")
-        _check_tensors(spec, spec.outputs, session.get_outputs(), "output")
-        return OnnxRuntimeSession(spec, session)
+        return OnnxRuntimeSession(spec, inference_session(artefact, spec, self._options(), _PROVIDERS), _place)
 
     def allocate(self, shape: tuple[int, ...], dtype: DType) -> HostBuffer:
         """Return a zeroed buffer, 64-byte aligned."""
@@ -88,6 +99,12 @@ class OnnxRuntimeBackend:
     def synchronize(self) -> None:
         """Return at once: a launch on the CPU is finished when `run` returns."""
 
+    def close(self) -> None:
+        """Return at once: buffers and sessions hold what there is."""
+
+    def fuse(self, launches: Sequence[Launch]) -> None:
+        """Return None: there is nothing to save."""
+
     def _options(self) -> ort.SessionOptions:
         _register_shared_arena()
         options = ort.SessionOptions()
@@ -95,18 +112,37 @@ class OnnxRuntimeBackend:
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
         options.enable_mem_pattern = False
-        options.log_severity_level = _LOG_ERRORS_ONLY
+        options.log_severity_level = LOG_FATAL_ONLY
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.use_env_allocators", "1")
         return options
 
 
+class _RawPath(os.PathLike[bytes]):
+    """A path as the bytes that it is on the disk: ONNX Runtime takes a string for UTF-8, which a path need not be."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __fspath__(self) -> bytes:
+        return os.fsencode(self._path)
+
+
 class OnnxRuntimeSession:
     """An opened part; any number of bindings of it may be alive at once, for the same or other axis sizes."""
 
-    def __init__(self, spec: PartSpec, session: ort.InferenceSession) -> None:
+    def __init__(
+        self,
+        spec: PartSpec,
+        session: ort.InferenceSession,
+        place: Callable[[TensorSpec, Buffer], Place],
+        run_options: ort.RunOptions | None = None,
+    ) -> None:
+        """Take an open session, and what says where a buffer is; the latter refuses buffers of other backends."""
         self._spec = spec
         self._session: ort.InferenceSession | None = session
+        self._place = place
+        self._run_options = run_options
         self._launches = 0
 
     @property
@@ -127,9 +163,9 @@ class OnnxRuntimeSession:
         binding = self._open_session().io_binding()
         with _engine_errors(f"{self._spec.name}: ONNX Runtime refused a buffer"):
             for tensor in self._spec.inputs:
-                binding.bind_input(*_bind_arguments(tensor, buffers[tensor.name]))
+                binding.bind_input(*self._place(tensor, buffers[tensor.name]))
             for tensor in self._spec.outputs:
-                binding.bind_output(*_bind_arguments(tensor, buffers[tensor.name]))
+                binding.bind_output(*self._place(tensor, buffers[tensor.name]))
         return OnnxRuntimeLaunch(self, binding, tuple(buffers.values()))
 
     def run(self, binding: ort.IOBinding) -> None:
@@ -140,7 +176,7 @@ class OnnxRuntimeSession:
         """
         session = self._open_session()
         try:  # not `_engine_errors`: this is the one hot line of the backend
-            session.run_with_iobinding(binding)
+            session.run_with_iobinding(binding, self._run_options)
         except _ORT_ERRORS as error:
             raise EngineError(f"{self._spec.name}: the engine failed while running: {error}") from error
         self._launches += 1
@@ -191,9 +227,27 @@ def _engine_errors(what: str) -> Iterator[None]:
         raise EngineError(f"{what}: {error}") from error
 
 
-def _bind_arguments(tensor: TensorSpec, buffer: Buffer) -> tuple[str, str, int, type, tuple[int, ...], int]:
+def _place(tensor: TensorSpec, buffer: Buffer) -> Place:
     array = host_array(buffer)
     return tensor.name, "cpu", 0, array.dtype.type, array.shape, buffer.address
+
+
+def inference_session(
+    artefact: Artefact, spec: PartSpec, options: ort.SessionOptions, providers: Sequence[Provider]
+) -> ort.InferenceSession:
+    """Open an ONNX file, and compare its tensors with the part's spec.
+
+    Raises:
+        EngineError: If the file is missing, corrupt, needs what this version lacks, or has other tensors.
+    """
+    path = artefact.path
+    if not path.is_file():
+        raise EngineError(f"{spec.name}: there is no file {path}. Build the bundle again with adacorr-build.")
+    with _engine_errors(f"{spec.name}: ONNX Runtime {ort.__version__} can't open {path}"):
+        session = ort.InferenceSession(_RawPath(path), options, providers=list(providers), enable_fallback=False)
+    _check_tensors(spec, spec.inputs, session.get_inputs(), "input")
+    _check_tensors(spec, spec.outputs, session.get_outputs(), "output")
+    return session
 
 
 def _check_tensors(spec: PartSpec, expected: tuple[TensorSpec, ...], found: list[ort.NodeArg], kind: str) -> None:

@@ -6,13 +6,14 @@ engine's error. PyTorch is imported when the first session is opened, never with
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from adacorr_deploy.core.engine_build import EngineBuild
 from adacorr_deploy.core.errors import BackendUnavailableError, EngineError
 from adacorr_deploy.core.specs import DType, PartSpec
-from adacorr_deploy.engines.backend import Buffer
+from adacorr_deploy.engines.backend import Artefact, Buffer, Launch
 from adacorr_deploy.engines.binding import check_binding
 from adacorr_deploy.engines.host_memory import HostBuffer, host_array
 
@@ -27,20 +28,30 @@ class TorchBackend:
     """
 
     name: Final = "torch"
+    precisions: Final = frozenset({DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16})
+    opens_onnx: Final = True
+    engine_build: Final = None
 
     def __init__(self, modules: Mapping[str, torch.nn.Module]) -> None:
         self._modules = dict(modules)
 
-    def build(self, onnx_path: Path, spec: PartSpec, artefact_dir: Path) -> Path:
+    def build(self, onnx_path: Path, spec: PartSpec, artefact_dir: Path) -> Artefact:
         """Return `onnx_path` as it is: the module takes its place.
 
         Raises:
             EngineError: If there is no module for the part.
         """
         self._module(spec)
-        return onnx_path
+        return Artefact(path=onnx_path)
 
-    def open(self, artefact: Path, spec: PartSpec) -> TorchSession:
+    def is_available(self) -> bool:
+        """Return True: a CPU is."""
+        return True
+
+    def check_compatible(self, build: EngineBuild | None) -> None:
+        """Return at once: nothing is compiled for a machine."""
+
+    def open(self, artefact: Artefact, spec: PartSpec) -> TorchSession:
         """Open the part's module; no file is read.
 
         Raises:
@@ -55,6 +66,12 @@ class TorchBackend:
 
     def synchronize(self) -> None:
         """Return at once: a launch on the CPU is finished when `run` returns."""
+
+    def close(self) -> None:
+        """Return at once: buffers and sessions hold what there is."""
+
+    def fuse(self, launches: Sequence[Launch]) -> None:
+        """Return None: there is nothing to save."""
 
     def _module(self, spec: PartSpec) -> torch.nn.Module:
         try:

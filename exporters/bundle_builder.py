@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 
 from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS, policy_named
-from adacorr_deploy.core.bundle import PARTS_DIR, Bundle, open_bundle, replace_file
-from adacorr_deploy.core.errors import OutputError, PolicyError
+from adacorr_deploy.core.bundle import ENGINES_DIR, PARTS_DIR, Bundle, open_bundle, replace_file
+from adacorr_deploy.core.errors import PolicyError
 from adacorr_deploy.core.manifest import (
     MANIFEST_NAME,
+    MAX_TEXT,
     PRESET_PATTERN,
     SCHEMA_VERSION,
     Manifest,
     PartRecord,
     file_record,
 )
+from adacorr_deploy.core.progress import Progress
 from adacorr_deploy.core.specs import DType, ModelSpec, PartSpec
 from adacorr_deploy.engines.backend import Backend
+from adacorr_deploy.engines.bundle_sessions import check_precision
 from adacorr_deploy.exporters.checkpoints import LoadedModel
-from adacorr_deploy.exporters.onnx_parts import Progress, export_parts
+from adacorr_deploy.exporters.onnx_parts import export_parts
+from adacorr_deploy.exporters.output_folder import check_output_folder, output_folder
 from adacorr_deploy.plugins.onnx_functions import service_parts
 
-_TOOLS = ("adacorr-deploy", "torch", "diffusers", "onnx", "onnxruntime")
+_TOOLS = ("adacorr-deploy", "torch", "diffusers", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +56,7 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         known = self.default_policy.partition("@")[0] in PRESETS
-        if not known or not re.search(PRESET_PATTERN, self.default_policy):
+        if not known or not re.fullmatch(PRESET_PATTERN, self.default_policy):
             raise PolicyError(
                 f"{self.default_policy!r} can't be a bundle's default policy. Known: {', '.join(PRESETS)}; "
                 "give a policy file to adacorr-run instead."
@@ -75,7 +76,7 @@ def build_bundle(
     """Export, compile and store every part.
 
     The work is done in a folder beside `output` that is renamed when it is complete, and removed if anything fails or
-    the build is interrupted. Nothing of an earlier attempt is used.
+    the build is interrupted (or by the next build, if this one is killed). Nothing of an earlier attempt is used.
 
     Args:
         loaded: The checkpoint.
@@ -86,17 +87,18 @@ def build_bundle(
         finish: Given the complete bundle before it is moved into place, to add to it (calibration) or to refuse it.
 
     Raises:
-        OutputError: If `output` exists or can't be written.
+        OutputError: If `output` exists, or appears meanwhile, or can't be written.
         UnsupportedModelError: If a part can't be exported.
-        EngineError: If a part can't be compiled.
+        EngineError: If the backend doesn't run this precision, or a part can't be compiled.
     """
-    check_output(output, options)
-    with _building_folder(output) as folder:
+    check_precision(options.precision, backend)
+    with output_folder(output, overwrite=options.overwrite) as folder:
         parts_dir = folder / PARTS_DIR
-        parts_dir.mkdir()
+        started = time.perf_counter()
         specs = export_parts(loaded, parts_dir, options.precision, options.segment, progress)
         model = loaded.model.spec(options.precision, options.segment)
         specs |= _write_service_parts(model, parts_dir)
+        export_seconds = time.perf_counter() - started
         records = dict(_compiled_parts(specs, folder, backend, progress))
         files = {
             path.relative_to(folder).as_posix(): file_record(path)
@@ -105,11 +107,13 @@ def build_bundle(
         }
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
-            model_name=loaded.name,
+            model_name=_shown(loaded.name),
             model=model,
             checkpoint_sha256=loaded.checkpoint_sha256,
             schedule=loaded.schedule,
             backend=backend.name,
+            export_seconds=export_seconds,
+            engine_build=backend.engine_build,
             parts=records,
             files=files,
             tool_versions=_tool_versions(),
@@ -119,7 +123,6 @@ def build_bundle(
         replace_file(folder / MANIFEST_NAME, manifest.model_dump_json(indent=1).encode())
         if finish is not None:
             finish(folder)
-        _move_into_place(folder, output)
     return open_bundle(output)
 
 
@@ -127,35 +130,14 @@ def check_output(output: Path, options: BuildOptions) -> None:
     """Refuse an output that a build may not replace; worth calling before a large checkpoint is loaded.
 
     Raises:
-        OutputError: If it exists, and isn't a bundle to overwrite.
+        OutputError: If it exists and isn't a bundle to overwrite, is a link to nothing, or stands below a file.
     """
-    try:
-        exists = output.exists()
-    except OSError as error:  # a name too long, a folder that may not be read
-        raise OutputError(f"{output} can't be written: {error}. Choose another folder with -o.") from error
-    if not exists:
-        return
-    if not options.overwrite:
-        raise OutputError(f"{output} exists. Choose another folder with -o, remove it, or give --overwrite.")
-    if not (output / MANIFEST_NAME).is_file():
-        raise OutputError(f"{output} is not a bundle, so --overwrite leaves it alone. Choose another folder with -o.")
+    check_output_folder(output, overwrite=options.overwrite)
 
 
-@contextmanager
-def _building_folder(output: Path) -> Iterator[Path]:
-    """Make an empty folder beside `output`, and remove it in the end if it is still there."""
-    folder = output.parent / f".{output.name}.{os.getpid()}.building"
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)  # of a killed build: in containers, process ids come again
-        folder.mkdir()
-        yield folder
-    except OSError as error:
-        raise OutputError(
-            f"{output} can't be written: {error}. Free some space or choose another folder with -o."
-        ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def _shown(name: str) -> str:
+    """Return a checkpoint's name, which may be any file name, as a manifest takes it."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name)[:MAX_TEXT]
 
 
 def _write_service_parts(model: ModelSpec, parts_dir: Path) -> Mapping[str, PartSpec]:
@@ -170,7 +152,7 @@ def _write_service_parts(model: ModelSpec, parts_dir: Path) -> Mapping[str, Part
 def _compiled_parts(
     specs: Mapping[str, PartSpec], folder: Path, backend: Backend, progress: Progress | None
 ) -> Iterator[tuple[str, PartRecord]]:
-    artefacts = folder / "engines" / backend.name
+    artefacts = folder / ENGINES_DIR / backend.name
     for done, (name, spec) in enumerate(specs.items()):
         if progress is not None:
             progress(name, done, len(specs))
@@ -182,7 +164,8 @@ def _compiled_parts(
             PartRecord(
                 spec=spec,
                 onnx=source.relative_to(folder).as_posix(),
-                artefact=artefact.relative_to(folder).as_posix(),
+                artefact=artefact.path.relative_to(folder).as_posix(),
+                weights=artefact.weights.relative_to(folder).as_posix() if artefact.weights is not None else None,
                 build_seconds=time.perf_counter() - started,
             ),
         )
@@ -198,18 +181,3 @@ def _tool_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def _move_into_place(folder: Path, output: Path) -> None:
-    if not output.exists():
-        folder.rename(output)
-        return
-    replaced = output.parent / f".{output.name}.{os.getpid()}.replaced"
-    shutil.rmtree(replaced, ignore_errors=True)
-    try:
-        output.rename(replaced)
-        folder.rename(output)
-    finally:
-        if replaced.exists() and not output.exists():
-            replaced.rename(output)
-        shutil.rmtree(replaced, ignore_errors=True)

@@ -9,23 +9,39 @@ from pathlib import Path
 from typing import Final
 
 from adacorr_deploy.core.errors import AdaCorrError, CheckpointError, SchedulerError, UnsupportedModelError
+from adacorr_deploy.core.manifest import plain_text
 from adacorr_deploy.core.samplers import NoiseSchedule, schedule_from_config
+from adacorr_deploy.core.specs import DType
+from adacorr_deploy.core.untrusted import clipped
 from adacorr_deploy.exporters.adapter import EXPORTERS, ExportableModel, adapter_for
 from adacorr_deploy.exporters.weight_files import checkpoint_sha256, shards_from_index, state_dict_from_files
 
 _WEIGHTS: Final = "diffusion_pytorch_model"
 _MAX_CONFIG_BYTES: Final = 16 << 20
+_CORRECT_LABELS: Final = "Correct it, or remove id2label."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A checkpoint in memory, checked."""
+    """A checkpoint in memory, checked.
+
+    Raises:
+        CheckpointError: If there is not one name for each class of the model.
+    """
 
     name: str  # of the file or folder
     model: ExportableModel
     schedule: NoiseSchedule
     checkpoint_sha256: str  # of the weight files
     class_names: tuple[str, ...] | None  # by label, where the pipeline has them
+
+    def __post_init__(self) -> None:
+        classes = self.model.spec(DType.FLOAT32, 1).num_classes
+        if self.class_names is not None and len(self.class_names) != classes:
+            raise CheckpointError(
+                f"{self.name}: there are {len(self.class_names)} class names, but the model has {classes} classes. "
+                "Correct id2label in model_index.json, or remove it."
+            )
 
 
 def load_checkpoint(path: Path, scheduler: Path | None = None, *, heads: int | None = None) -> LoadedModel:
@@ -88,7 +104,7 @@ def _from_pipeline(path: Path, scheduler: Path | None) -> LoadedModel:
         path / "transformer",
         name=path.resolve().name,
         scheduler=scheduler or (own if own.exists() else None),
-        class_names=_class_names(index.get("id2label")),
+        class_names=_class_names(index.get("id2label"), where=str(path / "model_index.json")),
     )
 
 
@@ -144,7 +160,7 @@ def _json(file: Path, error_type: type[AdaCorrError]) -> Mapping[str, object]:
     try:
         if file.stat().st_size > _MAX_CONFIG_BYTES:
             raise ValueError(f"larger than {_MAX_CONFIG_BYTES} bytes")
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_each_key_once)
     except (OSError, ValueError, RecursionError) as error:
         raise error_type(f"{file} can't be read as JSON ({error}). Copy it again.") from error
     if not isinstance(content, dict):
@@ -152,8 +168,39 @@ def _json(file: Path, error_type: type[AdaCorrError]) -> Mapping[str, object]:
     return content
 
 
-def _class_names(labels: object) -> tuple[str, ...] | None:
-    """Return the names of labels 0 … n − 1, or None where the pipeline names not exactly these."""
-    if not isinstance(labels, dict) or set(labels) != {str(label) for label in range(len(labels))}:
+def _each_key_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Make a JSON object; Python's own reader would silently take the last value of a key."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key {clipped(twice)} stands there twice")
+    return content
+
+
+def _class_names(labels: object, *, where: str) -> tuple[str, ...] | None:
+    """Return the names of labels 0 … n − 1, or None where the pipeline has none. Two classes may have the same name.
+
+    Raises:
+        CheckpointError: If `labels` is anything but a name for each of these labels.
+    """
+    if labels is None or labels == {}:
         return None
-    return tuple(str(labels[str(label)]) for label in range(len(labels))) or None
+    if not isinstance(labels, dict):
+        raise CheckpointError(f"{where}: id2label is {clipped(labels)}, allowed is a JSON object. {_CORRECT_LABELS}")
+    expected = [str(label) for label in range(len(labels))]
+    if odd := sorted(labels.keys() - set(expected)):
+        raise CheckpointError(
+            f"{where}: id2label names label {clipped(odd[0])}; its {len(labels)} names must be those of the labels "
+            f"0 … {len(labels) - 1}. {_CORRECT_LABELS}"
+        )
+    return tuple(_class_name(labels[label], where=f"{where}: id2label: {label}") for label in expected)
+
+
+def _class_name(name: object, *, where: str) -> str:
+    if not isinstance(name, str):
+        raise CheckpointError(f"{where} is {clipped(name)}, allowed is a name. {_CORRECT_LABELS}")
+    try:
+        return plain_text(name)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}. {_CORRECT_LABELS}") from error

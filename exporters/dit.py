@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import DiTTransformer2DModel
@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adacorr_deploy.core.samplers import COLUMNS
+from adacorr_deploy.core.specs import MODULATIONS_PER_BLOCK
 from adacorr_deploy.exporters.fused_attention import fused_self_attention
 
 if TYPE_CHECKING:
     from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.attention_processor import Attention
     from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
-
-MODULATIONS_PER_BLOCK: Final = 6  # shift, scale and gate of attention, then of the MLP
 
 
 class EmbedPart(nn.Module):

@@ -12,15 +12,16 @@ from torch import Tensor
 
 from adacorr_deploy.core.samplers import COLUMNS, NoiseSchedule
 from adacorr_deploy.core.shapes import BATCH, BRANCHES, ROWS, STEPS
-from adacorr_deploy.core.specs import Dim, DType, ModelSpec, PartSpec, TensorSpec
-from adacorr_deploy.exporters.dit import (
+from adacorr_deploy.core.specs import (
     MODULATIONS_PER_BLOCK,
-    BlocksPart,
-    ConditionPart,
-    EmbedPart,
-    HeadPart,
-    StepPart,
+    Dim,
+    DType,
+    ModelSpec,
+    PartSpec,
+    TensorSpec,
+    unit_names,
 )
+from adacorr_deploy.exporters.dit import BlocksPart, ConditionPart, EmbedPart, HeadPart, StepPart
 from adacorr_deploy.exporters.dit_config import DiTConfig, empty_dit
 from adacorr_deploy.exporters.dit_original import diffusers_from_original, is_original_dit, original_schedule
 from adacorr_deploy.exporters.part import Part
@@ -121,11 +122,10 @@ class _Tensors:
 
     def blocks(self, name: str, index: int) -> PartSpec:
         modulation = self._modulation("modulation", MODULATIONS_PER_BLOCK * self.model.blocks[index])
-        units = [f"{unit}_{block}" for block in range(self.model.blocks[index]) for unit in ("attention", "mlp")]
         return PartSpec(
             name=name,
             inputs=(self._tokens("tokens"), modulation, self._step()),
-            outputs=tuple(self._tokens(output) for output in ("tokens_out", *units)),
+            outputs=tuple(self._tokens(output) for output in ("tokens_out", *unit_names(self.model.blocks[index]))),
         )
 
     def head(self) -> PartSpec:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import onnx
 from torch import nn
 
 from adacorr_deploy.core.errors import OutputError
+from adacorr_deploy.core.progress import Progress
 from adacorr_deploy.core.specs import DType, PartSpec
 from adacorr_deploy.exporters.checkpoints import LoadedModel
 from adacorr_deploy.exporters.part import Part
@@ -19,13 +20,8 @@ from adacorr_deploy.exporters.weights_file import StoredTensor, layout_of, write
 _ONNX_TYPES: Final[Mapping[DType, int]] = {
     DType.FLOAT32: onnx.TensorProto.FLOAT,
     DType.FLOAT16: onnx.TensorProto.FLOAT16,
+    DType.BFLOAT16: onnx.TensorProto.BFLOAT16,
 }
-
-
-class Progress(Protocol):
-    """Told before each part (`done` parts are ready), and at the end. What it raises stops the export."""
-
-    def __call__(self, part: str, done: int, total: int) -> None: ...
 
 
 def export_parts(
@@ -40,9 +36,9 @@ def export_parts(
     Args:
         loaded: The model.
         directory: Where to write; on an error or an interruption, what was written stays: use a temporary folder.
-        precision: float32 or float16, of weights and of activations between parts.
+        precision: float32, float16 or bfloat16, of weights and of activations between parts.
         segment: Transformer blocks in a block part.
-        progress: Told of each part.
+        progress: Told before each part, and at the end. What it raises stops the export.
 
     Raises:
         UnsupportedModelError: If a weight overflows `precision`.

@@ -29,6 +29,7 @@ _EXAMPLE_SIZES: Final = {BATCH: 3, BRANCHES: 2, ROWS: 6, STEPS: 5}
 _ONNX_TYPES: Final[Mapping[DType, ir.DataType]] = {
     DType.FLOAT32: ir.DataType.FLOAT,
     DType.FLOAT16: ir.DataType.FLOAT16,
+    DType.BFLOAT16: ir.DataType.BFLOAT16,
     DType.INT64: ir.DataType.INT64,
 }
 

@@ -140,10 +140,10 @@ def _tensors_only(items: Iterable[tuple[object, object]], path: Path) -> StateDi
                 f"{path} isn't a state dict: {key!r} holds a {type(value).__name__}, not a tensor. "
                 "Save model.state_dict()."
             )
-        if value.dtype not in _FLOAT_TYPES or value.layout != torch.strided:
+        if value.dtype not in _FLOAT_TYPES or value.layout != torch.strided or value.is_meta:
             raise CheckpointError(
-                f"{path}: {key} is {value.dtype} ({value.layout}); weights must be dense floating point. "
-                "Save the model without quantisation."
+                f"{path}: {key} is {value.dtype} ({value.layout}, {value.device}); "
+                "weights must be dense floating point. Save the model without quantisation."
             )
         state[key] = value.detach().float()
     return state

@@ -16,10 +16,15 @@ from adacorr_deploy.core.errors import UnsupportedModelError
 from adacorr_deploy.core.specs import DType
 
 _PAGE_BYTES: Final = 4096  # the data start on a page, so that a runtime may map them
-_SAFETENSORS_NAMES: Final[Mapping[DType, str]] = {DType.FLOAT32: "F32", DType.FLOAT16: "F16"}
+_SAFETENSORS_NAMES: Final[Mapping[DType, str]] = {
+    DType.FLOAT32: "F32",
+    DType.FLOAT16: "F16",
+    DType.BFLOAT16: "BF16",
+}
 TORCH_TYPES: Final[Mapping[DType, torch.dtype]] = {
     DType.FLOAT32: torch.float32,
     DType.FLOAT16: torch.float16,
+    DType.BFLOAT16: torch.bfloat16,
     DType.INT64: torch.int64,
 }
 
@@ -66,4 +71,4 @@ def write_weights(path: Path, header: bytes, tensors: Iterable[tuple[str, Tensor
                 raise UnsupportedModelError(
                     f"{path.stem}: {name} overflows {dtype.value}. Build with --precision fp32."
                 )
-            file.write(stored.numpy().data)  # tofile would lose the reason of a full disk
+            file.write(stored.reshape(-1).view(torch.uint8).numpy().data)  # tofile would lose the reason of a full disk

@@ -53,7 +53,12 @@ IR_VERSION: Final = 10
 FLOAT32_MAX: Final = "3.4028234e38"
 
 _FUNCTION_HEAD: Final = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>'
-_ONNX_TYPES: Final[Mapping[DType, str]] = {DType.FLOAT32: "float", DType.FLOAT16: "float16", DType.INT64: "int64"}
+_ONNX_TYPES: Final[Mapping[DType, str]] = {
+    DType.FLOAT32: "float",
+    DType.FLOAT16: "float16",
+    DType.BFLOAT16: "bfloat16",
+    DType.INT64: "int64",
+}
 
 
 def service_parts(model: ModelSpec) -> dict[str, tuple[PartSpec, onnx.ModelProto]]:

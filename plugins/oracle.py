@@ -11,7 +11,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from adacorr_deploy.plugins.service_parts import GATE_ROWS, MODULATION_ROWS
+from adacorr_deploy.core.specs import MODULATIONS_PER_BLOCK
+from adacorr_deploy.plugins.service_parts import GATE_ROWS
 
 EPSILON: Final = 1e-6  # keeps a token or an image that is all zeros from dividing by zero
 
@@ -73,7 +74,7 @@ def predict(
 
 def gate_rows(blocks: int) -> list[int]:
     """Return the rows of a part's modulation that hold gates, one per unit, in order."""
-    return [MODULATION_ROWS * block + row for block in range(blocks) for row in GATE_ROWS]
+    return [MODULATIONS_PER_BLOCK * block + row for block in range(blocks) for row in GATE_ROWS]
 
 
 def blend_weight(estimate: NDArray[np.float32], thresholds: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -141,3 +142,23 @@ def output_error(predicted: Floats, fresh: Floats) -> NDArray[np.float32]:
     difference = predicted.astype(np.float64).reshape(len(fresh), -1) - wide
     error = np.linalg.norm(difference, axis=1) / (np.linalg.norm(wide, axis=1) + EPSILON)
     return np.asarray(error, dtype=np.float32)
+
+
+def philox_normals(seed: int, image: int, draw: int, count: int) -> NDArray[np.float32]:
+    """Return standard normals, (count,), that depend on their place alone: image, draw and index.
+
+    They are Box and Muller's of the sequence that NumPy's `np.random.Philox(key=[seed, image])` gives, 53 bits of each
+    word: a GPU makes the same ones, in any order. A draw takes whole counters of four words.
+
+    Args:
+        seed: Of the request, 0 … 2⁶⁴ − 1.
+        image: Its number in the batch.
+        draw: How many draws of `count` numbers came before.
+        count: How many numbers.
+    """
+    counters = -(-count // 4)
+    generator = np.random.Philox(key=np.array([seed, image], np.uint64), counter=draw * counters)
+    uniform = ((generator.random_raw(4 * counters) >> np.uint64(11)) + np.uint64(1)) * 2.0**-53  # (0, 1]
+    radius, angle = np.sqrt(-2.0 * np.log(uniform[0::2])), 2.0 * np.pi * uniform[1::2]
+    normals = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+    return normals.reshape(-1)[:count].astype(np.float32)

@@ -13,14 +13,13 @@ from typing import Final
 
 from adacorr_deploy.core.samplers import COLUMNS
 from adacorr_deploy.core.shapes import BATCH, ROWS, STEPS
-from adacorr_deploy.core.specs import Dim, DType, ModelSpec, PartSpec, TensorSpec
+from adacorr_deploy.core.specs import MODULATIONS_PER_BLOCK, Dim, DType, ModelSpec, PartSpec, TensorSpec
 
 MAX_EVALUATIONS: Final = 3  # T goes from 1 (hold) to 3 (second-order extrapolation)
 SIGNALS_PART: Final = "signals"
 OUTPUT_ERROR_PART: Final = "output_error"
 SIGNAL_COUNT: Final = 5  # the fields of caching.decisions.Signals, in order
-MODULATION_ROWS: Final = 6  # per transformer block: shift, scale and gate of the attention, then of the MLP
-GATE_ROWS: Final = (2, 5)  # which of those six are the gates of the attention and of the MLP
+GATE_ROWS: Final = (2, 5)  # which of a block's six modulation rows are the gates of the attention and of the MLP
 
 
 def common_block_count(model: ModelSpec) -> int:
@@ -130,7 +129,7 @@ def _tokens(name: str, model: ModelSpec, *leading: Dim) -> TensorSpec:
 
 
 def _history_inputs(model: ModelSpec, blocks: int, evaluations: int) -> tuple[TensorSpec, ...]:
-    modulation = (STEPS, ROWS, MODULATION_ROWS * blocks, model.width)
+    modulation = (STEPS, ROWS, MODULATIONS_PER_BLOCK * blocks, model.width)
     return (
         _tokens("history", model, evaluations, len(GATE_ROWS) * blocks),
         TensorSpec(name="modulation", dtype=model.precision, shape=modulation),

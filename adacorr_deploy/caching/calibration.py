@@ -1,18 +1,51 @@
-"""What calibration leaves for the policies, and the key that says for which runs it holds."""
+"""What calibration leaves for the policies, and the key that says for which runs it holds.
+
+A calibration file is untrusted: whatever it holds, the models here let through only what the planner and the
+controllers can reckon with, and `check_blocks` compares it with the bundle's model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+import math
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from adacorr_deploy.caching.predictors import Predictor
 from adacorr_deploy.core.errors import CalibrationError
+from adacorr_deploy.core.manifest import Sha256
+from adacorr_deploy.core.samplers import MAX_GUIDANCE
+from adacorr_deploy.core.shapes import MAX_BATCH
+from adacorr_deploy.core.specs import ModelSpec
+from adacorr_deploy.core.untrusted import clipped, first_fault
 
 CALIBRATION_SCHEMA_VERSION: Final = 1
 
-NonNegative = Annotated[float, Field(ge=0)]
+# Far beyond what any model was measured at, and far from where sums, ratios and exponentials of them overflow.
+MAX_MEASURE: Final = 1e12
+MIN_COST: Final = 1e-30
+MIN_PROBE_ERROR: Final = 1e-9
+_MAX_REACH: Final = 64  # steps of a gap or of a skip
+
+
+def _cost(value: float) -> float:
+    if not (MIN_COST <= value <= MAX_MEASURE or value == math.inf):
+        raise ValueError(f"allowed are {MIN_COST:g} … {MAX_MEASURE:g}, and Infinity where it can't be skipped")
+    return value
+
+
+def _probe_error(value: float) -> float:
+    if not (MIN_PROBE_ERROR <= value <= MAX_MEASURE or value == 0.0):
+        raise ValueError(f"allowed are {MIN_PROBE_ERROR:g} … {MAX_MEASURE:g}, and 0 where it was not measured")
+    return value
+
+
+Measure = Annotated[float, Field(ge=0, le=MAX_MEASURE, allow_inf_nan=False)]
+Cost = Annotated[float, AfterValidator(_cost)]
+ProbeError = Annotated[float, AfterValidator(_probe_error)]
+_REACH = Field(min_length=1, max_length=_MAX_REACH)
 
 
 class _Frozen(BaseModel):
@@ -22,11 +55,11 @@ class _Frozen(BaseModel):
 class CalibrationKey(_Frozen):
     """Everything a calibration depends on; a run with another key is refused."""
 
-    checkpoint_sha256: str
-    sampler: str
-    steps: Annotated[int, Field(ge=1)]
-    guidance: Annotated[float, Field(ge=1)]
-    latent_shape: tuple[int, int, int]
+    checkpoint_sha256: Sha256
+    sampler: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,40}$")]
+    steps: Annotated[int, Field(ge=1, le=100_000)]
+    guidance: Annotated[float, Field(ge=1, le=MAX_GUIDANCE, allow_inf_nan=False)]
+    latent_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
 
     def difference(self, other: CalibrationKey) -> str | None:
         """Return the first field in which the two differ, with both values, or None."""
@@ -48,66 +81,119 @@ class Probe(_Frozen):
     """
 
     block: Annotated[int, Field(ge=0)]
-    expected: tuple[tuple[tuple[NonNegative, ...], ...], ...]
-    slope: Annotated[float, Field(ge=0, le=1)]
+    expected: tuple[Annotated[tuple[Annotated[tuple[ProbeError, ...], _REACH], ...], _REACH], ...]
+    slope: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class Calibration(_Frozen):
     """A calibration of one key and one predictor.
 
     Attributes:
-        skip_costs: See `caching.schedule.SkipCosts`; geometric means over the images.
+        skip_costs: See `caching.schedule.SkipCosts`; geometric means over the images. A row never falls.
         probe: See `Probe`.
         offset_limits: `offset_limits[step][age − 1]`: the largest √Ŝ of the first block's input that calibration saw.
-        paper_floors: Per block part: the upper quartile of the paper's score S at age 1, which `paper-lazy` subtracts.
+        paper_floors: Per block part, the upper quartile of the paper's score S at age 1, which `paper-lazy` subtracts.
     """
 
     schema_version: Literal[1] = CALIBRATION_SCHEMA_VERSION
     key: CalibrationKey
     predictor: Predictor
-    images: Annotated[int, Field(ge=1)]
-    skip_costs: tuple[tuple[tuple[NonNegative, ...], ...], ...]
+    images: Annotated[int, Field(ge=1, le=MAX_BATCH)]
+    skip_costs: tuple[Annotated[tuple[Annotated[tuple[Cost, ...], _REACH], ...], _REACH], ...]
     probe: Probe
-    offset_limits: tuple[tuple[NonNegative, ...], ...]
-    paper_floors: tuple[NonNegative, ...]
+    offset_limits: tuple[Annotated[tuple[Measure, ...], _REACH], ...]
+    paper_floors: Annotated[tuple[Measure, ...], Field(min_length=1)]
 
     @property
     def file_name(self) -> str:
-        """The name under which a bundle keeps it: one for each key and predictor."""
-        return f"{self.key.sampler}-{self.key.steps}-{self.key.guidance:g}-{self.predictor.label}.json"
+        """What it is stored as in a bundle: one name for each key and predictor."""
+        return f"{self.key.sampler}-{self.key.steps}-{self.key.guidance!r}-{self.predictor.label}.json"
 
     @model_validator(mode="after")
-    def _shapes_agree(self) -> Calibration:
-        steps = self.key.steps
-        for name, table in (
-            ("skip_costs", self.skip_costs),
-            ("probe.expected", self.probe.expected),
-            ("offset_limits", self.offset_limits),
-        ):
-            if len(table) != steps:
-                raise ValueError(f"{name} has {len(table)} steps, the key says {steps}")
-        for name, cube in (("skip_costs", self.skip_costs), ("probe.expected", self.probe.expected)):
-            if len({(len(rows), len(row)) for rows in cube for row in rows}) != 1:
-                raise ValueError(f"{name} is ragged")
-        if self.probe.block >= len(self.paper_floors):
-            raise ValueError(f"probe.block is {self.probe.block}, there are {len(self.paper_floors)} block parts")
+    def _tables_fit(self) -> Calibration:
+        self._check_table("skip_costs", self.skip_costs)
+        for step, gap in itertools.product(range(self.key.steps), range(len(self.skip_costs[0]))):
+            self._check_rises(self.skip_costs[step][gap], f"skip_costs.{step}.{gap}")
+        self._check_table("probe.expected", self.probe.expected)
+        self._check_table("offset_limits", [(row,) * len(self.skip_costs[0]) for row in self.offset_limits])
+        blocks = 1 if self.predictor.whole_step else len(self.paper_floors)  # whole steps have no blocks
+        if self.probe.block >= blocks:
+            raise ValueError(f"probe.block is {self.probe.block}, allowed are 0 … {blocks - 1}")
         return self
+
+    def _check_table(self, name: str, table: Sequence[Sequence[Sequence[float]]]) -> None:
+        """Refuse a table that has not one entry per step, or not as many gaps and skipped steps as `skip_costs`."""
+        if len(table) != self.key.steps:
+            raise ValueError(f"{name} has {len(table)} steps, allowed are the key's {self.key.steps}")
+        gaps, skipped = len(self.skip_costs[0]), len(self.skip_costs[0][0])
+        for step, rows in enumerate(table):
+            if [len(row) for row in rows] != [skipped] * gaps:
+                lengths = clipped([len(row) for row in rows])
+                raise ValueError(f"{name}.{step} has rows of {lengths} numbers, allowed are {gaps} of {skipped}")
+
+    @staticmethod
+    def _check_rises(costs: Sequence[float], where: str) -> None:
+        """Refuse costs that fall as more steps are skipped: the planner adds up what each further step costs."""
+        for skipped, (fewer, more) in enumerate(itertools.pairwise(costs), start=2):
+            if more < fewer:
+                raise ValueError(
+                    f"{where} says that {skipped} skipped steps cost {more:g}, allowed is at least "
+                    f"the {fewer:g} of {skipped - 1}"
+                )
 
 
 def calibration_from_json(text: str | bytes, *, where: str) -> Calibration:
     """Parse and validate a calibration file.
 
+    Args:
+        text: Its content.
+        where: Its path, for the message.
+
     Raises:
-        CalibrationError: If it is not one of this schema.
+        CalibrationError: If it is not one of this schema, or holds what no calibration can.
     """
     try:
         return Calibration.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(step) for step in first["loc"])
-        raise CalibrationError(
-            f"{where}: {field or 'file'}: {first['msg']}. Make it again with adacorr-calibrate."
-        ) from error
+        raise _unusable(where, first_fault(error), _made_for(text)) from error
+
+
+def check_blocks(calibration: Calibration, model: ModelSpec, *, where: str) -> None:
+    """Refuse a calibration that was made for another number of block parts than its bundle has.
+
+    Raises:
+        CalibrationError: If so.
+    """
+    found, blocks = len(calibration.paper_floors), len(model.blocks)
+    if found != blocks:
+        fault = f"paper_floors holds {found} numbers, allowed are {blocks}: one for each block part of the bundle"
+        raise _unusable(where, fault, calibration)
+
+
+class _MadeFor(BaseModel):
+    """What a calibration is for, read also from a file that is not one otherwise."""
+
+    key: CalibrationKey
+    predictor: Predictor
+
+
+def _made_for(text: str | bytes) -> _MadeFor | None:
+    try:
+        return _MadeFor.model_validate_json(text)
+    except ValidationError:
+        return None
+
+
+def _unusable(where: str, fault: str, made_for: _MadeFor | Calibration | None) -> CalibrationError:
+    command = calibrate_command(made_for.key, made_for.predictor) if made_for else "adacorr-calibrate BUNDLE"
+    return CalibrationError(f"{where}: {fault}. Make it again with: {command}")
+
+
+def calibrate_command(key: CalibrationKey, predictor: Predictor | None) -> str:
+    """Return the command that makes the calibration of a key and, where given, a predictor."""
+    guidance = repr(key.guidance).removesuffix(".0")
+    wanted = f" --predictor {predictor.kind.value} --order {predictor.order}" if predictor else ""
+    return f"adacorr-calibrate BUNDLE --sampler {key.sampler} --steps {key.steps} --guidance {guidance}{wanted}"
 
 
 def calibration_for_run(
@@ -130,9 +216,7 @@ def calibration_for_run(
         reason = f"the bundle's is for another run ({found[0].key.difference(key)})"
     else:
         reason = "the bundle holds none"
-    wanted = f" --predictor {predictor.kind.value} --order {predictor.order}" if predictor else ""
     raise CalibrationError(
-        f"policy {policy} needs a calibration; {reason}. Make one with: "
-        f"adacorr-calibrate BUNDLE --sampler {key.sampler} --steps {key.steps} --guidance {key.guidance:g}{wanted}, "
+        f"policy {policy} needs a calibration; {reason}. Make one with: {calibrate_command(key, predictor)}, "
         "or choose --policy fora or none."
     )

@@ -28,6 +28,7 @@ class Run:
     """What a controller must know of a request."""
 
     steps: int
+    lags: bool = False  # decide with the measurements of earlier steps
 
 
 class StaticController:
@@ -42,6 +43,10 @@ class StaticController:
     @property
     def whole_steps(self) -> bool:
         return self._policy.predictor.whole_step
+
+    @property
+    def lags(self) -> bool:
+        return self._run.lags
 
     def keeps_reference(self, block: int) -> bool:
         return False
@@ -81,6 +86,10 @@ class PaperController:
     @property
     def whole_steps(self) -> bool:
         return self._policy.predictor.whole_step
+
+    @property
+    def lags(self) -> bool:
+        return self._run.lags
 
     def keeps_reference(self, block: int) -> bool:
         return True
@@ -138,11 +147,15 @@ class AdaCorrectionController:
         self._steps = SlotHistory(
             capacity=2
         )  # the steps that were not skipped; protected blocks have more of their own
-        self._measured_at = (1, 1)  # distance and gap of the error that is being measured
+        self._measured_at: dict[int, tuple[int, int]] = {}  # step → distance and gap of the error that is on its way
 
     @property
     def whole_steps(self) -> bool:
         return self._policy.predictor.whole_step
+
+    @property
+    def lags(self) -> bool:
+        return self._run.lags
 
     def keeps_reference(self, block: int) -> bool:
         return block == 0
@@ -166,17 +179,22 @@ class AdaCorrectionController:
 
     def _decide_step(self, step: int, history: SlotHistory, signals: Sequence[Signals] | None) -> Decision:
         guard = self._step_guard(step)
-        if guard or signals is None or doubtful(signals):
+        if guard or (signals is None and not self.lags) or (signals is not None and doubtful(signals)):
             return Decision(action=Action.EVALUATE, reason=guard or "signals not finite")
         age, gap = step - self._steps.steps[0], _gap(self._steps)
-        offset = max(robust_score(branch) for branch in signals)
-        limits = self._calibration.offset_limits[step]
-        if offset > self._gate.offset_margin * limits[min(history.age(step) or 1, len(limits)) - 1]:
-            return Decision(action=Action.EVALUATE, reason="offset beyond calibration", score=offset, weight=1.0)
+        if signals is not None:
+            offset = max(robust_score(branch) for branch in signals)
+            if offset > self._offset_limit(step - self.lags, (history.age(step) or 1) - self.lags):
+                return Decision(action=Action.EVALUATE, reason="offset beyond calibration", score=offset, weight=1.0)
         plan = self._planner.plan(self._price / self.difficulty)
         estimate = self._planner.costs.added(step, gap, age - 1) * self.difficulty
         allowance = plan.allowance(step, gap, age - 1) * self.difficulty
         return self._weighed(step, estimate, allowance)
+
+    def _offset_limit(self, step: int, age: int) -> float:
+        """Return the largest score that is within calibration for inputs of `step`, `age` steps after an evaluation."""
+        limits = self._calibration.offset_limits[step]
+        return self._gate.offset_margin * limits[min(max(age, 1), len(limits)) - 1]
 
     def _weighed(self, step: int, estimate: float, allowance: float) -> Decision:
         if allowance <= 0 or not math.isfinite(estimate):
@@ -192,9 +210,9 @@ class AdaCorrectionController:
                 return Decision(
                     action=Action.CORRECT, reason="blended", score=estimate, weight=weight, thresholds=thresholds
                 )
-            if self._spent + max(estimate, 0.0) > self._budget[step]:
+            if self._spent + estimate > self._budget[step]:
                 return Decision(action=Action.EVALUATE, reason="error budget spent", score=estimate, weight=weight)
-        self._spent += max(estimate, 0.0)
+        self._spent += estimate
         reason = "estimate below the allowance" if weight == 0.0 else "deferred within the error budget"
         return Decision(action=Action.REUSE, reason=reason, score=estimate, weight=weight)
 
@@ -205,12 +223,12 @@ class AdaCorrectionController:
         enough = len(history.steps) >= min(2, self._policy.predictor.history)
         if block != self._calibration.probe.block or not enough:
             return False
-        self._measured_at = (step - history.steps[0], _gap(history))
+        self._measured_at[step] = (step - history.steps[0], _gap(history))
         return True
 
     def record_error(self, step: int, block: int, error: float) -> None:
         probe = self._calibration.probe
-        distance, gap = self._measured_at
+        distance, gap = self._measured_at.pop(step)
         cube = probe.expected[step]
         expected = cube[min(gap, len(cube)) - 1][min(distance, len(cube[0])) - 1]
         if expected > 0 and error > 0 and math.isfinite(error):

@@ -15,6 +15,14 @@ class Action(str, Enum):
     CORRECT = "correct"  # the engine is launched, and its output blended with the prediction
 
 
+class Placement(str, Enum):
+    """When the measurements that a policy decides with are read."""
+
+    BLOCK = "block"  # before each block
+    STEP = "step"  # once, at the step's first block; it decides for all
+    LAG = "lag"  # those of the step before: a GPU never waits for the host
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signals:
     """How far a block's input is from the one its slot was filled with, for one branch; the maths is in `plugins`."""
@@ -88,6 +96,15 @@ class Controller(Protocol):
         """Whether a step is decided at once, its prediction standing for the model's output.
 
         `decide` is then called with block 0 once a step, and histories are those of the output.
+        """
+        ...
+
+    @property
+    def lags(self) -> bool:
+        """Whether it decides with what an earlier step measured, so that no step waits for a GPU.
+
+        `decide` then gets the signals of the step before, or None if the slot was filled since, and errors come two
+        steps late.
         """
         ...
 

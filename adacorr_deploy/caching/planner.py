@@ -10,6 +10,7 @@ from adacorr_deploy.caching.guards import Guards
 from adacorr_deploy.caching.schedule import Plan, SkipCosts, evaluations_for_speedup, price_for_evaluations
 
 _PRICE_STEPS = 20  # plans kept per factor e of price: 5 % apart, so that few plans serve all requests
+_PLANS_KEPT = 128  # of a calibration and its guards; one of 1000 steps takes a megabyte
 
 
 class Planner:
@@ -18,7 +19,7 @@ class Planner:
     def __init__(self, costs: SkipCosts, guards: Guards) -> None:
         self.costs = costs
         self._guards = guards
-        self._plans: dict[int, Plan] = {}
+        self._plan_at = lru_cache(maxsize=_PLANS_KEPT)(self._solved)
         self._prices: dict[float, float] = {}
 
     def price(self, speedup: float) -> float:
@@ -32,10 +33,10 @@ class Planner:
 
     def plan(self, price: float) -> Plan:
         """Return the plan at the nearest tabulated price."""
-        index = round(math.log(price) * _PRICE_STEPS)
-        if index not in self._plans:
-            self._plans[index] = Plan(self.costs, self._guards, math.exp(index / _PRICE_STEPS))
-        return self._plans[index]
+        return self._plan_at(round(math.log(price) * _PRICE_STEPS))
+
+    def _solved(self, index: int) -> Plan:
+        return Plan(self.costs, self._guards, math.exp(index / _PRICE_STEPS))
 
     def expected_spending(self, price: float) -> tuple[float, ...]:
         """Return, per step, the calibrated error that the plan at `price` has spent up to and including it."""
@@ -45,7 +46,7 @@ class Planner:
             if step in evaluated:
                 gap, skipped = skipped + 1, 0
             else:
-                spent += max(0.0, self.costs.added(step, gap, skipped))
+                spent += self.costs.added(step, gap, skipped)
                 skipped += 1
             totals.append(spent)
         return tuple(totals)

@@ -6,26 +6,38 @@ refused with the field's name.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from adacorr_deploy.caching.decisions import Placement
 from adacorr_deploy.caching.guards import Guards
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
 from adacorr_deploy.caching.schedule import evaluations_for_speedup
 from adacorr_deploy.core.errors import PolicyError
+from adacorr_deploy.core.untrusted import bounded_file, clipped, first_fault, value_from_json
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+_MAX_FILE_BYTES: Final = 16 << 10  # tomllib takes seconds for more: its time grows with the square of a key's dots
+
 Speedup = Annotated[float, Field(ge=1, le=20)]
+
+
+def _shown_name(name: str) -> str:
+    if not (1 <= len(name) <= 80 and name.isprintable()):  # terminals obey control characters
+        raise ValueError("allowed are 1 to 80 printable characters")
+    return name
+
+
+PolicyName = Annotated[str, AfterValidator(_shown_name)]
 
 
 class Corrector(str, Enum):
@@ -36,7 +48,7 @@ class Corrector(str, Enum):
 
 
 class _Gate(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class NoGate(_Gate):
@@ -86,7 +98,7 @@ class AdaCorrectionGate(_Gate):
     band: Annotated[float, Field(ge=0, lt=1)] = 0.1
     adaptivity: Annotated[float, Field(ge=0, le=1)] = 0.5
     memory: Annotated[float, Field(ge=0, lt=1)] = 0.3
-    offset_margin: Annotated[float, Field(ge=1)] = 1.5
+    offset_margin: Annotated[float, Field(ge=1, le=1000)] = 1.5
     corrector: Corrector = Corrector.DEFER
 
 
@@ -120,10 +132,38 @@ class Policy(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Annotated[str, Field(min_length=1, max_length=80)]
+    name: PolicyName
     gate: Gate
     predictor: Predictor = Predictor()
     guards: Guards = Guards()
+    decide: Placement | None = None  # one of `placements`; None: the first of them
+
+    @property
+    def placements(self) -> tuple[Placement, ...]:
+        """When the policy can read what it decides with; none for one that reads nothing."""
+        match self.gate:
+            case PaperGate():
+                return (Placement.BLOCK,)
+            case AdaCorrectionGate():
+                return (Placement.STEP, Placement.LAG)
+            case _:
+                return ()
+
+    @property
+    def placement(self) -> Placement | None:
+        """When it reads what it decides with: as `decide` says, or the first that it can; None if it reads nothing."""
+        return self.decide or next(iter(self.placements), None)
+
+    @property
+    def lags(self) -> bool:
+        return self.placement is Placement.LAG
+
+    @model_validator(mode="after")
+    def _decides_where_it_can(self) -> Policy:
+        if self.decide is not None and self.decide not in self.placements:
+            known = ", ".join(placement.value for placement in self.placements) or "nothing: it measures nothing"
+            raise ValueError(f"decide is {self.decide.value}; this gate takes {known}")
+        return self
 
     @model_validator(mode="after")
     def _whole_steps_stay_whole(self) -> Policy:
@@ -144,6 +184,11 @@ class Policy(BaseModel):
                 return lazy
             case _:
                 return False
+
+    @property
+    def history(self) -> int:
+        """Evaluations that a slot must keep: 0 where nothing is cached."""
+        return 0 if isinstance(self.gate, NoGate | FewerStepsGate) else self.predictor.history
 
     def sampled_steps(self, steps: int) -> int:
         """Return how many steps the sampler takes where `steps` were asked for."""
@@ -171,6 +216,7 @@ PRESETS: Final[Mapping[str, Policy]] = {
         Policy(name="scheduled", gate=ScheduleGate(), predictor=_OUTPUT),
         Policy(name="scheduled-blocks", gate=ScheduleGate()),
         Policy(name="robust", gate=AdaCorrectionGate(), predictor=_OUTPUT),
+        Policy(name="robust-lag", gate=AdaCorrectionGate(), predictor=_OUTPUT, decide=Placement.LAG),
         Policy(name="robust-blocks", gate=AdaCorrectionGate()),
         Policy(name="paper-exact", gate=PaperGate(), predictor=_HOLD, guards=Guards(warmup_steps=1, final_steps=0)),
         Policy(name="paper-lazy", gate=PaperGate(lazy=True), predictor=_HOLD),
@@ -191,20 +237,26 @@ def policy_named(name_or_file: str) -> Policy:
     path = Path(name_or_file)
     if path.suffix in (".json", ".toml"):
         return policy_from_file(path)
-    raise PolicyError(f"policy {name_or_file!r} is neither a preset ({', '.join(PRESETS)}) nor a .json or .toml file.")
+    raise PolicyError(
+        f"policy {clipped(name_or_file)} is neither a preset ({', '.join(PRESETS)}) nor a .json or .toml file."
+    )
 
 
 def policy_from_file(path: Path) -> Policy:
     """Read and validate a policy file.
 
     Raises:
-        PolicyError: If it can't be read or parsed, or a field is not valid.
+        PolicyError: If it can't be read or parsed, is larger than 16 KiB, or a field is not valid.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        raw = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except (OSError, ValueError) as error:
+        text = bounded_file(path, limit_bytes=_MAX_FILE_BYTES).decode("utf-8")
+        raw = tomllib.loads(text) if path.suffix == ".toml" else value_from_json(text)
+    except OSError as error:
+        raise PolicyError(f"policy file {path} can't be read: {error.strerror}") from error
+    except ValueError as error:
         raise PolicyError(f"policy file {path} can't be read: {error}") from error
+    except RecursionError as error:
+        raise PolicyError(f"policy file {path} can't be read: it is nested too deeply") from error
     return _validated(raw, where=f"policy file {path}")
 
 
@@ -214,17 +266,15 @@ def _with_speedup(policy: Policy, target: str) -> Policy:
     elif hasattr(policy.gate, "speedup"):
         field, allowed = "speedup", "a speed-up from 1 to 20"
     else:
-        raise PolicyError(f"policy {policy.name} has no target: leave out '@{target}'")
+        raise PolicyError(f"policy {policy.name} has no target: leave out {clipped('@' + target)}")
     raw = policy.model_dump(mode="json", by_alias=True)
     raw["name"] = f"{policy.name}@{target}"
     raw["gate"][field] = target
-    return _validated(raw, where=f"policy {policy.name}@{target} (after @ stands {allowed})")
+    return _validated(raw, where=f"policy {clipped(raw['name'])[1:-1]} (after @ stands {allowed})")
 
 
 def _validated(raw: object, *, where: str) -> Policy:
     try:
         return Policy.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(step) for step in first["loc"])
-        raise PolicyError(f"{where}: {field or 'top level'}: {first['msg']}, got {first['input']!r}") from error
+        raise PolicyError(f"{where}: {first_fault(error)}") from error

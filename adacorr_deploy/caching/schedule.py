@@ -25,7 +25,8 @@ class SkipCosts:
 
     Attributes:
         values: `values[j][g − 1][k − 1]` for first skipped step j, gap g and k skipped steps: squared error of the
-            final latents, per element; infinite where it can't be.
+            final latents, per element; infinite where it can't be. Over k it never falls (`Calibration` sees to it),
+            so that a further skipped step always adds something: the planner and its allowances rest on that.
     """
 
     values: Costs

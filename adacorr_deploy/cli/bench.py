@@ -13,7 +13,18 @@ import typer
 
 from adacorr_deploy.cli.console import Cell, progress_bar, show_json, show_lines, show_table
 from adacorr_deploy.cli.errors import run_app
-from adacorr_deploy.cli.options import Guidance, Json, SamplerName, Seed, Steps, command_app, examples
+from adacorr_deploy.cli.options import (
+    MAX_IMAGES,
+    Guidance,
+    Json,
+    RunBackend,
+    SamplerName,
+    Seed,
+    Steps,
+    command_app,
+    examples,
+    path_from_text,
+)
 from adacorr_deploy.core.errors import RequestError
 from adacorr_deploy.core.samplers import Sampler
 
@@ -46,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def bench(  # noqa: PLR0913, PLR0917  one parameter is one option
     bundle: Annotated[
         Path | None,
-        typer.Argument(metavar="BUNDLE", help="Folder that adacorr-build made.", show_default=False),
+        typer.Argument(
+            metavar="BUNDLE", help="Folder that adacorr-build made.", parser=path_from_text, show_default=False
+        ),
     ] = None,
     policies: Annotated[
         str,
@@ -56,16 +69,22 @@ def bench(  # noqa: PLR0913, PLR0917  one parameter is one option
             help="Presets, presets with a target as robust@2.5, or files, with commas between; none is always run.",
         ),
     ] = _POLICIES,
-    images: Annotated[int, typer.Option("--images", metavar="N", min=1, help="Images per policy.")] = 16,
-    batch: Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Images per request.")] = 8,
-    rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Timed runs; the medians count.")] = 3,
+    images: Annotated[int, typer.Option("--images", metavar="N", min=1, max=10_000, help="Images per policy.")] = 16,
+    batch: Annotated[int, typer.Option("--batch", metavar="N", min=1, max=MAX_IMAGES, help="Images per request.")] = 8,
+    rounds: Annotated[
+        int, typer.Option("--rounds", metavar="N", min=1, max=1000, help="Timed runs; the medians count.")
+    ] = 3,
     steps: Steps = 50,
     guidance: Guidance = 4.0,
     seed: Seed = 0,
     sampler: SamplerName = Sampler.DDIM,
     csv_file: Annotated[
-        Path | None, typer.Option("--csv", metavar="FILE", help="Keep the rows as CSV too.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--csv", metavar="FILE", parser=path_from_text, help="Keep the rows as CSV too.", show_default=False
+        ),
     ] = None,
+    backend: RunBackend = None,
     list_presets: Annotated[bool, typer.Option("--list", help="Show the preset policies, and stop.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -85,7 +104,7 @@ def bench(  # noqa: PLR0913, PLR0917  one parameter is one option
     options = BenchOptions(
         images=images, batch=batch, rounds=rounds, steps=steps, guidance=guidance, seed=seed, sampler=sampler
     )
-    rows = [_cells(row) for row in _measured(bundle, policies, options, csv_file)]
+    rows = [_cells(row) for row in _measured(bundle, policies, options, csv_file, backend)]
     if csv_file is not None:
         _write_csv(csv_file, rows)
     if as_json:
@@ -95,20 +114,22 @@ def bench(  # noqa: PLR0913, PLR0917  one parameter is one option
         show_lines(*([f"rows: {csv_file}"] if csv_file is not None else []))
 
 
-def _measured(bundle: Path, policies: str, options: BenchOptions, csv_file: Path | None) -> list[BenchRow]:
+def _measured(
+    bundle: Path, policies: str, options: BenchOptions, csv_file: Path | None, backend: str | None
+) -> list[BenchRow]:
     """Measure, after checking everything that could spoil it later."""
     from adacorr_deploy.caching.policy import policy_named
-    from adacorr_deploy.cli.output_files import check_file_can_be_made
+    from adacorr_deploy.cli.output_files import check_outputs
     from adacorr_deploy.quality.bench import bench
     from adacorr_deploy.runtime import Pipeline
 
-    if csv_file is not None:
-        check_file_can_be_made(csv_file)
     names = dict.fromkeys(name.strip() for name in policies.split(",") if name.strip())
     if not names:
         raise RequestError("policies is empty. Give at least one name; adacorr-bench --list shows them.")
+    if csv_file is not None:
+        check_outputs([csv_file], bundle=bundle, inputs=[Path(name) for name in names])
     chosen = [policy_named(name) for name in names]
-    with Pipeline.open(bundle) as pipeline:
+    with Pipeline.open(bundle, backend=backend) as pipeline:
         _check_runs(pipeline, chosen, options)
         with progress_bar() as advance:
             return bench(pipeline, chosen, options, advance)
@@ -117,9 +138,11 @@ def _measured(bundle: Path, policies: str, options: BenchOptions, csv_file: Path
 def _check_runs(pipeline: Pipeline, policies: Sequence[Policy], options: BenchOptions) -> None:
     """Refuse before anything is timed what a policy would refuse in its turn."""
     from adacorr_deploy.quality.bench import requests
-    from adacorr_deploy.runtime import controller_for_request
+    from adacorr_deploy.runtime import check_request, controller_for_request
 
-    first = next(requests(pipeline, options))
+    first, *others = requests(pipeline, options)
+    for request in others:
+        check_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
     for policy in policies:
         controller_for_request(pipeline, first, policy)
 
@@ -152,9 +175,15 @@ def _show_presets(as_json: bool) -> None:
         )
         return
     show_table(
-        ("policy", "gate", "predictor", "guards", "needs calibration"),
+        ("policy", "gate", "predictor", "guards", "decides by", "needs calibration"),
         [
-            (policy.name, _fields(policy.gate), *_caching(policy), "yes" if policy.needs_calibration else "no")
+            (
+                policy.name,
+                _fields(policy.gate),
+                *_caching(policy),
+                policy.placement.value if policy.placement is not None else None,
+                "yes" if policy.needs_calibration else "no",
+            )
             for policy in PRESETS.values()
         ],
     )
@@ -174,7 +203,3 @@ def _caching(policy: Policy) -> tuple[str, str]:
     if isinstance(policy.gate, NoGate | FewerStepsGate):
         return "–", "–"
     return policy.predictor.label, _fields(policy.guards)
-
-
-if __name__ == "__main__":
-    main()

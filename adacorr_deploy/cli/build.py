@@ -7,20 +7,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 
 import typer
 
 from adacorr_deploy.cli.calibrate import calibrate_bundle
 from adacorr_deploy.cli.console import Advance, progress_bar, show_json, show_lines, show_table
 from adacorr_deploy.cli.errors import needs_build_packages, run_app
+from adacorr_deploy.cli.inspection import inspect_bundle
 from adacorr_deploy.cli.model_source import DEMO, path_from_model
-from adacorr_deploy.cli.options import Heads, Json, Scheduler, command_app, examples
+from adacorr_deploy.cli.options import Heads, Json, Scheduler, command_app, examples, path_from_text
+from adacorr_deploy.core.engine_build import MAX_SIZE, CompilerOptions, Profile, WeightLayout
 from adacorr_deploy.core.errors import PolicyError
 from adacorr_deploy.core.specs import DType
 
 if TYPE_CHECKING:
     from adacorr_deploy.core.bundle import Bundle
+
+_COMPILED: Final = "Compiled engines (tensorrt-rtx, tensorrt)"
 
 app = command_app()
 
@@ -30,10 +34,11 @@ class Precision(str, Enum):
 
     FP32 = "fp32"
     FP16 = "fp16"
+    BF16 = "bf16"
 
     @property
     def dtype(self) -> DType:
-        return DType.FLOAT32 if self is Precision.FP32 else DType.FLOAT16
+        return {Precision.FP32: DType.FLOAT32, Precision.FP16: DType.FLOAT16, Precision.BF16: DType.BFLOAT16}[self]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +56,7 @@ class Target:
 
     bundle: Path
     backend: str
+    compiler: CompilerOptions | None
     precision: Precision
     segment: int
     policy: str
@@ -68,31 +74,50 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         "adacorr-build demo -o demo.bundle",
         "adacorr-build path/to/DiT-XL-2-256 -o dit-xl.bundle --calibrate",
         "adacorr-build DiT-XL-2-256x256.pt -o dit-xl.bundle --precision fp16 --policy fora",
+        "adacorr-build DiT-XL-2-256x256.pt -o xl.bundle --backend tensorrt-rtx --gpu sm_89",
+        "adacorr-build --inspect dit-xl.bundle",
         "adacorr-build my-dit/transformer --scheduler my-dit/scheduler -o my.bundle --segment 4",
     )
 )
 def build(  # noqa: PLR0913, PLR0917  one parameter is one option
     model: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="MODEL",
             help="demo (the model that comes with the package), a diffusers pipeline or transformer folder, or a DiT "
             "checkpoint in the original layout (.pt, .safetensors).",
             show_default=False,
         ),
-    ],
+    ] = None,
     output: Annotated[
-        Path,
-        typer.Option("--output", "-o", metavar="BUNDLE", help="Folder of the new bundle.", show_default=False),
-    ],
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="BUNDLE",
+            parser=path_from_text,
+            help="Folder of the new bundle.",
+            show_default=False,
+        ),
+    ] = None,
     backend: Annotated[
-        str, typer.Option("--backend", metavar="NAME", help="Engines that will run the bundle.")
+        str,
+        typer.Option(
+            "--backend",
+            metavar="NAME",
+            help="Engines that will run the bundle: onnxruntime (CPU), onnxruntime-cuda, tensorrt-rtx (compiles "
+            "without a GPU too), tensorrt (compiles for the GPU in this machine).",
+        ),
     ] = "onnxruntime",
     precision: Annotated[Precision, typer.Option("--precision", help="Of weights and activations.")] = Precision.FP32,
     segment: Annotated[
         int,
         typer.Option(
-            "--segment", metavar="N", min=1, help="Transformer blocks in one engine; caching decides over whole ones."
+            "--segment",
+            metavar="N",
+            min=1,
+            max=1000,
+            help="Transformer blocks in one engine; caching decides over whole ones.",
         ),
     ] = 1,
     scheduler: Scheduler = None,
@@ -111,8 +136,77 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
         bool | None,
         typer.Option(
             "--calibrate/--no-calibrate",
-            help="Measure what skipping costs, for ddim, 50 steps, guidance 4. Default: only for demo; other runs: "
-            "adacorr-calibrate.",
+            help="Measure what skipping costs, for ddim, 50 steps, guidance 4. Default: only for demo in fp32 or fp16; "
+            "other runs: adacorr-calibrate.",
+            show_default=False,
+        ),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            "--gpu",
+            metavar="SM,…",
+            help="GPUs to compile for, as sm_86,sm_89,sm_120 (tensorrt-rtx). Default: all that one engine can serve.",
+            show_default=False,
+            rich_help_panel=_COMPILED,
+        ),
+    ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            "--batch",
+            metavar="MIN,OPT,MAX",
+            help="Images sampled together: the fewest, those to tune for, the most.  Default: 1,8,16.",
+            show_default=False,
+            rich_help_panel=_COMPILED,
+        ),
+    ] = None,
+    max_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--max-steps",
+            metavar="N",
+            min=1,
+            max=1000,
+            help="Most denoising steps.  Default: 100.",
+            show_default=False,
+            rich_help_panel=_COMPILED,
+        ),
+    ] = None,
+    weights: Annotated[
+        WeightLayout | None,
+        typer.Option(
+            "--weights",
+            help="baked: in the engines, one for each part. inputs: beside them, and parts of one structure share an "
+            "engine, which builds and loads once.  Default: baked.",
+            show_default=False,
+            rich_help_panel=_COMPILED,
+        ),
+    ] = None,
+    version_compatible: Annotated[
+        bool,
+        typer.Option(
+            "--version-compatible", help="Let later releases open the engines (tensorrt).", rich_help_panel=_COMPILED
+        ),
+    ] = False,
+    timing_cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--timing-cache",
+            metavar="FILE",
+            parser=path_from_text,
+            help="Keeps tunings from one build to the next (tensorrt).",
+            show_default=False,
+            rich_help_panel=_COMPILED,
+        ),
+    ] = None,
+    inspect: Annotated[
+        Path | None,
+        typer.Option(
+            "--inspect",
+            metavar="BUNDLE",
+            parser=path_from_text,
+            help="Build nothing: show what a bundle holds and what its build took.",
             show_default=False,
         ),
     ] = None,
@@ -124,10 +218,18 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
     The bundle appears whole or not at all: a build that fails or is interrupted leaves nothing behind, and the next one
     starts anew.
     """
-    calibrated = model == DEMO if calibrate is None else calibrate
+    if inspect is not None:
+        if model is not None or output is not None:
+            raise typer.BadParameter("it builds nothing, so it takes no MODEL and no --output.", param_hint="--inspect")
+        inspect_bundle(inspect, as_json=as_json)
+        return
+    if model is None or output is None:
+        raise typer.BadParameter("a build needs both.", param_hint="MODEL --output")
+    calibrated = model == DEMO and precision is not Precision.BF16 if calibrate is None else calibrate
     target = Target(
         bundle=output,
         backend=backend,
+        compiler=_compiler_options(gpu, batch, max_steps, weights, version_compatible, timing_cache),
         precision=precision,
         segment=segment,
         policy=_default_policy(policy, calibrated=calibrated),
@@ -190,8 +292,46 @@ def _default_policy(name: str | None, *, calibrated: bool) -> str:
     return name
 
 
+def _compiler_options(
+    gpu: str | None,
+    batch: str | None,
+    max_steps: int | None,
+    weights: WeightLayout | None,
+    version_compatible: bool,
+    timing_cache: Path | None,
+) -> CompilerOptions | None:
+    """Return what a user asks of the compiler, or None for nothing: not every backend has one."""
+    if not version_compatible and all(option is None for option in (gpu, batch, max_steps, weights, timing_cache)):
+        return None
+    defaults = Profile()
+    most = max_steps or defaults.steps[-1]
+    try:
+        profile = Profile(
+            batch=_three_sizes(batch) if batch is not None else defaults.batch,
+            steps=(1, min(defaults.steps[1], most), most),
+        )
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"{batch!r} is not three sizes of 1 to {MAX_SIZE}, the fewest first, as 1,8,16.", param_hint="--batch"
+        ) from error
+    return CompilerOptions(
+        profile=profile,
+        targets=tuple(gpu.split(",")) if gpu is not None else (),
+        weights=weights or WeightLayout.BAKED,
+        version_compatible=version_compatible,
+        timing_cache=timing_cache,
+    )
+
+
+def _three_sizes(text: str) -> tuple[int, int, int]:
+    fewest, tuned, most = (int(word) for word in text.split(",") if word.isascii() and len(word) <= len(str(MAX_SIZE)))
+    return fewest, tuned, most
+
+
 def _built(source: Source, target: Target, advance: Advance) -> Bundle:
+    from adacorr_deploy.cli.output_files import check_new_folder
     from adacorr_deploy.engines import backend_by_name
+    from adacorr_deploy.engines.bundle_sessions import check_precision
     from adacorr_deploy.exporters import load_checkpoint
     from adacorr_deploy.exporters.bundle_builder import BuildOptions, build_bundle, check_output
 
@@ -201,32 +341,37 @@ def _built(source: Source, target: Target, advance: Advance) -> Bundle:
         overwrite=target.overwrite,
         default_policy=target.policy,
     )
-    backend = backend_by_name(target.backend)
+    backend = backend_by_name(target.backend, target.compiler)
+    check_precision(options.precision, backend)
+    calibrating = backend if backend.is_available() else backend_by_name("onnxruntime")
+    if target.calibrated:
+        check_precision(options.precision, calibrating)
+    model = path_from_model(source.model)
     check_output(target.bundle, options)
+    check_new_folder(target.bundle, inputs=[model, *([source.scheduler] if source.scheduler is not None else [])])
     return build_bundle(
-        load_checkpoint(path_from_model(source.model), source.scheduler, heads=source.heads),
+        load_checkpoint(model, source.scheduler, heads=source.heads),
         target.bundle,
         backend,
         options,
         progress=lambda part, done, total: advance(f"building {part}", done, total),
-        finish=_calibration(target.policy, advance) if target.calibrated else None,
+        finish=_calibration(target, calibrating.name, advance) if target.calibrated else None,
     )
 
 
-def _calibration(default_policy: str, advance: Advance) -> Callable[[Path], None]:
-    """Return what calibrates the complete bundle, for what its default policy needs, before it is moved into place."""
+def _calibration(target: Target, backend: str, advance: Advance) -> Callable[[Path], None]:
+    """Return what calibrates the complete bundle, for what its default policy needs, before it is moved into place.
+
+    `backend` runs it: where its own engines can't, its ONNX files do on the CPU, since a calibration is of the model.
+    """
     from adacorr_deploy.caching.policy import policy_named
     from adacorr_deploy.quality.calibrate import CalibrationOptions
 
-    options, policy = CalibrationOptions(), policy_named(default_policy)
+    options, policy = CalibrationOptions(), policy_named(target.policy)
     if policy.needs_calibration:
         options = replace(options, predictor=policy.predictor)
 
     def finish(folder: Path) -> None:
-        calibrate_bundle(folder, options, advance)
+        calibrate_bundle(folder, options, advance, backend=backend)
 
     return finish
-
-
-if __name__ == "__main__":
-    main()

@@ -13,7 +13,17 @@ from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
 from adacorr_deploy.cli.console import Advance, progress_bar, show_json, show_lines
 from adacorr_deploy.cli.errors import run_app
-from adacorr_deploy.cli.options import Bundle, Guidance, Json, SamplerName, Steps, command_app, examples
+from adacorr_deploy.cli.options import (
+    MAX_IMAGES,
+    Bundle,
+    Guidance,
+    Json,
+    RunBackend,
+    SamplerName,
+    Steps,
+    command_app,
+    examples,
+)
 from adacorr_deploy.core.samplers import Sampler
 
 if TYPE_CHECKING:
@@ -36,18 +46,21 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         "adacorr-calibrate demo.bundle --predictor gated-taylor --order 2",
     )
 )
-def calibrate(
+def calibrate(  # noqa: PLR0913, PLR0917  one parameter is one option
     bundle: Bundle,
     steps: Steps = 50,
     guidance: Guidance = 4.0,
     sampler: SamplerName = Sampler.DDIM,
-    images: Annotated[int, typer.Option("--images", metavar="N", min=1, help="Images to measure on.")] = 16,
+    images: Annotated[
+        int, typer.Option("--images", metavar="N", min=1, max=MAX_IMAGES, help="Images to measure on.")
+    ] = 16,
     predictor: Annotated[
         PredictorKind, typer.Option("--predictor", help="Stands for a skipped block; the policy's must be the same.")
     ] = _PREDICTOR.kind,
     order: Annotated[
         int, typer.Option("--order", metavar="1|2", min=1, max=2, help="Of a predictor that extrapolates.")
     ] = _PREDICTOR.order,
+    backend: RunBackend = None,
     as_json: Json = False,
 ) -> None:
     """Measure a bundle's runs, so that policies know what skipping costs (adacorr-bench --list: which need it).
@@ -66,7 +79,7 @@ def calibrate(
     )
     started = time.perf_counter()
     with progress_bar() as advance:
-        stored = calibrate_bundle(bundle, options, advance)
+        stored = calibrate_bundle(bundle, options, advance, backend=backend)
     seconds = time.perf_counter() - started
     if as_json:
         show_json({"calibration": str(stored), "steps": steps, "guidance": guidance, "seconds": seconds})
@@ -74,7 +87,9 @@ def calibrate(
         show_lines(f"{stored}: {sampler.value}, {steps} steps, guidance {guidance:g}, in {seconds:.1f} s")
 
 
-def calibrate_bundle(bundle: Path, options: CalibrationOptions, advance: Advance) -> Path:
+def calibrate_bundle(
+    bundle: Path, options: CalibrationOptions, advance: Advance, *, backend: str | None = None
+) -> Path:
     """Calibrate a bundle on disk, store the result in it, and return its path; `adacorr-build` does so too.
 
     Raises:
@@ -86,15 +101,12 @@ def calibrate_bundle(bundle: Path, options: CalibrationOptions, advance: Advance
     from adacorr_deploy.quality.calibrate import calibrate
     from adacorr_deploy.runtime import Pipeline, SampleRequest, check_request
 
-    with Pipeline.open(bundle) as pipeline:
+    with Pipeline.open(bundle, backend=backend) as pipeline:
         request = SampleRequest(
             labels=(0,) * options.images, steps=options.steps, guidance=options.guidance, sampler=options.sampler
         )
         check_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
         calibration = calibrate(pipeline, options, advance)
         relative = f"{CALIBRATION_DIR}/{calibration.file_name}"
-        return store_in_bundle(pipeline.bundle, relative, calibration.model_dump_json().encode()).file(relative)
-
-
-if __name__ == "__main__":
-    main()
+        _, stored = store_in_bundle(pipeline.bundle, relative, calibration.model_dump_json().encode())
+        return stored

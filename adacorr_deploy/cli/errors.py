@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
 from typing import Final, NoReturn, cast
 
 import typer
 
+from adacorr_deploy.cli.console import held_output, readable, say
+from adacorr_deploy.cli.interrupts import INTERRUPTED, signal_behind, signals_unwind
 from adacorr_deploy.core.errors import AdaCorrError, BackendUnavailableError
 
 FAILED: Final = 2  # bad input, or a result that can't be written
-INTERRUPTED: Final = 130  # as a shell says of a command that Ctrl-C ended
-TERMINATED: Final = 143
+
+# Characters. Messages hold what users and files gave, which may be of any length.
+_WORD: Final = 200
+_LINE: Final = 600
 
 # Typer may bring its own copy of click: its error is found by way of what Typer exports.
 _UsageError: Final = cast("type[Exception]", typer.BadParameter.__bases__[0])
@@ -33,31 +34,52 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None = None) -> NoRetur
         app: With a single command, whose result is its exit code (None for 0).
         arguments: In place of the process's own.
     """
-    with _sigterm_unwinds():
+    with signals_unwind():
         sys.exit(_exit_code(app, arguments))
 
 
 def _exit_code(app: typer.Typer, arguments: Sequence[str] | None) -> int:
     try:
-        code: object = app(args=arguments, standalone_mode=False)
-    except _UsageError as error:
-        message: str = getattr(error, "format_message", error.__str__)()
-        return _fail(f"{message.rstrip('.')}. See: {_command_name(error)} --help")
-    except AdaCorrError as error:
-        return _fail(str(error))
-    except (KeyboardInterrupt, typer.Abort):
-        code = INTERRUPTED  # what Typer returns for it nowadays
-    if code == INTERRUPTED:
-        typer.echo("interrupted", err=True)
+        with held_output():
+            code: object = app(args=arguments, standalone_mode=False)
+    except (Exception, KeyboardInterrupt) as error:
+        code = signal_behind(error)
+        if code is None:
+            message = _message(error)
+            if message is None:
+                raise
+            say(f"error: {_one_line(message)}")
+            return FAILED
+    if code == INTERRUPTED:  # what Typer returns for it nowadays, too
+        say("interrupted")
     return code if isinstance(code, int) else 0
 
 
-def _fail(message: str) -> int:
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
-    return FAILED
+def _message(error: BaseException) -> str | None:
+    """Return what to tell a user who can act on it; None for a bug of ours."""
+    match error:
+        case _UsageError():
+            usage: str = getattr(error, "format_message", error.__str__)()
+            return f"{usage.rstrip('.')}. See: {_command_name(error)} --help"
+        case AdaCorrError():
+            return str(error)
+        case MemoryError():
+            return f"Not enough memory: {error}. Take fewer images at a time, or a machine that has more."
+        case _:
+            return None
 
 
-def _command_name(error: Exception) -> str:
+def _one_line(message: str) -> str:
+    """Return a message without what an input could do to a terminal: more lines, escapes, endless words."""
+    return _clipped(" ".join(readable(_clipped(word, _WORD)) for word in message.split()), _LINE)
+
+
+def _clipped(text: str, limit: int) -> str:
+    """Cut the middle out of a long text: what happened stands at the beginning, what to do next at the end."""
+    return text if len(text) <= limit else f"{text[: limit // 2]}…{text[-limit // 2 :]}"
+
+
+def _command_name(error: BaseException) -> str:
     context: typer.Context | None = getattr(error, "ctx", None)
     return context.command_path if context is not None else "the command"
 
@@ -79,20 +101,3 @@ def needs_build_packages(what: str) -> Iterator[None]:
             f"{what} needs the package {package}, which is not installed. "
             "Install it with: pip install 'adacorr-deploy[build,cpu]'"
         ) from error
-
-
-@contextmanager
-def _sigterm_unwinds() -> Iterator[None]:
-    """Let SIGTERM end the process as an exception does, so that half-made files are removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _terminate(signal_number: int, frame: FrameType | None) -> NoReturn:
-    sys.exit(TERMINATED)

@@ -23,25 +23,38 @@ _WHITE: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sampled:
-    """Images, and what they are called."""
+class Naming:
+    """What images are called."""
 
-    pixels: NDArray[np.float32]  # (B, C, H, W) in [−1, 1], C of PIXEL_CHANNELS
     labels: tuple[int, ...]  # of each image
     class_names: tuple[str, ...] | None  # by label
     seed: int
 
     def name(self, label: int) -> str:
-        return self.class_names[label] if self.class_names else f"class {label}"
+        names = self.class_names or ()
+        return names[label] if label < len(names) else f"class {label}"
+
+    def file_names(self) -> list[str]:
+        """Return what the images' files are called, in order."""
+        width = max(2, len(str(len(self.labels) - 1)))
+        return [
+            f"{index:0{width}d}_{_file_word(self.name(label))}_seed{self.seed}.png"
+            for index, label in enumerate(self.labels)
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """Images, and what they are called."""
+
+    pixels: NDArray[np.float32]  # (B, C, H, W) in [−1, 1], C of PIXEL_CHANNELS
+    naming: Naming
 
 
 def png_files(sampled: Sampled, title: str) -> Mapping[str, bytes]:
     """Return the PNG of each image by its file's name, in order, and last the grid's. Same pixels, same bytes."""
-    width = max(2, len(str(len(sampled.labels) - 1)))
-    files = {
-        f"{index:0{width}d}_{_file_word(sampled.name(label))}_seed{sampled.seed}.png": png_from_picture(_picture(image))
-        for index, (label, image) in enumerate(zip(sampled.labels, sampled.pixels, strict=True))
-    }
+    pngs = (png_from_picture(_picture(image)) for image in sampled.pixels)
+    files = dict(zip(sampled.naming.file_names(), pngs, strict=True))
     return {**files, GRID_NAME: png_from_picture(_grid(sampled, title))}
 
 
@@ -53,7 +66,7 @@ def _picture(image: NDArray[np.float32]) -> Image.Image:
 
 def _grid(sampled: Sampled, title: str) -> Image.Image:
     """One column for each class, its images below one another; after ten classes a new band of columns begins."""
-    labels = list(dict.fromkeys(sampled.labels))
+    labels = list(dict.fromkeys(sampled.naming.labels))
     scale = max(1, _SHOWN_PIXELS // sampled.pixels.shape[2])
     bands = [
         picture_of_grids(_panels(sampled, labels[first : first + _COLUMNS]), title="" if first else title, scale=scale)
@@ -63,10 +76,10 @@ def _grid(sampled: Sampled, title: str) -> Image.Image:
 
 
 def _panels(sampled: Sampled, labels: Sequence[int]) -> list[ImageGrid]:
-    of_label = {label: sampled.pixels[np.equal(sampled.labels, label)] for label in labels}
+    of_label = {label: sampled.pixels[np.equal(sampled.naming.labels, label)] for label in labels}
     rows = max(len(images) for images in of_label.values())
     return [
-        ImageGrid(title=sampled.name(label), images=_filled(images, rows), columns=1)
+        ImageGrid(title=sampled.naming.name(label), images=_filled(images, rows), columns=1)
         for label, images in of_label.items()
     ]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+from adacorr_deploy.cli.options import MAX_IMAGES
 from adacorr_deploy.core.errors import RequestError
 
 _ALL_CLASSES: Final = 10  # up to this many classes, the default is one image of each
@@ -21,13 +23,16 @@ def labels_from_text(texts: Sequence[str], *, num_classes: int, class_names: Seq
         class_names: By label, where the bundle has them; case doesn't matter.
 
     Raises:
-        RequestError: If a name is unknown; the message lists the known ones.
+        RequestError: If a name is unknown (the message lists the known ones), or there are too many.
     """
     if not texts:
         count = num_classes if num_classes <= _ALL_CLASSES else _SOME_CLASSES
         return tuple(index * num_classes // count for index in range(count))
     by_name = {name.casefold(): label for label, name in enumerate(class_names or ())}
-    return tuple(label for text in texts for label in _labels(text, by_name, class_names, num_classes))
+    labels = tuple(label for text in texts for label in _labels(text, by_name, class_names, num_classes))
+    if len(labels) > MAX_IMAGES:
+        raise RequestError(f"{len(labels)} class labels were given, allowed are {MAX_IMAGES}. Take several runs.")
+    return labels
 
 
 def _labels(text: str, by_name: dict[str, int], class_names: Sequence[str] | None, num_classes: int) -> Iterator[int]:
@@ -39,7 +44,7 @@ def _labels(text: str, by_name: dict[str, int], class_names: Sequence[str] | Non
         word = item.strip()
         if word.casefold() in by_name:
             yield by_name[word.casefold()]
-        elif word.lstrip("+-").isdecimal():
+        elif re.fullmatch("[+-]?[0-9]{1,18}", word):
             yield int(word)
         else:
             raise RequestError(f"class label {word!r} is {_allowed(class_names, num_classes)}.")

@@ -1,38 +1,76 @@
-"""Latents from and to .npy files. A file from elsewhere is untrusted: nothing in it is run, and its size is its own."""
+"""Latents from and to .npy files. A file from elsewhere is untrusted: nothing in it is run, nor allocated."""
 
 from __future__ import annotations
 
 import io
+import math
+import stat
 from pathlib import Path
+from tokenize import TokenError
+from typing import BinaryIO, Final
 
 import numpy as np
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from adacorr_deploy.core.errors import RequestError
 
+_HEADER_BYTES: Final = 4096  # NumPy's own is 128 for any array of numbers
+_HEADER_READERS: Final = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+# NumPy hands a header to Python's own parsers, which can fail in all of these ways.
+_BAD_HEADER: Final = (
+    ArithmeticError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    SyntaxError,
+    TokenError,
+    TypeError,
+    ValueError,
+)
 
-def latents_from_npy(path: Path) -> NDArray[np.float32]:
-    """Map an array file. Its type, shape and values are the request's to check; only then is it read.
+
+def latents_from_npy(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Read an array file, of which nothing beyond the header is read unless it holds float32 of `shape`.
+
+    Args:
+        path: A regular file, as `numpy.save` writes it.
+        shape: (B, C, H, W), which the run needs. The values are the request's to check.
 
     Raises:
-        RequestError: If it can't be read, is no .npy file, is truncated, or holds pickled objects.
+        RequestError: If it can't be read, is no .npy file, is truncated, or holds another array.
     """
     try:
-        # Mapped, so that a header can't ask for more memory than the file has bytes.
-        latents: object = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would wait for ever, a device may never end
+            raise _unreadable(path, "it is not a regular file")
+        with path.open("rb") as file:
+            return _array(path, file, shape)
+    except OSError as error:
+        raise _unreadable(path, error.strerror) from error
+
+
+def _array(path: Path, file: BinaryIO, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    header = io.BytesIO(file.read(_HEADER_BYTES))
+    try:
+        read = _HEADER_READERS[npy.read_magic(header)]
+        found, fortran_order, dtype = read(header, max_header_size=_HEADER_BYTES)
+    except _BAD_HEADER as error:
+        raise _unreadable(path, "it is no array file") from error
+    if dtype != np.float32 or found != shape:
         raise RequestError(
-            f"{path} can't be read as latents: {_reason(error)}. Give a .npy file of one float32 array (numpy.save)."
-        ) from error
-    if not isinstance(latents, np.ndarray):
-        raise RequestError(f"{path} is an archive of arrays. Give a .npy file of one array (numpy.save).")
-    return latents
+            f"{path} holds {dtype} of shape {found}, this run needs float32 of shape {shape}. Save that."
+        )
+    file.seek(header.tell())
+    content = file.read(4 * math.prod(shape))
+    if len(content) < 4 * math.prod(shape):
+        raise _unreadable(path, "it is truncated")
+    return np.frombuffer(content, np.float32).reshape(shape, order="F" if fortran_order else "C")
 
 
-def _reason(error: Exception) -> str:
-    if "pickle" in str(error):  # NumPy says so of whatever is no array file, and advises to load it unsafely
-        return "it is no array file, or holds pickled objects, which are never loaded"
-    return str(error) or "it is empty"
+def _unreadable(path: Path, reason: str | None) -> RequestError:
+    return RequestError(
+        f"{path} can't be read as latents: {reason}. Give a .npy file of one float32 array (numpy.save)."
+    )
 
 
 def npy_from_latents(latents: NDArray[np.float32]) -> bytes:

@@ -15,8 +15,10 @@ def path_from_model(model: str) -> Path:
     """Return the path of a model; `demo` is the one that comes with the package (`./demo` is a folder of that name).
 
     Raises:
-        CheckpointError: If this installation lacks the demo model.
+        CheckpointError: If nothing is given, or this installation lacks the demo model.
     """
+    if not model:
+        raise CheckpointError("MODEL is empty. Give demo, or a path.")
     if model != DEMO:
         return Path(model)
     path = Path(adacorr_deploy.__file__).parent / "demo"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -15,12 +15,34 @@ def command_app() -> typer.Typer:
     return typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 
+def path_from_text(text: str) -> Path:
+    """Return a path as it stands on a command line: an empty one is not the working folder."""
+    if not text:
+        raise typer.BadParameter("it is empty. Give a path.")
+    return Path(text)
+
+
 def examples(*lines: str) -> str:
     """Return the end of a help page: commands to copy, one a line."""
     return "\n\n".join(["[bold]Examples[/bold]", *lines])
 
 
-Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that adacorr-build made.", show_default=False)]
+MAX_IMAGES: Final = 1024  # sampled together
+
+Bundle = Annotated[
+    Path,
+    typer.Argument(metavar="BUNDLE", help="Folder that adacorr-build made.", parser=path_from_text, show_default=False),
+]
+RunBackend = Annotated[
+    str | None,
+    typer.Option(
+        "--backend",
+        metavar="NAME",
+        help="Engines to run with, in place of those that the bundle was built for: onnxruntime (CPU) and "
+        "onnxruntime-cuda open any bundle's ONNX files.",
+        show_default=False,
+    ),
+]
 Steps = Annotated[int, typer.Option("--steps", metavar="N", help="Denoising steps.")]
 Guidance = Annotated[
     float, typer.Option("--guidance", metavar="G", help="Classifier-free guidance, from 1; 1 turns it off.")
@@ -32,6 +54,7 @@ Scheduler = Annotated[
     typer.Option(
         "--scheduler",
         metavar="PATH",
+        parser=path_from_text,
         help="A scheduler_config.json or its folder: needed for a bare transformer folder, and elsewhere taken in "
         "place of the model's own.",
         show_default=False,
@@ -43,6 +66,7 @@ Heads = Annotated[
         "--heads",
         metavar="N",
         min=1,
+        max=1024,
         help="Attention heads of an original checkpoint whose size is none of the paper's.",
         show_default=False,
     ),

@@ -9,16 +9,29 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from adacorr_deploy.cli.console import note, progress_bar, show_json, show_lines, show_table
+from adacorr_deploy.cli.console import progress_bar, say, show_json, show_lines, show_table
 from adacorr_deploy.cli.errors import run_app
-from adacorr_deploy.cli.options import Bundle, Guidance, Json, SamplerName, Seed, Steps, command_app, examples
+from adacorr_deploy.cli.options import (
+    Bundle,
+    Guidance,
+    Json,
+    RunBackend,
+    SamplerName,
+    Seed,
+    Steps,
+    command_app,
+    examples,
+    path_from_text,
+)
 from adacorr_deploy.core.errors import RequestError
 from adacorr_deploy.core.samplers import Sampler
 
 if TYPE_CHECKING:
     from adacorr_deploy.caching.policy import Policy
+    from adacorr_deploy.cli.image_files import Naming
+    from adacorr_deploy.core.manifest import Manifest
     from adacorr_deploy.core.specs import ModelSpec
-    from adacorr_deploy.runtime import Pipeline, SampleRequest, SampleResult
+    from adacorr_deploy.runtime import SampleRequest, SampleResult
 
 app = command_app()
 
@@ -31,22 +44,20 @@ class Outputs:
     latents: Path | None
     trace: Path | None
 
-    def check(self) -> None:
+    def check(self, pictures: Sequence[str], *, bundle: Path, inputs: Sequence[Path]) -> None:
         """Refuse what can't be written, before anything is sampled.
 
         Raises:
-            OutputError: If an output's folder can't be made or written.
+            OutputError: See `check_outputs`.
             RequestError: If nothing would be kept.
         """
-        from adacorr_deploy.cli.output_files import check_file_can_be_made, check_folder_can_be_made
+        from adacorr_deploy.cli.output_files import check_outputs
 
         if self.directory is None and self.latents is None:
             raise RequestError("Nothing would be kept. Give a folder for the images with -o, or --save-latents.")
-        if self.directory is not None:
-            check_folder_can_be_made(self.directory)
-        for file in (self.latents, self.trace):
-            if file is not None:
-                check_file_can_be_made(file)
+        images = [self.directory / name for name in pictures] if self.directory is not None else []
+        others = [path for path in (self.latents, self.trace) if path is not None]
+        check_outputs([*images, *others], bundle=bundle, inputs=inputs)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -70,6 +81,7 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
             "--output",
             "-o",
             metavar="DIR",
+            parser=path_from_text,
             help="Folder for one PNG per image and grid.png; files of the same names are replaced.",
             show_default=False,
         ),
@@ -103,23 +115,32 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
         typer.Option(
             "--latents",
             metavar="IN.npy",
+            parser=path_from_text,
             help="Initial latents, float32 (images, channels, height, width), in place of drawn ones.",
             show_default=False,
         ),
     ] = None,
     save_latents: Annotated[
         Path | None,
-        typer.Option("--save-latents", metavar="OUT.npy", help="Keep the final latents.", show_default=False),
+        typer.Option(
+            "--save-latents",
+            metavar="OUT.npy",
+            parser=path_from_text,
+            help="Keep the final latents.",
+            show_default=False,
+        ),
     ] = None,
     trace: Annotated[
         Path | None,
         typer.Option(
             "--trace",
             metavar="T.json",
+            parser=path_from_text,
             help="Keep what every block did at every step, and why.",
             show_default=False,
         ),
     ] = None,
+    backend: RunBackend = None,
     as_json: Json = False,
 ) -> None:
     """Sample images from a bundle: one PNG for each, and a labelled grid.
@@ -127,27 +148,33 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
     Needs neither PyTorch nor ONNX's own packages.
     """
     from adacorr_deploy.caching.policy import policy_named
+    from adacorr_deploy.cli.image_files import GRID_NAME
     from adacorr_deploy.cli.labels import labels_from_text
     from adacorr_deploy.cli.latents_file import latents_from_npy
     from adacorr_deploy.runtime import Pipeline, SampleRequest, check_request, sample_with_policy
 
     outputs = Outputs(directory=output, latents=save_latents, trace=trace)
-    outputs.check()
-    with Pipeline.open(bundle) as pipeline:
+    inputs = [Path(given) for given in (latents, policy) if given is not None]
+    outputs.check([GRID_NAME], bundle=bundle, inputs=inputs)
+    with Pipeline.open(bundle, backend=backend) as pipeline:
         manifest = pipeline.manifest
         _check_pixels(manifest.model, outputs)
+        labels = labels_from_text(
+            class_labels or [], num_classes=manifest.model.num_classes, class_names=manifest.class_names
+        )
+        shape = (len(labels), *manifest.model.latent_shape)
         request = SampleRequest(
-            labels=labels_from_text(
-                class_labels or [], num_classes=manifest.model.num_classes, class_names=manifest.class_names
-            ),
+            labels=labels,
             steps=steps,
             guidance=guidance,
             seed=seed,
             sampler=sampler,
-            latents=latents_from_npy(latents) if latents else None,
+            latents=latents_from_npy(latents, shape) if latents is not None else None,
         )
         check_request(request, manifest.model, manifest.schedule)
-        chosen = policy_named(policy or manifest.default_policy)
+        chosen = policy_named(manifest.default_policy if policy is None else policy)
+        pictures = [*_naming(manifest, request).file_names(), GRID_NAME]
+        outputs.check(pictures, bundle=bundle, inputs=inputs)
         with progress_bar() as advance:
             result = sample_with_policy(
                 pipeline,
@@ -155,7 +182,7 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
                 chosen,
                 progress=lambda step, steps, rho: advance(f"{chosen.name}, ρ {rho:.2f}, step", step, steps),
             )
-        images = _write(outputs, pipeline, request, chosen, result)
+        images = _write(outputs, manifest, request, chosen, result)
     if as_json:
         show_json(
             {
@@ -181,23 +208,27 @@ def _check_pixels(model: ModelSpec, outputs: Outputs) -> None:
         )
 
 
+def _naming(manifest: Manifest, request: SampleRequest) -> Naming:
+    from adacorr_deploy.cli.image_files import Naming
+
+    return Naming(labels=request.labels, class_names=manifest.class_names, seed=request.seed)
+
+
 def _write(
-    outputs: Outputs, pipeline: Pipeline, request: SampleRequest, policy: Policy, result: SampleResult
+    outputs: Outputs, manifest: Manifest, request: SampleRequest, policy: Policy, result: SampleResult
 ) -> list[Path]:
     """Write every output, and return the images' paths."""
     from adacorr_deploy.cli.image_files import GRID_NAME, PIXEL_CHANNELS, Sampled, png_files
     from adacorr_deploy.cli.latents_file import npy_from_latents
     from adacorr_deploy.cli.output_files import write_files
 
-    manifest, files = pipeline.manifest, {}
+    files = {}
     if outputs.directory is not None and manifest.model.latent_shape[0] in PIXEL_CHANNELS:
-        sampled = Sampled(
-            pixels=result.latents, labels=request.labels, class_names=manifest.class_names, seed=request.seed
-        )
+        sampled = Sampled(pixels=result.latents, naming=_naming(manifest, request))
         title = f"{manifest.model_name}, {policy.name}, {result.steps} steps, guidance {request.guidance:g}"
         files = {outputs.directory / name: png for name, png in png_files(sampled, title).items()}
     elif outputs.directory is not None:
-        note("note: no images, as bundles hold no VAE yet; the latents are kept")
+        say("note: no images, as bundles hold no VAE yet; the latents are kept")
     images = [path for path in files if path.name != GRID_NAME]
     if outputs.latents is not None:
         files[outputs.latents] = npy_from_latents(result.latents)
@@ -217,7 +248,3 @@ def _show(outputs: Outputs, images: Sequence[Path], policy: Policy, result: Samp
     if images and outputs.directory is not None:
         show_lines(f"{len(images)} images and {outputs.directory / GRID_NAME}")
     show_lines(*(str(path) for path in (outputs.latents, outputs.trace) if path is not None))
-
-
-if __name__ == "__main__":
-    main()

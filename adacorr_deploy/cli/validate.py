@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 
 import typer
 
-from adacorr_deploy.cli.console import progress_bar, show_json_text, show_lines, show_table
+from adacorr_deploy.cli.console import progress_bar, show_lines, show_table
 from adacorr_deploy.cli.errors import needs_build_packages, run_app
 from adacorr_deploy.cli.model_source import path_from_model
 from adacorr_deploy.cli.options import (
+    MAX_IMAGES,
     Bundle,
     Guidance,
     Heads,
     Json,
+    RunBackend,
     SamplerName,
     Scheduler,
     Seed,
@@ -55,11 +57,14 @@ def validate(  # noqa: PLR0913, PLR0917  one parameter is one option
     steps: Steps = 50,
     guidance: Guidance = 4.0,
     sampler: SamplerName = Sampler.DDIM,
-    images: Annotated[int, typer.Option("--images", metavar="N", min=1, help="Images sampled together.")] = 2,
+    images: Annotated[
+        int, typer.Option("--images", metavar="N", min=1, max=MAX_IMAGES, help="Images sampled together.")
+    ] = 2,
     seed: Seed = 0,
     policy: Annotated[
         str, typer.Option("--policy", metavar="NAME|FILE", help="Whose own error is shown beside the engines'.")
     ] = "none",
+    backend: RunBackend = None,
     as_json: Json = False,
 ) -> int:
     """Compare a bundle with its PyTorch model: each part alone, then whole runs from the same latents.
@@ -77,9 +82,9 @@ def validate(  # noqa: PLR0913, PLR0917  one parameter is one option
             steps=steps, guidance=guidance, sampler=sampler, images=images, seed=seed, policy=chosen
         )
         loaded = load_checkpoint(path_from_model(reference), scheduler, heads=heads)
-        validation = validate_bundle(bundle, loaded, options, advance)
+        validation = validate_bundle(bundle, loaded, options, advance, backend=backend)
     if as_json:
-        show_json_text(validation.to_json())
+        print(validation.to_json())
     else:
         _show(validation)
     return 0 if validation.passed else NOT_PASSED
@@ -109,7 +114,3 @@ def _policy_error(run: TrajectoryError) -> str:
     if run.policy_psnr_db == float("inf"):
         return "identical to the uncached run"
     return f"PSNR {run.policy_psnr_db:.1f} dB against the uncached run"
-
-
-if __name__ == "__main__":
-    main()

@@ -6,30 +6,55 @@ A manifest is untrusted: it is validated field by field before anything is opene
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Final
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from adacorr_deploy.core.engine_build import EngineBuild
 from adacorr_deploy.core.errors import BundleError, SchedulerError
 from adacorr_deploy.core.samplers import NoiseSchedule
 from adacorr_deploy.core.specs import ModelSpec, PartSpec
+from adacorr_deploy.core.untrusted import clipped, first_fault, value_from_json
 
 SCHEMA_VERSION: Final = 1
 MANIFEST_NAME: Final = "manifest.json"
+MAX_TEXT: Final = 256  # characters of a name
+_MAX_PATH: Final = 1024
+_MAX_PARTS: Final = 10_000
+_MAX_FILES: Final = 100_000
 
 
 def bundle_path(path: str) -> str:
-    """Return `path` if it is relative and can't leave the bundle; raise ValueError if it is not."""
+    """Return `path` if it is relative, in its shortest form and can't leave the bundle.
+
+    Raises:
+        ValueError: If it is not.
+    """
     parts = PurePosixPath(path).parts
     # Backslashes and colons are separators and drives on Windows; control characters make the file system raise.
     if not parts or path.startswith("/") or ".." in parts or any(c in "\\:" or not c.isprintable() for c in path):
-        raise ValueError(f"{path!r} is not a path inside the bundle")
+        raise ValueError(f"{clipped(path)} is not a path inside the bundle")
+    if path != "/".join(parts):  # so that two paths are the same file only if they are equal
+        raise ValueError(f"{clipped(path)} is not in its shortest form")
     return path
 
 
-BundlePath = Annotated[str, AfterValidator(bundle_path)]
+def plain_text(text: str) -> str:
+    """Return `text` if it can be shown as it is: short, and without control characters.
+
+    Raises:
+        ValueError: If it can't.
+    """
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"{clipped(text)} has {len(text)} characters, allowed are {MAX_TEXT}")
+    if not text.isprintable():
+        raise ValueError(f"{clipped(text)} holds control characters")
+    return text
+
+
+BundlePath = Annotated[str, Field(max_length=_MAX_PATH), AfterValidator(bundle_path)]
+PlainText = Annotated[str, AfterValidator(plain_text)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 PRESET_PATTERN: Final = r"^[a-z][a-z-]*(@[0-9.]+)?$"  # no path: a bundle names no policy file outside itself
 PresetName = Annotated[str, Field(pattern=PRESET_PATTERN)]
@@ -45,11 +70,15 @@ class FileRecord(_Frozen):
 
 
 class PartRecord(_Frozen):
-    """A part's ONNX file and what the backend made of it (the same path where the backend opens ONNX itself)."""
+    """A part's ONNX file and what the backend made of it (the same path where the backend opens ONNX itself).
+
+    `weights` is the file whose tensors are further inputs of the artefact, where engines take weights as inputs.
+    """
 
     spec: PartSpec
     onnx: BundlePath
     artefact: BundlePath
+    weights: BundlePath | None = None
     build_seconds: Annotated[float, Field(ge=0)]
 
 
@@ -57,16 +86,26 @@ class Manifest(_Frozen):
     """Everything the runtime needs to open a bundle."""
 
     schema_version: int
-    model_name: str
+    model_name: PlainText
     model: ModelSpec
     checkpoint_sha256: Sha256
     schedule: NoiseSchedule
-    backend: str
-    parts: dict[str, PartRecord]
-    files: dict[BundlePath, FileRecord]
-    tool_versions: dict[str, str]
-    class_names: tuple[str, ...] | None = None
+    backend: PlainText
+    export_seconds: Annotated[float, Field(ge=0)] = 0.0  # of all parts; what compiling took stands with each
+    engine_build: EngineBuild | None = None  # None where the backend opens the ONNX files themselves
+    parts: Annotated[dict[PlainText, PartRecord], Field(max_length=_MAX_PARTS)]
+    files: Annotated[dict[BundlePath, FileRecord], Field(max_length=_MAX_FILES)]
+    tool_versions: dict[PlainText, PlainText]
+    class_names: tuple[PlainText, ...] | None = None  # by label
     default_policy: PresetName = "robust"  # of a run that names none
+
+    @model_validator(mode="after")
+    def _one_name_per_class(self) -> Manifest:
+        if self.class_names is not None and len(self.class_names) != self.model.num_classes:
+            raise ValueError(
+                f"class_names holds {len(self.class_names)} names, the model has {self.model.num_classes} classes"
+            )
+        return self
 
 
 def manifest_from_json(text: str, *, where: str) -> Manifest:
@@ -80,15 +119,15 @@ def manifest_from_json(text: str, *, where: str) -> Manifest:
         BundleError: If it is not JSON, of another schema version, or any field is not valid.
     """
     try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        raw = value_from_json(text)
+    except ValueError as error:
         raise BundleError(
             f"{where}: {MANIFEST_NAME} is not JSON ({error}). Rebuild the bundle with adacorr-build."
         ) from error
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION or isinstance(version, bool):  # True == 1
         raise BundleError(
-            f"{where}: schema version {version!r}, this release reads {SCHEMA_VERSION}. "
+            f"{where}: schema version {clipped(version)}, this release reads {SCHEMA_VERSION}. "
             "Rebuild the bundle with adacorr-build."
         )
     try:
@@ -98,10 +137,8 @@ def manifest_from_json(text: str, *, where: str) -> Manifest:
             f"{where}: {MANIFEST_NAME}: schedule: {error} Rebuild the bundle with adacorr-build."
         ) from error
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(step) for step in first["loc"])
         raise BundleError(
-            f"{where}: {MANIFEST_NAME}: {field}: {first['msg']}. Rebuild the bundle with adacorr-build."
+            f"{where}: {MANIFEST_NAME}: {first_fault(error)}. Rebuild the bundle with adacorr-build."
         ) from error
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from adacorr_deploy.core.errors import RequestError, SchedulerError
 
 COLUMNS: Final = ("latents", "output", "noise", "log_variance_min", "log_variance_max")
+MAX_GUIDANCE: Final = 100.0  # far beyond any use (DiT's papers: 1.5 to 4), and far from overflow
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 TimestepSpacing = Literal["leading", "linspace", "trailing"]
@@ -67,7 +68,15 @@ class SamplerTable:
 
     timesteps: NDArray[np.float32]  # (S,), descending, in training steps
     coefficients: NDArray[np.float32]  # (S, 5), columns as COLUMNS
-    needs_noise: bool
+
+    @property
+    def noisy_steps(self) -> tuple[bool, ...]:
+        """Say of each step whether it adds noise."""
+        return tuple(bool(amount != 0.0) for amount in self.coefficients[:, COLUMNS.index("noise")])
+
+    @property
+    def needs_noise(self) -> bool:
+        return any(self.noisy_steps)
 
 
 # --- A diffusers config → the schedule ---------------------------------------------------------------------------
@@ -238,11 +247,7 @@ def sampler_table(schedule: NoiseSchedule, sampler: Sampler, steps: int, *, eta:
             f"{timesteps[0]}, beyond its {training_steps} training steps. Take fewer steps."
         )
     rows = _ddim_rows(schedule, timesteps, eta) if sampler is Sampler.DDIM else _ddpm_rows(schedule, timesteps)
-    return SamplerTable(
-        timesteps=timesteps.astype(np.float32),
-        coefficients=rows.astype(np.float32),
-        needs_noise=bool(np.any(rows[:, COLUMNS.index("noise")] != 0.0)),
-    )
+    return SamplerTable(timesteps=timesteps.astype(np.float32), coefficients=rows.astype(np.float32))
 
 
 def _timesteps(schedule: NoiseSchedule, steps: int) -> NDArray[np.int64]:

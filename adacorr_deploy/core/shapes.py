@@ -16,3 +16,5 @@ BRANCHES: Final = "branches"
 ROWS: Final = "rows"
 TOKENS: Final = "tokens"
 STEPS: Final = "steps"
+
+MAX_BATCH: Final = 10_000  # images of one request: far beyond any machine's memory for a real model

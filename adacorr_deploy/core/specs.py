@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Final
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 Dim = int | str  # a size, or the name of a dynamic axis
+
+MODULATIONS_PER_BLOCK: Final = 6  # per transformer block: shift, scale and gate of the attention, then of the MLP
+
+
+def unit_names(blocks: int) -> tuple[str, ...]:
+    """Return the outputs of a part of so many transformer blocks that slots keep: results before their adaLN gates."""
+    return tuple(f"{unit}_{block}" for block in range(blocks) for unit in ("attention", "mlp"))
 
 
 class DType(str, Enum):
@@ -17,11 +25,19 @@ class DType(str, Enum):
 
     FLOAT32 = "float32"
     FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
     INT64 = "int64"
 
     @property
     def numpy(self) -> np.dtype[np.generic]:
-        return np.dtype(self.value)
+        """NumPy's type; it has no bfloat16 of its own, so that one is ml_dtypes'."""
+        if self is DType.BFLOAT16:
+            import ml_dtypes
+
+            bfloat16: np.dtype[np.generic] = np.dtype(ml_dtypes.bfloat16)
+            return bfloat16
+        name: str = self.value
+        return np.dtype(name)
 
     @classmethod
     def from_numpy(cls, dtype: DTypeLike) -> DType:
@@ -52,13 +68,6 @@ class PartSpec:
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-
-    def tensor(self, name: str) -> TensorSpec:
-        """Return the input or output called `name`."""
-        for spec in (*self.inputs, *self.outputs):
-            if spec.name == name:
-                return spec
-        raise KeyError(f"{self.name} has no tensor {name}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -14,15 +14,28 @@ from numpy.typing import NDArray
 
 from adacorr_deploy.caching.policy import PRESETS, FewerStepsGate, Policy
 from adacorr_deploy.core.errors import RequestError
+from adacorr_deploy.core.progress import Progress
 from adacorr_deploy.core.samplers import Sampler, sampler_table
+from adacorr_deploy.core.shapes import MAX_BATCH
+from adacorr_deploy.core.specs import DType
+from adacorr_deploy.quality.memory_need import require_memory
 from adacorr_deploy.quality.metrics import SSIM_WINDOW, psnr_db, psnr_per_image, ssim_per_image
-from adacorr_deploy.runtime import Pipeline, SampleRequest, SampleResult, sample_with_policy
+from adacorr_deploy.runtime import (
+    Pipeline,
+    SampleRequest,
+    SampleResult,
+    check_request,
+    controller_for_request,
+    sample_with_policy,
+)
 from adacorr_deploy.runtime.buffers import RunSize
-from adacorr_deploy.runtime.request import NoiseStream
+from adacorr_deploy.runtime.pipeline import WORKSPACES_KEPT
+from adacorr_deploy.runtime.request import NoiseStream, check_integer
+from adacorr_deploy.runtime.workspace import workspace_bytes
 
+MAX_IMAGES: Final = 1_000_000
+MAX_ROUNDS: Final = 1000
 _UNCACHED: Final = PRESETS["none"]
-
-Progress = Callable[[str, int, int], None]  # policy, done, total runs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +46,9 @@ class BenchOptions:
         images: Images per policy; labels go round the classes.
         batch: Images per request.
         rounds: How often every policy is timed; the medians count.
+
+    Raises:
+        RequestError: If one of these is not positive, or beyond any use.
     """
 
     images: int = 16
@@ -42,6 +58,10 @@ class BenchOptions:
     guidance: float = 4.0
     seed: int = 0
     sampler: Sampler = Sampler.DDIM
+
+    def __post_init__(self) -> None:
+        for name, most in (("images", MAX_IMAGES), ("batch", MAX_BATCH), ("rounds", MAX_ROUNDS)):
+            check_integer(name, getattr(self, name), 1, most)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,11 +107,12 @@ def bench(
     speed touches all alike. The first round gives the images and is not counted.
 
     Raises:
-        RequestError: If an option is out of range, or two different policies have one name.
+        RequestError: If an option is out of range, two different policies have one name, or this machine has not the
+            memory.
         CalibrationError: If a policy needs a calibration that the bundle doesn't hold.
     """
-    _check(options)
     chosen = _distinct([_UNCACHED, *policies])
+    _check_runs(pipeline, chosen, options)
     total, done = len(chosen) * (options.rounds + 1), 0
     runs: dict[str, _Runs] = {}
     for round_index in range(options.rounds + 1):
@@ -111,10 +132,34 @@ def bench(
     return [_row(policy, runs, block_share, options) for policy in chosen]
 
 
-def _check(options: BenchOptions) -> None:
-    for name in ("images", "batch", "rounds"):
-        if getattr(options, name) < 1:
-            raise RequestError(f"{name} is {getattr(options, name)}, allowed are whole numbers from 1.")
+def _check_runs(pipeline: Pipeline, policies: Sequence[Policy], options: BenchOptions) -> None:
+    """Refuse before anything is timed what a policy or the last request would refuse in its turn."""
+    made = list(requests(pipeline, options))
+    first, last = made[0], made[-1]
+    check_request(last, pipeline.manifest.model, pipeline.manifest.schedule)  # its seed is the largest
+    for policy in policies:
+        controller_for_request(pipeline, first, policy)
+    _check_memory(pipeline, policies, first, options)
+
+
+def _check_memory(pipeline: Pipeline, policies: Sequence[Policy], first: SampleRequest, options: BenchOptions) -> None:
+    """Refuse if the largest run sizes that a pipeline keeps, and every policy's latents, don't fit into memory."""
+    model = pipeline.manifest.model
+    sizes = {
+        RunSize.of(
+            replace(first, steps=policy.sampled_steps(first.steps)),
+            history=policy.history,
+            whole_steps=policy.predictor.whole_step,
+        )
+        for policy in policies
+    }
+    spaces = sorted(workspace_bytes(model, size) for size in sizes)[-WORKSPACES_KEPT:]
+    latents = DType.FLOAT32.numpy.itemsize * options.images * math.prod(model.latent_shape)
+    require_memory(
+        sum(spaces) + len(policies) * latents,
+        what=f"Sampling {options.images} images of {options.steps} steps in batches of {first.batch}",
+        lower="--batch" if sum(spaces) > len(policies) * latents else "--images",
+    )
 
 
 def _distinct(policies: Sequence[Policy]) -> list[Policy]:

@@ -2,49 +2,63 @@
 
 The cost of skipping k steps is measured in two factors. The skip itself is run from the recorded trajectory, for every
 step, gap and k: that takes no block launch. How much of that error the rest of the run passes on to the final latents
-is measured on every third step by running it, and interpolated: from the second evaluation on, it hardly depends on how
-the error came about. So a calibration takes about S²/6 + 2·S evaluated steps for S steps, instead of the S²·K²·G/2 of
-running every skip to its end. tests/quality/test_calibrate.py runs skips to their ends and compares: within 0.2 % where
-the gain was measured, within an order of magnitude where it is interpolated.
+is measured on every third step (of longer runs, at seventeen) by running it, and interpolated: from the second
+evaluation on, it hardly depends on how the error came about. So a calibration takes about 11·S evaluated steps for S
+steps, instead of the S²·K²·G/2 of running every skip to its end. tests/quality/test_calibrate.py runs skips to their
+ends and compares: within 0.2 % where the gain was measured, within an order of magnitude where it is interpolated.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from adacorr_deploy.caching.calibration import Calibration, CalibrationKey, Probe
+from adacorr_deploy.caching.calibration import (
+    MAX_MEASURE,
+    MIN_COST,
+    Calibration,
+    CalibrationKey,
+    Probe,
+)
 from adacorr_deploy.caching.controllers import paper_score, robust_score
 from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS
 from adacorr_deploy.caching.predictors import Predictor
 from adacorr_deploy.core.errors import CalibrationError, EngineError
+from adacorr_deploy.core.progress import Progress
 from adacorr_deploy.core.samplers import Sampler, sampler_table
+from adacorr_deploy.core.shapes import MAX_BATCH
+from adacorr_deploy.core.specs import DType, ModelSpec
+from adacorr_deploy.quality.memory_need import require_memory
 from adacorr_deploy.quality.replay import Latents, Replay, Units
 from adacorr_deploy.runtime import Pipeline, SampleRequest, check_request
 from adacorr_deploy.runtime.buffers import RunSize
 from adacorr_deploy.runtime.denoise import signals_of_branches
-from adacorr_deploy.runtime.request import NoiseStream
+from adacorr_deploy.runtime.request import NoiseStream, check_integer
 from adacorr_deploy.runtime.sampling import calibration_key
+from adacorr_deploy.runtime.workspace import workspace_bytes
 
 CALIBRATION_SEED: Final = 20_260_213  # apart from the small seeds that people use
 MAX_SKIPPED: Final = 6
 MAX_GAP: Final = 6
-_GAIN_STRIDE: Final = 3
+_GAIN_STRIDE: Final = 3  # at least; no more than _GAINS in all
+_GAINS: Final = 17
 _TYPICAL: Final = 2  # distance and gap at which gains and difficulties are measured
 _FLOOR: Final = 1e-12  # squared error below float32's noise: the logarithms need a positive number
-
-Progress = Callable[[str, int, int], None]  # phase, done, total
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationOptions:
-    """For which runs to calibrate."""
+    """For which runs to calibrate.
+
+    Raises:
+        RequestError: If there are no images, or more than one request holds.
+    """
 
     sampler: Sampler = Sampler.DDIM
     steps: int = 50
@@ -52,15 +66,19 @@ class CalibrationOptions:
     images: int = 16
     predictor: Predictor = PRESETS[DEFAULT_POLICY].predictor
 
+    def __post_init__(self) -> None:
+        check_integer("images", self.images, 1, MAX_BATCH)
+
 
 def calibrate(pipeline: Pipeline, options: CalibrationOptions, progress: Progress | None = None) -> Calibration:
     """Measure a bundle's runs of one sampler, number of steps and guidance. Deterministic.
 
     Raises:
         CalibrationError: If the sampler adds noise (its skips can't be compared), or there are fewer than 4 steps.
-        RequestError: If an option is out of range.
+        RequestError: If an option is out of range, or this machine has not the memory for so many images.
         EngineError: If an engine fails or the latents become NaN.
     """
+    request = _request(pipeline, options)
     table = sampler_table(pipeline.manifest.schedule, options.sampler, options.steps)
     if table.needs_noise:
         raise CalibrationError(
@@ -69,13 +87,12 @@ def calibrate(pipeline: Pipeline, options: CalibrationOptions, progress: Progres
         )
     if options.steps < 4:
         raise CalibrationError(f"steps is {options.steps}; with fewer than 4 there is nothing to skip.")
-    classes = pipeline.manifest.model.num_classes
-    labels = tuple(index * classes // options.images for index in range(options.images))
-    request = SampleRequest(
-        labels=labels, steps=options.steps, guidance=options.guidance, seed=CALIBRATION_SEED, sampler=options.sampler
-    )
     size = RunSize.of(request, history=options.predictor.history, whole_steps=options.predictor.whole_step)
-    check_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
+    require_memory(
+        needed_bytes(pipeline.manifest.model, size),
+        what=f"Calibrating {options.steps} steps on {options.images} images with predictor {options.predictor.label}",
+        lower="--images",
+    )
     with pipeline.lease(size, keeps_reference=lambda block: True) as (space, slots):
         latents = NoiseStream(request, pipeline.manifest.model.latent_shape).draw()
         space.prepare(request, table, latents)
@@ -84,6 +101,36 @@ def calibrate(pipeline: Pipeline, options: CalibrationOptions, progress: Progres
         study.record(latents)
         study.measure()
     return study.calibration(calibration_key(pipeline, request), options.predictor)
+
+
+def _request(pipeline: Pipeline, options: CalibrationOptions) -> SampleRequest:
+    model = pipeline.manifest.model
+    request = SampleRequest(
+        labels=tuple(index * model.num_classes // options.images for index in range(options.images)),
+        steps=options.steps,
+        guidance=options.guidance,
+        seed=CALIBRATION_SEED,
+        sampler=options.sampler,
+    )
+    check_request(request, model, pipeline.manifest.schedule)
+    return request
+
+
+def needed_bytes(model: ModelSpec, size: RunSize) -> int:
+    """Return about how much a calibration keeps in memory.
+
+    That is a workspace, the inputs and units (or the outputs) of the last evaluations, and the trajectory's latents.
+    """
+    tokens = model.precision.numpy.itemsize * size.rows * model.tokens * model.width
+    image = DType.FLOAT32.numpy.itemsize * size.batch * math.prod(model.latent_shape)
+    units = tokens * 2 * sum(model.blocks) if size.history else image
+    recorded = _window_steps(size.history or size.output_history) * (tokens + units) + (size.steps + 1) * image
+    return workspace_bytes(model, size) + recorded
+
+
+def _window_steps(history: int) -> int:
+    """Return from how many steps back the oldest evaluation is read that a prediction uses."""
+    return MAX_SKIPPED + (history - 1) * MAX_GAP
 
 
 class _Study:
@@ -103,6 +150,7 @@ class _Study:
         self._first_inputs: dict[int, NDArray[np.generic]] = {}  # the first block's inputs, by step
         self._skip_errors = np.full(shape, np.inf)
         self._gains = {self._steps: 1.0}
+        self._gain_stride = max(_GAIN_STRIDE, self._steps // _GAINS)
         self._probe_errors = np.zeros(shape)  # 0: not measured
         self._probe_images: dict[int, NDArray[np.float64]] = {}  # by step, at distance and gap _TYPICAL
         self._difficulties: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []  # probe and skip errors, (B,)
@@ -125,7 +173,7 @@ class _Study:
 
     def measure(self) -> None:
         """Walk the trajectory again; at each step, look at what skipping from here does."""
-        reach = MAX_SKIPPED + (self._replay.predictor.history - 1) * MAX_GAP  # the oldest evaluation that is read again
+        reach = _window_steps(self._replay.predictor.history)
         for step in range(self._steps):
             self._progress("skipping from every step", step, self._steps)
             if step > 0:
@@ -153,7 +201,7 @@ class _Study:
 
     def _measure_gain(self, step: int, latents: Latents) -> None:
         """Run on from strayed latents to the end: the share of their squared error that arrives there."""
-        if step % _GAIN_STRIDE and step < self._steps - 2:
+        if step % self._gain_stride and step < self._steps - 2:
             return
         final = self._replay.evaluated_run(step, self._steps, latents)
         arrived, strayed = self._image_errors(final, self._steps), self._image_errors(latents, step)
@@ -171,7 +219,7 @@ class _Study:
         whole = replay.predictor.whole_step
         for block, slot in enumerate(replay.slots):
             if step > 0:  # the reference holds the previous step's input
-                branches = signals_of_branches(replay.space.input_signals(block, slot), self._batch)
+                branches = signals_of_branches(replay.space.input_signals(block, slot)(), self._batch)
                 self._paper_scores[block].append(max(paper_score(branch, 1.0) for branch in branches))
             replay.space.evaluate(block, slot)
             if not whole:
@@ -194,7 +242,7 @@ class _Study:
         for age in range(min(step, MAX_SKIPPED), 0, -1):
             if slot.reference is not None:
                 slot.reference.write(self._first_inputs[step - age])
-            rows = self._replay.space.input_signals(0, slot)
+            rows = self._replay.space.input_signals(0, slot)()
             each = [signals_of_branches(rows[[row]], 1)[0] for row in range(rows.shape[0])]
             self._offsets[step, age - 1] = max(robust_score(signals) for signals in each)
 
@@ -206,7 +254,7 @@ class _Study:
                 continue
             rows = self._probe_rows(step, evaluations, fresh)
             images = np.maximum(rows.reshape(-1, self._batch).max(axis=0), math.sqrt(_FLOOR))
-            if not np.isfinite(images).all():
+            if not (images <= MAX_MEASURE).all():
                 continue
             self._probe_errors[step, gap - 1, distance - 1] = _geometric_mean(images)
             if gap == distance == _TYPICAL:
@@ -234,11 +282,18 @@ class _Study:
             key=key,
             predictor=predictor,
             images=self._batch,
-            skip_costs=_nested(self._skip_errors * self._gain_after_skips()),
+            skip_costs=_nested(self._costs()),
             probe=Probe(block=self._probe_block, expected=_nested(self._probe_errors), slope=self._slope()),
-            offset_limits=tuple(tuple(row) for row in self._offsets.tolist()),
-            paper_floors=tuple(float(np.quantile(scores, 0.75)) for scores in self._paper_scores),
+            offset_limits=tuple(tuple(row) for row in _bounded(self._offsets).tolist()),
+            paper_floors=tuple(float(np.quantile(_bounded(scores), 0.75)) for scores in self._paper_scores),
         )
+
+    def _costs(self) -> NDArray[np.float64]:
+        """Return the costs of skipping, (S, G, K), which never fall with k: a step that undoes an error is chance."""
+        costs = self._skip_errors * self._gain_after_skips()
+        costs[costs > MAX_MEASURE] = np.inf  # as good as can't be skipped
+        rising: NDArray[np.float64] = np.maximum.accumulate(np.maximum(costs, MIN_COST), axis=-1)
+        return rising
 
     def _gain_after_skips(self) -> NDArray[np.float64]:
         """Return the gain at the step after each skip, (S, 1, K), interpolated in the logarithm."""
@@ -263,6 +318,12 @@ def _geometric_mean(errors: NDArray[np.float64]) -> float:
     Where one has overflown, it is infinite: what was skipped there can't be skipped.
     """
     return math.exp(float(np.log(np.maximum(errors, _FLOOR)).mean())) if np.isfinite(errors).all() else math.inf
+
+
+def _bounded(measures: ArrayLike) -> NDArray[np.float64]:
+    """Return limits as a calibration may hold them: one that has overflown is 0, beyond which all is evaluated."""
+    found = np.asarray(measures, np.float64)
+    return np.where(found <= MAX_MEASURE, found, 0.0)
 
 
 def _nested(cube: NDArray[np.float64]) -> tuple[tuple[tuple[float, ...], ...], ...]:

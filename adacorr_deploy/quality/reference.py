@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +14,9 @@ from numpy.typing import NDArray
 
 from adacorr_deploy.core.bundle import Bundle
 from adacorr_deploy.core.errors import BundleError
-from adacorr_deploy.core.samplers import COLUMNS, NoiseSchedule, Sampler, SamplerTable, sampler_table
-from adacorr_deploy.core.specs import DType, PartSpec
-from adacorr_deploy.engines import Session
+from adacorr_deploy.core.samplers import NoiseSchedule, Sampler, sampler_table
+from adacorr_deploy.core.specs import DType
+from adacorr_deploy.engines import Artefact
 from adacorr_deploy.engines.torch_reference import TorchBackend
 from adacorr_deploy.runtime import Pipeline, SampleRequest
 from adacorr_deploy.runtime.buffers import RunSize
@@ -30,20 +29,10 @@ Latents = NDArray[np.float32]  # (B, C, H, W)
 Noises = Sequence[Latents | None]  # one per step; None where the sampler adds none
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reference:
-    """The original modules, in float32 whatever the bundle's precision, as parts and as a pipeline over them."""
+def reference_of_bundle(bundle: Bundle, loaded: LoadedModel) -> Pipeline:
+    """Return what the bundle would be if its engines made no error, to be closed by the caller.
 
-    pipeline: Pipeline
-    backend: TorchBackend
-    specs: Mapping[str, PartSpec]
-
-    def session(self, name: str) -> Session:
-        return self.backend.open(Path(name), self.specs[name])
-
-
-def reference_of_bundle(bundle: Bundle, loaded: LoadedModel) -> Reference:
-    """Return what the bundle would be if its engines made no error. Of the bundle only its manifest is used.
+    It runs the original modules, in float32 whatever the bundle's precision. Of the bundle only its manifest is used.
 
     Raises:
         BundleError: If the bundle was built from another checkpoint or another model.
@@ -54,9 +43,12 @@ def reference_of_bundle(bundle: Bundle, loaded: LoadedModel) -> Reference:
     backend = TorchBackend({name: part.module for name, part in parts.items()})
     model = loaded.model.spec(DType.FLOAT32, segment)
     manifest = bundle.manifest.model_copy(update={"model": model, "backend": backend.name, "parts": {}})
-    sessions = {name: backend.open(Path(name), part.spec) for name, part in parts.items()}
-    pipeline = Pipeline(Bundle(path=bundle.path, manifest=manifest), backend, sessions, ExitStack())
-    return Reference(pipeline=pipeline, backend=backend, specs={name: part.spec for name, part in parts.items()})
+    with ExitStack() as resources:
+        sessions = {}
+        for name, part in parts.items():
+            sessions[name] = backend.open(Artefact(path=Path(name)), part.spec)
+            resources.callback(sessions[name].close)
+        return Pipeline(Bundle(path=bundle.path, manifest=manifest), backend, sessions, resources.pop_all())
 
 
 def _check_same_model(bundle: Bundle, loaded: LoadedModel) -> None:
@@ -98,7 +90,7 @@ def runtime_noises(pipeline: Pipeline, request: SampleRequest) -> Noises:
     table = sampler_table(pipeline.manifest.schedule, request.sampler, request.steps)
     stream = NoiseStream(request, pipeline.manifest.model.latent_shape)
     stream.draw()  # the initial latents come first
-    return [stream.draw() if noisy else None for noisy in _noisy_steps(table)]
+    return list(stream.of_steps(table))
 
 
 def diffusers_noises(pipeline: Pipeline, request: SampleRequest) -> Noises:
@@ -106,11 +98,7 @@ def diffusers_noises(pipeline: Pipeline, request: SampleRequest) -> Noises:
     table = sampler_table(pipeline.manifest.schedule, request.sampler, request.steps)
     generator = torch.Generator().manual_seed(request.seed)
     shape = (request.batch, *pipeline.manifest.model.latent_shape)
-    return [torch.randn(shape, generator=generator).numpy() if noisy else None for noisy in _noisy_steps(table)]
-
-
-def _noisy_steps(table: SamplerTable) -> Iterator[bool]:
-    return (bool(amount != 0.0) for amount in table.coefficients[:, COLUMNS.index("noise")])
+    return [torch.randn(shape, generator=generator).numpy() if noisy else None for noisy in table.noisy_steps]
 
 
 def diffusers_latents(

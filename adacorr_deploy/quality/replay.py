@@ -81,7 +81,7 @@ class Replay:
         """
         slot = self.slots[block]
         self.space.predict_aside(block, slot, self._window(slot, step))
-        return np.asarray(self.space.error_signals(block), dtype=np.float64)[:, 0]
+        return np.asarray(self.space.error_signals(block)(), dtype=np.float64)[:, 0]
 
     def output_error(
         self, step: int, evaluations: Mapping[int, Units], fresh: NDArray[np.generic]
@@ -92,7 +92,7 @@ class Replay:
         self.space.predict_output_aside(step, self._window(slot, step))
         entry = slot.next_entry
         slot.ring[entry].write(fresh)
-        return np.asarray(self.space.output_error(entry), dtype=np.float64)
+        return np.asarray(self.space.output_error(entry)(), dtype=np.float64)
 
     def _window(self, slot: CacheSlot, step: int) -> Window:
         return slot.window(self.predictor.prediction(step, slot.history.steps))

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -17,11 +16,11 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from adacorr_deploy.caching.policy import PRESETS, Policy
-from adacorr_deploy.core.bundle import Bundle, open_bundle
-from adacorr_deploy.core.errors import BundleError, RequestError
+from adacorr_deploy.core.errors import BundleError
+from adacorr_deploy.core.progress import Progress
 from adacorr_deploy.core.samplers import Sampler
+from adacorr_deploy.core.shapes import MAX_BATCH
 from adacorr_deploy.core.specs import DType, PartSpec
-from adacorr_deploy.engines import backend_by_name
 from adacorr_deploy.quality.metrics import max_abs, psnr_db, relative_l2
 from adacorr_deploy.quality.part_inputs import MIN_STEPS, part_inputs
 from adacorr_deploy.quality.part_runners import (
@@ -33,7 +32,6 @@ from adacorr_deploy.quality.part_runners import (
 )
 from adacorr_deploy.quality.reference import (
     Latents,
-    Reference,
     diffusers_latents,
     diffusers_noises,
     initial_latents,
@@ -41,12 +39,11 @@ from adacorr_deploy.quality.reference import (
     runtime_noises,
     uncached_latents,
 )
-from adacorr_deploy.runtime import Pipeline, SampleRequest, check_request, controller_for_request, sample_with_policy
+from adacorr_deploy.runtime import Pipeline, SampleRequest, controller_for_request, sample_with_policy
+from adacorr_deploy.runtime.request import check_integer
 
 if TYPE_CHECKING:
     from adacorr_deploy.exporters import LoadedModel
-
-Progress = Callable[[str, int, int], None]  # what is checked now, done, total
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +76,9 @@ class ValidateOptions:
         images: Batch size; labels are spread over the classes.
         seed: As in a request.
         policy: Whose error is told apart from the engine's. With `none` it is that of the denoise loop: nothing.
+
+    Raises:
+        RequestError: If there are no images, or more than one request holds.
     """
 
     steps: int = 50
@@ -87,6 +87,9 @@ class ValidateOptions:
     images: int = 2
     seed: int = 0
     policy: Policy = PRESETS["none"]
+
+    def __post_init__(self) -> None:
+        check_integer("images", self.images, 1, MAX_BATCH)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +168,12 @@ def _finite(value: float) -> float | None:
 
 
 def validate_bundle(
-    bundle_path: Path, loaded: LoadedModel, options: ValidateOptions, progress: Progress | None = None
+    bundle_path: Path,
+    loaded: LoadedModel,
+    options: ValidateOptions,
+    progress: Progress | None = None,
+    *,
+    backend: str | None = None,
 ) -> Validation:
     """Compare a bundle with the checkpoint that it was built from.
 
@@ -174,6 +182,7 @@ def validate_bundle(
         loaded: The checkpoint.
         options: See `ValidateOptions`.
         progress: Told what is checked next, and at the end.
+        backend: Runs the bundle, in place of the backend that it was built for.
 
     Raises:
         BundleError: If the bundle is altered, or was built from another checkpoint.
@@ -181,15 +190,13 @@ def validate_bundle(
         CalibrationError: If the policy needs a calibration that the bundle doesn't hold.
         EngineError: If an engine fails.
     """
-    bundle = open_bundle(bundle_path)
-    request = _request(bundle, options)
-    with Pipeline.open(bundle_path) as engine:
-        controller_for_request(engine, request, options.policy)  # a missing calibration is told before the long work
-    told = _Told(progress, total=len(bundle.manifest.parts) + len(_RUNS))
-    reference = reference_of_bundle(bundle, loaded)
-    parts = _part_errors(bundle, reference, request, told)
-    with Pipeline.open(bundle_path) as engine:
-        trajectory = _trajectory_error(engine, reference, loaded, request, options.policy, told)
+    with Pipeline.open(bundle_path, backend=backend) as engine:
+        request = _request(engine, options)
+        controller_for_request(engine, request, options.policy)  # what it refuses is told before the long work
+        told = _Told(progress, total=len(engine.manifest.parts) + len(_RUNS))
+        with reference_of_bundle(engine.bundle, loaded) as reference:
+            parts = _part_errors(engine, reference, request, told)
+            trajectory = _trajectory_error(engine, reference, loaded, request, options.policy, told)
     told.next("")
     return Validation(parts=parts, trajectory=trajectory)
 
@@ -209,42 +216,35 @@ class _Told:
         self._done += 1
 
 
-def _request(bundle: Bundle, options: ValidateOptions) -> SampleRequest:
-    if options.images < 1:
-        raise RequestError(f"images is {options.images}, allowed are whole numbers from 1.")
-    model = bundle.manifest.model
-    request = SampleRequest(
-        labels=tuple(index * model.num_classes // options.images for index in range(options.images)),
+def _request(engine: Pipeline, options: ValidateOptions) -> SampleRequest:
+    classes = engine.manifest.model.num_classes
+    return SampleRequest(
+        labels=tuple(index * classes // options.images for index in range(options.images)),
         steps=options.steps,
         guidance=options.guidance,
         seed=options.seed,
         sampler=options.sampler,
     )
-    check_request(request, model, bundle.manifest.schedule)
-    return request
 
 
 # --- Parts -------------------------------------------------------------------------------------------------------
 
 
-def _part_errors(bundle: Bundle, reference: Reference, request: SampleRequest, told: _Told) -> dict[str, PartError]:
-    manifest = bundle.manifest
+def _part_errors(engine: Pipeline, reference: Pipeline, request: SampleRequest, told: _Told) -> dict[str, PartError]:
+    manifest = engine.manifest
     tolerance = TOLERANCES[manifest.model.precision].part
-    backend = backend_by_name(manifest.backend)
-    inputs = part_inputs(reference.pipeline, replace(request, steps=max(request.steps, MIN_STEPS)))
+    inputs = part_inputs(reference, replace(request, steps=max(request.steps, MIN_STEPS)))
     if unknown := sorted(manifest.parts.keys() - inputs.keys()):
-        raise BundleError(f"{bundle.path}: no part of this model is called {unknown[0]}. Rebuild the bundle.")
+        raise BundleError(f"{engine.bundle.path}: no part of this model is called {unknown[0]}. Rebuild the bundle.")
     errors = {}
     for name, part in manifest.parts.items():
         told.next(name)
-        with closing(backend.open(bundle.file(part.artefact), part.spec)) as session:
-            engine = SessionRunner("engine", part.spec, backend, session)
-            expected = _reference_runner(reference, part.spec)
-            errors[name] = compared_part(engine, expected, inputs.pop(name), tolerance)
+        found = SessionRunner("engine", part.spec, engine.backend, engine.session(name))
+        errors[name] = compared_part(found, _reference_runner(reference, part.spec), inputs.pop(name), tolerance)
     return errors
 
 
-def _reference_runner(reference: Reference, spec: PartSpec) -> PartRunner:
+def _reference_runner(reference: Pipeline, spec: PartSpec) -> PartRunner:
     if OracleRunner.knows(spec.name):
         return OracleRunner("oracle", spec)
     return SessionRunner("reference", spec, reference.backend, reference.session(spec.name))
@@ -255,7 +255,7 @@ def _reference_runner(reference: Reference, spec: PartSpec) -> PartRunner:
 
 def _trajectory_error(
     engine: Pipeline,
-    reference: Reference,
+    reference: Pipeline,
     loaded: LoadedModel,
     request: SampleRequest,
     policy: Policy,
@@ -268,7 +268,7 @@ def _trajectory_error(
     told.next(_RUNS[1])
     found = uncached_latents(engine, request, latents, noises)
     told.next(_RUNS[2])
-    chained = uncached_latents(reference.pipeline, request, latents, noises)
+    chained = uncached_latents(reference, request, latents, noises)
     told.next(_RUNS[3])
     with np.errstate(all="ignore"):  # NaN and infinity are answers here
         return TrajectoryError(

@@ -8,9 +8,9 @@ from typing import Final
 import numpy as np
 
 from adacorr_deploy.core.samplers import COLUMNS
-from adacorr_deploy.core.specs import DType, ModelSpec
+from adacorr_deploy.core.specs import MODULATIONS_PER_BLOCK, DType, ModelSpec
 from adacorr_deploy.engines.backend import Backend, Buffer
-from adacorr_deploy.plugins.service_parts import MAX_EVALUATIONS, MODULATION_ROWS, SIGNAL_COUNT
+from adacorr_deploy.plugins.service_parts import MAX_EVALUATIONS, SIGNAL_COUNT
 from adacorr_deploy.runtime.request import SampleRequest
 
 MAX_HISTORY: Final = MAX_EVALUATIONS  # a slot keeps no more than the predict parts can use
@@ -124,7 +124,7 @@ def allocate_block_buffers(backend: Backend, model: ModelSpec, size: RunSize) ->
         fresh=backend.allocate(tokens, model.precision),
         estimate=backend.allocate(tokens, model.precision),
         zeros=backend.allocate(tokens, model.precision),
-        modulation=tuple(table(MODULATION_ROWS * blocks) for blocks in model.blocks),
+        modulation=tuple(table(MODULATIONS_PER_BLOCK * blocks) for blocks in model.blocks),
         modulation_head=table(2),
         signals=backend.allocate((size.rows, SIGNAL_COUNT), DType.FLOAT32),
         factors=tuple(factors(count) for count in range(1, MAX_HISTORY + 1)),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 import numpy as np
@@ -14,8 +15,9 @@ from adacorr_deploy.caching.decisions import Action, Controller, Decision, Signa
 from adacorr_deploy.core.errors import EngineError, PolicyError, SamplingCancelledError
 from adacorr_deploy.runtime.slots import CacheSlot
 from adacorr_deploy.runtime.trace import Trace
-from adacorr_deploy.runtime.workspace import Workspace
+from adacorr_deploy.runtime.workspace import Reading, Workspace
 
+_ERROR_LAG: Final = 2  # steps after which a lagging controller learns of an error: by then the next step is queued
 _SMALLEST_ERROR: Final = 1e-6  # relative errors below float32's noise count as this
 
 
@@ -40,6 +42,10 @@ class Denoiser:
     progress: Progress | None
     cancelled: Callable[[], bool] | None
     _suspect: bool = False  # something was not finite in this step
+    _errors: deque[tuple[int, int, Reading]] = field(default_factory=deque)  # step and block; not yet read
+    _signals_of: dict[int, tuple[int, Reading]] = field(
+        default_factory=dict
+    )  # block → when it was filled, last signals
 
     def run(self) -> NDArray[np.float32]:
         """Denoise, and return the final latents, (B, C, H, W).
@@ -51,6 +57,7 @@ class Denoiser:
         """
         steps = self.trace.steps
         for step, noise in enumerate(self.noises):
+            self._deliver_errors(step)
             self.space.embed(step)
             if self.controller.whole_steps:
                 self._whole_step(step, noise)
@@ -85,15 +92,23 @@ class Denoiser:
         if measures:  # before the head, which overwrites the ring's oldest entry
             prediction = self.controller.prediction(step, 0, output.history)
             self.space.predict_output_aside(step, output.window(prediction))
-        for block, slot in enumerate(self.slots):
-            self._stop_if_cancelled(step)
-            self.space.evaluate(block, slot)
-            self._keep_reference(block, slot)
+        self._evaluate_blocks(step)
         entry = output.next_entry
         self.space.head(step, noise)
         output.record(step)
         if measures:
-            self._record_error(step, 0, typical_error(self.space.output_error(entry).tolist(), self.batch))
+            self._measured(step, 0, self.space.output_error(entry))
+
+    def _evaluate_blocks(self, step: int) -> None:
+        first, *others = self.slots
+        if all(slot.reference is None for slot in others):
+            self._keep_reference(0, first)
+            if self.space.evaluate_all(self.slots):
+                return
+        for block, slot in enumerate(self.slots):
+            self._stop_if_cancelled(step)
+            self.space.evaluate(block, slot)
+            self._keep_reference(block, slot)
 
     def _act(self, step: int, block: int, slot: CacheSlot, decision: Decision) -> None:
         if decision.action is Action.REUSE:
@@ -112,12 +127,21 @@ class Denoiser:
         self.space.evaluate(block, slot)
         self._refill(step, block, slot)
         if measures:
-            offsets = [float(row[0]) for row in self.space.error_signals(block).tolist()]
-            self._record_error(step, block, typical_error(offsets, self.batch))
+            self._measured(step, block, self.space.error_signals(block))
 
-    def _record_error(self, step: int, block: int, error: float) -> None:
-        self._suspect |= not math.isfinite(error)
-        self.controller.record_error(step, block, error)
+    def _measured(self, step: int, block: int, reading: Reading) -> None:
+        self._errors.append((step, block, reading))
+        if not self.controller.lags:
+            self._deliver_errors(step + _ERROR_LAG)
+
+    def _deliver_errors(self, step: int) -> None:
+        """Tell the controller the errors that are due: by now a GPU has gone on to later work, so nothing waits."""
+        while self._errors and self._errors[0][0] + _ERROR_LAG <= step:
+            measured_at, block, reading = self._errors.popleft()
+            rows = np.atleast_2d(reading().T)[0]  # of signals, the first column is the relative error
+            error = typical_error(rows.tolist(), self.batch)
+            self._suspect |= not math.isfinite(error)
+            self.controller.record_error(measured_at, block, error)
 
     def _correct(self, step: int, block: int, slot: CacheSlot, decision: Decision) -> None:
         if decision.score is None or decision.thresholds is None:
@@ -141,7 +165,16 @@ class Denoiser:
     def _signals(self, step: int, block: int, history: SlotHistory) -> list[Signals] | None:
         if not history.steps or not self.controller.needs_signals(step, block, history):
             return None
-        signals = signals_of_branches(self.space.input_signals(block, self.slots[block]), self.batch)
+        filled, reading = history.steps[0], self.space.input_signals(block, self.slots[block])
+        if self.controller.lags:
+            (filled_then, reading_then), self._signals_of[block] = (
+                self._signals_of.get(block, (None, reading)),
+                (filled, reading),
+            )
+            if filled_then != filled:  # the slot was refilled since, or nothing was measured
+                return None
+            reading = reading_then
+        signals = signals_of_branches(reading(), self.batch)
         self._suspect |= not all(branch.finite for branch in signals)
         return signals
 
@@ -173,7 +206,8 @@ def typical_error(rows: Sequence[float], batch: int) -> float:
         rows: (R,) or (B,) relative errors, ≥ 0, the conditional rows first. One that is not finite makes the result so.
         batch: B.
     """
-    images = [_largest(rows[image::batch]) for image in range(batch)]
+    # Unlike Python's, NumPy's maximum is NaN if any value is.
+    images = [float(np.max(rows[image::batch])) for image in range(batch)]
     if not all(math.isfinite(error) for error in images):
         return math.nan
     return math.exp(math.fsum(math.log(max(error, _SMALLEST_ERROR)) for error in images) / batch)
@@ -198,7 +232,7 @@ def _branch_signals(rows: Sequence[Sequence[float]]) -> Signals:
     count = len(rows)
     return Signals(
         relative_offset=_root_mean_square(offset),
-        relative_offset_p95=_largest(p95),
+        relative_offset_p95=float(np.max(p95)),
         spatial_change=sum(spatial) / count,
         paper_temporal=sum(paper_temporal) / count,
         paper_spatial=sum(paper_spatial) / count,
@@ -207,9 +241,3 @@ def _branch_signals(rows: Sequence[Sequence[float]]) -> Signals:
 
 def _root_mean_square(values: Sequence[float]) -> float:
     return math.sqrt(sum(value * value for value in values) / len(values))
-
-
-def _largest(values: Iterator[float] | Sequence[float]) -> float:
-    """Return the largest value, and NaN if any is NaN (which `max` may lose)."""
-    values = tuple(values)
-    return math.nan if any(math.isnan(value) for value in values) else max(values)

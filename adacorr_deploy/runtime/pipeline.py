@@ -19,9 +19,10 @@ from adacorr_deploy.caching.decisions import Controller
 from adacorr_deploy.core.bundle import Bundle, open_bundle
 from adacorr_deploy.core.errors import BundleError, EngineError, PolicyError
 from adacorr_deploy.core.manifest import Manifest
-from adacorr_deploy.core.samplers import COLUMNS, SamplerTable, sampler_table
+from adacorr_deploy.core.samplers import sampler_table
 from adacorr_deploy.engines import backend_by_name
 from adacorr_deploy.engines.backend import Backend, Session
+from adacorr_deploy.engines.bundle_sessions import check_backend, open_part
 from adacorr_deploy.runtime.buffers import MAX_HISTORY, RunSize
 from adacorr_deploy.runtime.denoise import Denoiser, Progress
 from adacorr_deploy.runtime.request import NoiseStream, SampleRequest, check_request
@@ -29,7 +30,7 @@ from adacorr_deploy.runtime.slots import CacheSlot
 from adacorr_deploy.runtime.trace import Branch, Trace
 from adacorr_deploy.runtime.workspace import Workspace, allocate_workspace
 
-_WORKSPACES_KEPT: Final = 2  # run sizes whose buffers stay allocated; a third takes the place of the longest unused
+WORKSPACES_KEPT: Final = 2  # run sizes whose buffers stay allocated; a third takes the place of the longest unused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,18 +56,20 @@ class Pipeline:
         self.bundle = bundle
         self._backend = backend
         self._sessions = sessions
+        build = bundle.manifest.engine_build
+        self._limits = build.profile if build is not None and not backend.opens_onnx else None
         self._resources = resources
         self._workspaces: OrderedDict[RunSize, Workspace] = OrderedDict()
         self._busy = threading.Lock()
         self._closed = False
 
     @classmethod
-    def open(cls, path: Path, *, backend: Backend | None = None) -> Pipeline:
+    def open(cls, path: Path, *, backend: Backend | str | None = None) -> Pipeline:
         """Open a bundle.
 
         Args:
             path: The bundle's folder.
-            backend: What runs its parts; by default the one that it was built for.
+            backend: What runs its parts, or its name; by default the one that it was built for.
 
         Raises:
             BundleError: If the bundle is altered or incomplete.
@@ -75,18 +78,28 @@ class Pipeline:
         """
         bundle = open_bundle(path)
         _check_parts(bundle)
-        if backend is None:
-            backend = backend_by_name(bundle.manifest.backend)
         with ExitStack() as resources:
+            if backend is None or isinstance(backend, str):
+                backend = backend_by_name(backend or bundle.manifest.backend)
+                resources.callback(backend.close)
+            check_backend(bundle, backend)
             sessions = {}
-            for name, part in bundle.manifest.parts.items():
-                sessions[name] = backend.open(bundle.file(part.artefact), part.spec)
+            for name in bundle.manifest.parts:
+                sessions[name] = open_part(bundle, name, backend)
                 resources.callback(sessions[name].close)
             return cls(bundle, backend, sessions, resources.pop_all())
 
     @property
     def manifest(self) -> Manifest:
         return self.bundle.manifest
+
+    @property
+    def backend(self) -> Backend:
+        return self._backend
+
+    def session(self, part: str) -> Session:
+        """Return a part's open session, to run the part alone; it is closed with the pipeline."""
+        return self._sessions[part]
 
     def close(self) -> None:
         """Close the sessions and free the buffers once no request is running. A second call does nothing."""
@@ -130,6 +143,8 @@ class Pipeline:
         """
         manifest = self.manifest
         check_request(request, manifest.model, manifest.schedule)
+        if self._limits is not None:
+            self._limits.check(batch=request.batch, steps=request.steps)
         if not 0 <= history <= MAX_HISTORY:
             raise PolicyError(f"history is {history}, allowed are 0 … {MAX_HISTORY} evaluations.")
         table = sampler_table(manifest.schedule, request.sampler, request.steps)
@@ -152,7 +167,7 @@ class Pipeline:
                 controller=controller,
                 trace=Trace(request.steps, manifest.model.block_names, tuple(Branch)[: request.branches]),
                 batch=request.batch,
-                noises=_noises(stream, table),
+                noises=stream.of_steps(table),
                 progress=progress,
                 cancelled=cancelled,
             )
@@ -201,7 +216,7 @@ class Pipeline:
 
     def _workspace(self, size: RunSize) -> Workspace:
         if size not in self._workspaces:
-            while len(self._workspaces) >= _WORKSPACES_KEPT:  # before the next allocation, so that they never add up
+            while len(self._workspaces) >= WORKSPACES_KEPT:  # before the next allocation, so that they never add up
                 self._workspaces.popitem(last=False)
             self._workspaces[size] = allocate_workspace(self._backend, self.manifest.model, self._sessions, size)
         self._workspaces.move_to_end(size)
@@ -219,8 +234,3 @@ def _check_parts(bundle: Bundle) -> None:
     needed = ("embed", "condition", *bundle.manifest.model.block_names, "head")
     if missing := [name for name in needed if name not in bundle.manifest.parts]:
         raise BundleError(f"{bundle.path}: part {missing[0]} is missing. Rebuild the bundle with adacorr-build.")
-
-
-def _noises(stream: NoiseStream, table: SamplerTable) -> Iterator[NDArray[np.float32] | None]:
-    for amount in table.coefficients[:, COLUMNS.index("noise")]:
-        yield stream.draw() if amount != 0.0 else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -11,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adacorr_deploy.core.errors import RequestError
-from adacorr_deploy.core.samplers import NoiseSchedule, Sampler
+from adacorr_deploy.core.samplers import MAX_GUIDANCE, NoiseSchedule, Sampler, SamplerTable
+from adacorr_deploy.core.shapes import MAX_BATCH
 from adacorr_deploy.core.specs import ModelSpec
+from adacorr_deploy.core.untrusted import clipped
 
 MAX_SEED: Final = 2**64 - 1
 
@@ -54,17 +55,17 @@ def check_request(request: SampleRequest, model: ModelSpec, schedule: NoiseSched
         RequestError: If the labels, steps, guidance, seed, sampler or latents are out of range.
     """
     _check_labels(request.labels, model.num_classes)
-    _check_integer("steps", request.steps, 1, len(schedule.betas))
-    _check_integer("seed", request.seed, 0, MAX_SEED)
+    check_integer("steps", request.steps, 1, len(schedule.betas))
+    check_integer("seed", request.seed, 0, MAX_SEED)
     if not isinstance(request.sampler, Sampler):
-        raise RequestError(f"sampler is {request.sampler!r}, allowed are {', '.join(Sampler)}.")
+        raise RequestError(f"sampler is {clipped(request.sampler)}, allowed are {', '.join(Sampler)}.")
     if request.sampler is Sampler.DDPM and schedule.variance_type == "learned_range" and not model.learned_variance:
         raise RequestError("sampler is ddpm with a learned variance, which this model does not predict. Use ddim.")
     guidance: object = request.guidance  # an untyped caller may pass anything
-    if isinstance(guidance, bool) or not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
-        raise RequestError(f"guidance is {guidance!r}, allowed is a finite number of at least 1.")
-    if guidance < 1.0:
-        raise RequestError(f"guidance is {guidance}, allowed is at least 1; 1 turns guidance off.")
+    if isinstance(guidance, bool) or not isinstance(guidance, (int, float)) or not 1 <= guidance <= MAX_GUIDANCE:
+        raise RequestError(
+            f"guidance is {clipped(guidance)}, allowed is at least 1, which turns it off, and at most {MAX_GUIDANCE:g}."
+        )
     if request.latents is not None:
         _check_latents(request.latents, (request.batch, *model.latent_shape))
 
@@ -72,13 +73,19 @@ def check_request(request: SampleRequest, model: ModelSpec, schedule: NoiseSched
 def _check_labels(labels: tuple[int, ...], num_classes: int) -> None:
     if not labels:
         raise RequestError("labels is empty. Give one class label per image.")
+    check_integer("the number of labels", len(labels), 1, MAX_BATCH)
     for label in labels:
-        _check_integer("label", label, 0, num_classes - 1)
+        check_integer("label", label, 0, num_classes - 1)
 
 
-def _check_integer(name: str, value: object, low: int, high: int) -> None:
+def check_integer(name: str, value: object, low: int, high: int) -> None:
+    """Refuse what is not a whole number from `low` to `high`.
+
+    Raises:
+        RequestError: If it is not.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
-        raise RequestError(f"{name} is {value!r}, allowed are whole numbers from {low} to {high}.")
+        raise RequestError(f"{name} is {clipped(value)}, allowed are whole numbers from {low} to {high}.")
 
 
 def _check_latents(latents: NDArray[np.float32], shape: tuple[int, ...]) -> None:
@@ -108,6 +115,10 @@ class NoiseStream:
     def draw(self) -> NDArray[np.float32]:
         """Return the next standard normal numbers, (B, C, H, W)."""
         return np.stack(list(self._draws()))
+
+    def of_steps(self, table: SamplerTable) -> Iterator[NDArray[np.float32] | None]:
+        """Yield what each step of a run adds, None where it adds nothing; the initial latents must be drawn before."""
+        return (self.draw() if noisy else None for noisy in table.noisy_steps)
 
     def _draws(self) -> Iterator[NDArray[np.float32]]:
         for generator in self._generators:

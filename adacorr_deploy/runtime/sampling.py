@@ -7,21 +7,26 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Final
 
 from adacorr_deploy.caching.calibration import (
     Calibration,
     CalibrationKey,
     calibration_for_run,
     calibration_from_json,
+    check_blocks,
 )
 from adacorr_deploy.caching.controllers import Run, controller_for_policy
 from adacorr_deploy.caching.decisions import Controller
-from adacorr_deploy.caching.policy import FewerStepsGate, NoGate, PaperGate, Policy
+from adacorr_deploy.caching.policy import PaperGate, Policy
 from adacorr_deploy.core.bundle import CALIBRATION_DIR, Bundle
-from adacorr_deploy.core.errors import BundleError
+from adacorr_deploy.core.errors import BundleError, CalibrationError, PolicyError
+from adacorr_deploy.core.untrusted import bounded_file, clipped
 from adacorr_deploy.runtime.denoise import Progress
 from adacorr_deploy.runtime.pipeline import Pipeline, SampleResult
 from adacorr_deploy.runtime.request import SampleRequest, check_request
+
+_MAX_FILE_BYTES: Final = 16 << 20  # of a calibration: eight times one of 1000 steps
 
 
 def sample_with_policy(
@@ -48,11 +53,10 @@ def sample_with_policy(
         EngineError: If an engine fails or the latents become NaN.
     """
     controller = controller_for_request(pipeline, request, policy)
-    cached = not isinstance(policy.gate, NoGate | FewerStepsGate)
     return pipeline.sample(
         replace(request, steps=policy.sampled_steps(request.steps)),
         controller,
-        history=policy.predictor.history if cached else 0,
+        history=policy.history,
         progress=progress,
         cancelled=cancelled,
     )
@@ -63,15 +67,26 @@ def controller_for_request(pipeline: Pipeline, request: SampleRequest, policy: P
 
     Raises:
         CalibrationError: If the policy needs a calibration that the bundle doesn't hold for this run.
+        PolicyError: If the policy protects a block that the bundle doesn't have.
         RequestError: If the request is out of range.
     """
     check_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
+    _check_protected_blocks(policy, len(pipeline.manifest.model.blocks))
     calibration = None
     if policy.needs_calibration:
         found = calibrations(pipeline.bundle).values()
         predictor = None if isinstance(policy.gate, PaperGate) else policy.predictor
         calibration = calibration_for_run(found, calibration_key(pipeline, request), predictor, policy=policy.name)
-    return controller_for_policy(policy, Run(steps=policy.sampled_steps(request.steps)), calibration)
+    return controller_for_policy(policy, Run(steps=policy.sampled_steps(request.steps), lags=policy.lags), calibration)
+
+
+def _check_protected_blocks(policy: Policy, blocks: int) -> None:
+    last = max(policy.guards.protected_blocks, default=0)
+    if last >= blocks:
+        raise PolicyError(
+            f"policy {policy.name}: guards.protected_blocks holds {clipped(last)}, allowed are 0 … {blocks - 1}: "
+            "the bundle's block parts."
+        )
 
 
 def calibration_key(pipeline: Pipeline, request: SampleRequest) -> CalibrationKey:
@@ -91,22 +106,27 @@ def calibrations(bundle: Bundle) -> dict[str, Calibration]:
 
     Raises:
         BundleError: If one has gone since the bundle was opened.
-        CalibrationError: If one is not valid.
+        CalibrationError: If one is not valid, or is not of this bundle's model.
     """
-    return {
+    found = {
         name: _calibration(bundle.file(name), record.sha256)
         for name, record in bundle.manifest.files.items()
         if name.startswith(f"{CALIBRATION_DIR}/")
     }
+    for name, calibration in found.items():
+        check_blocks(calibration, bundle.manifest.model, where=str(bundle.file(name)))
+    return found
 
 
 @lru_cache(maxsize=64)
 def _calibration(file: Path, sha256: str) -> Calibration:
     """Read a calibration file once; `sha256` tells apart what the same path held at other times."""
     try:
-        content = file.read_bytes()
+        content = bounded_file(file, limit_bytes=_MAX_FILE_BYTES)
+    except ValueError as error:
+        raise CalibrationError(f"{file}: {error}. Make it again with: adacorr-calibrate BUNDLE") from error
     except OSError as error:
-        raise BundleError(f"{file} can't be read any more: {error}. Calibrate again, or rebuild the bundle.") from error
+        raise BundleError(f"{file} can't be read any more: {error}. Open the bundle again.") from error
     if hashlib.sha256(content).hexdigest() != sha256:
         raise BundleError(f"{file} was replaced after its bundle was opened. Open the bundle again.")
     return calibration_from_json(content, where=str(file))

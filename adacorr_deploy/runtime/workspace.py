@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from adacorr_deploy.caching.decisions import SlotHistory
 from adacorr_deploy.core.errors import EngineError
 from adacorr_deploy.core.samplers import SamplerTable
-from adacorr_deploy.core.specs import DType, ModelSpec
+from adacorr_deploy.core.specs import MODULATIONS_PER_BLOCK, DType, ModelSpec, unit_names
 from adacorr_deploy.engines.backend import Backend, Buffer, Launch, Session
 from adacorr_deploy.plugins.service_parts import SIGNALS_PART, blend_part_name, predict_part_name
 from adacorr_deploy.runtime.buffers import (
@@ -24,6 +25,8 @@ from adacorr_deploy.runtime.buffers import (
 from adacorr_deploy.runtime.request import SampleRequest
 from adacorr_deploy.runtime.slots import CacheSlot, SlotPool, Window
 
+Reading = Callable[[], NDArray[np.generic]]  # waits for what was measured, and returns it
+
 
 class Workspace:
     """Runs parts over fixed buffers. It decides nothing: the loop says what to run, and in which order."""
@@ -35,10 +38,13 @@ class Workspace:
         image: ImageBuffers,
         blocks: BlockBuffers,
         slots: SlotPool,
+        fuse: Callable[[Sequence[Launch]], Launch | None],
     ) -> None:
         self._model = model
         self._sessions = sessions
         self._launches: dict[tuple[str | int, ...], Launch] = {}
+        self._fuse = fuse
+        self._fused: dict[tuple[int, ...], Launch | None] = {}
         self._factors_written: dict[int, Window] = {}
         self.image = image
         self.blocks = blocks
@@ -108,7 +114,7 @@ class Workspace:
         """Predict the model's output without moving the latents."""
         self._extrapolate(step, window, "aside", self.image.scratch)
 
-    def output_error(self, entry: int) -> NDArray[np.generic]:
+    def output_error(self, entry: int) -> Reading:
         """Compare the output predicted aside with the fresh one in a ring entry: relative error, (B,)."""
         image = self.image
         self._run(
@@ -119,7 +125,7 @@ class Workspace:
                 "error": image.output_error,
             },
         )
-        return image.output_error.read()
+        return image.output_error.read_later()
 
     def _extrapolate(self, step: int, window: Window, use: str, latents_out: Buffer) -> None:
         image = self.image
@@ -162,10 +168,23 @@ class Workspace:
                 "modulation": self.blocks.modulation[block],
                 "step": self.image.step,
                 "tokens_out": self.blocks.fresh if aside else self.block_output(block),
-                **{name: units[unit] for unit, name in enumerate(_unit_names(self._model.blocks[block]))},
+                **{name: units[unit] for unit, name in enumerate(unit_names(self._model.blocks[block]))},
             }
 
         self._run((self._model.block_names[block], entry, int(aside)), tensors)
+
+    def evaluate_all(self, slots: Sequence[CacheSlot]) -> bool:
+        """Run every block's engine in one launch, if the backend makes one of those that have run: say whether."""
+        entries = tuple(slot.next_entry for slot in slots)
+        if entries not in self._fused:
+            keys = [(name, entry, 0) for name, entry in zip(self._model.block_names, entries, strict=True)]
+            if not all(key in self._launches for key in keys):
+                return False
+            self._fused[entries] = self._fuse([self._launches[key] for key in keys])
+        fused = self._fused[entries]
+        if fused is not None:
+            fused.run()
+        return fused is not None
 
     def reuse(self, block: int, slot: CacheSlot, window: Window) -> None:
         """Let the slot's prediction stand for the block's output."""
@@ -233,18 +252,18 @@ class Workspace:
 
     # --- Signals -------------------------------------------------------------------------------------------------
 
-    def input_signals(self, block: int, slot: CacheSlot) -> NDArray[np.generic]:
+    def input_signals(self, block: int, slot: CacheSlot) -> Reading:
         """Compare the block's input with that of its last evaluation, (R, 5)."""
         return self._signals((SIGNALS_PART, "input", block), self.block_input(block), _kept(slot))
 
-    def error_signals(self, block: int) -> NDArray[np.generic]:
+    def error_signals(self, block: int) -> Reading:
         """Compare the estimate with the block's fresh output, relative to the latter, (R, 5)."""
         return self._signals((SIGNALS_PART, "error", block % 2), self.blocks.estimate, self.block_output(block))
 
-    def _signals(self, key: tuple[str | int, ...], tokens: Buffer, reference: Buffer) -> NDArray[np.generic]:
+    def _signals(self, key: tuple[str | int, ...], tokens: Buffer, reference: Buffer) -> Reading:
         signals = self.blocks.signals
         self._run(key, lambda: {"tokens": tokens, "reference": reference, "signals": signals})
-        return signals.read()
+        return signals.read_later()
 
     # --- Launches ------------------------------------------------------------------------------------------------
 
@@ -276,7 +295,19 @@ def allocate_workspace(backend: Backend, model: ModelSpec, sessions: Mapping[str
         _allocate_output_slot(backend, model, size),
         allocate_reference=lambda: backend.allocate(blocks.zeros.shape, blocks.zeros.dtype),
     )
-    return Workspace(model, sessions, image, blocks, slots)
+    return Workspace(model, sessions, image, blocks, slots, backend.fuse)
+
+
+def workspace_bytes(model: ModelSpec, size: RunSize) -> int:
+    """Return about how much a workspace of this size takes, with all slots' references: what grows with the model."""
+    number = model.precision.numpy.itemsize
+    tokens = number * size.rows * model.tokens * model.width
+    units = 2 * (size.history * sum(model.blocks) if size.history else sum(set(model.blocks)))
+    references = len(model.blocks) if size.history or size.output_history else 0
+    modulations = MODULATIONS_PER_BLOCK * sum(model.blocks) + 2
+    table = number * size.steps * size.rows * modulations * model.width
+    image = DType.FLOAT32.numpy.itemsize * size.batch * math.prod(model.latent_shape)
+    return tokens * (units + references + 5) + table + image * (max(size.output_history, 1) + 6)
 
 
 def _allocate_slots(backend: Backend, model: ModelSpec, size: RunSize, zeros: Buffer) -> list[CacheSlot]:
@@ -303,10 +334,6 @@ def _allocate_output_slot(backend: Backend, model: ModelSpec, size: RunSize) -> 
         zeros=backend.allocate(image, DType.FLOAT32),
         history=SlotHistory(capacity=size.output_history),
     )
-
-
-def _unit_names(blocks: int) -> list[str]:
-    return [name for index in range(blocks) for name in (f"attention_{index}", f"mlp_{index}")]
 
 
 def _kept(slot: CacheSlot) -> Buffer:

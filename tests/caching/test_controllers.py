@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adacorr_deploy.caching.calibration import MAX_MEASURE, MIN_COST, MIN_PROBE_ERROR, Calibration
 from adacorr_deploy.caching.controllers import (
     AdaCorrectionController,
     Run,
@@ -239,3 +240,44 @@ def test_the_weight_is_that_of_the_blend_part(estimate: float, low: float, width
     thresholds = (low, low + width, 1.0)
     expected = oracle.blend_weight(np.array([estimate], np.float32), np.array(thresholds, np.float32))
     assert weight_from_estimate(estimate, thresholds) == pytest.approx(float(expected[0]), abs=1e-5)
+
+
+costs = st.sampled_from([MIN_COST, 1e-6, 1.0, MAX_MEASURE, math.inf])
+probe_errors = st.sampled_from([0.0, MIN_PROBE_ERROR, 1.0, MAX_MEASURE])
+measures = st.sampled_from([0.0, 5e-324, 1.0, MAX_MEASURE])
+
+
+def table(values: st.SearchStrategy[float], *, rising: bool = False) -> st.SearchStrategy[list[list[list[float]]]]:
+    """Three gaps of three numbers for every step."""
+    row = st.lists(values, min_size=3, max_size=3)
+    rows = st.lists(row.map(sorted) if rising else row, min_size=3, max_size=3)
+    return st.lists(rows, min_size=STEPS, max_size=STEPS)
+
+
+@settings(max_examples=60)
+@given(
+    skip_costs=table(costs, rising=True),
+    expected=table(probe_errors),
+    limits=table(measures),
+    slope=st.sampled_from([0.0, 5e-324, 1.0]),
+    error=st.sampled_from([0.0, 1e-6, 1.0, 3e38, math.inf]),
+    name=st.sampled_from(["robust@1.01", "robust-blocks@20", "scheduled@2", "paper-lazy"]),
+)
+def test_whatever_a_calibration_holds_every_step_is_decided_and_the_guards_are_kept(
+    skip_costs: object,
+    expected: object,
+    limits: list[list[list[float]]],
+    slope: float,
+    error: float,
+    name: str,
+) -> None:
+    """A file's values are let through up to their bounds: none may overflow, divide by zero or become NaN."""
+    policy = policy_named(name)
+    made = calibration(predictor=policy.predictor).model_dump()
+    probe = {**made["probe"], "expected": expected, "slope": slope}
+    changes = {"skip_costs": skip_costs, "offset_limits": [rows[0] for rows in limits], "probe": probe}
+    extreme = Calibration.model_validate({**made, **changes})
+    decisions = drive(controller_for_policy(policy, Run(steps=STEPS), extreme), error=error)
+    assert {0, 1, STEPS - 1} <= set(evaluated_steps(decisions))
+    weights = [decision.weight for row in decisions for decision in row if decision.weight is not None]
+    assert all(0.0 <= weight <= 1.0 for weight in weights)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS, AdaCorrectionGate, policy_named
+from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS, AdaCorrectionGate, Policy, policy_named
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
 from adacorr_deploy.core.errors import PolicyError
 
@@ -36,7 +39,8 @@ def test_a_toml_file_is_read(tmp_path: Path) -> None:
         ({"name": "x", "gate": {"kind": "interval", "interval": 0}}, "gate.interval.interval"),
         ({"name": "x", "gate": {"kind": "none"}, "speed": 2}, "speed"),
         ({"name": "x", "gate": {"kind": "none"}, "predictor": {"order": 3}}, "predictor.order"),
-        ({"name": "x", "gate": {"kind": "adacorrection", "band": float("nan")}}, "gate.adacorrection.band"),
+        ({"name": "x", "gate": {"kind": "adacorrection", "band": 1.0}}, "gate.adacorrection.band"),
+        ({"name": "x", "gate": {"kind": "adacorrection", "band": float("nan")}}, "NaN is not a JSON number"),
         ({"name": "x", "gate": {"kind": "none"}, "guards": {"warmup_steps": -1}}, "guards.warmup_steps"),
         ({"gate": {"kind": "none"}}, "name"),
         ([], "top level"),
@@ -49,12 +53,78 @@ def test_a_bad_field_is_named(tmp_path: Path, content: object, field: str) -> No
         policy_named(str(path))
 
 
-@pytest.mark.parametrize("content", ["{", "\x00", "[1,"])
-def test_a_file_that_is_not_json_is_refused(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "bad.json"
-    path.write_text(content)
-    with pytest.raises(PolicyError, match="can't be read"):
+@pytest.mark.parametrize("suffix", [".json", ".toml"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", ""),
+        (b"\x00", ""),
+        (b"[1,", ""),
+        (b"\xff\xfe", "'utf-8' codec can't decode"),
+        (b"a = " + b"[" * 10_000, ""),
+        (b"[" * 10_000, ""),
+        (b'{"a":' * 3_000, ""),
+        (b" " * (16 << 10) + b" ", "larger than 16384 bytes"),
+    ],
+    ids=["brace", "nul", "list", "utf-8", "toml-nested", "nested", "objects", "large"],
+)
+def test_a_file_that_can_not_be_parsed_is_refused(tmp_path: Path, suffix: str, content: bytes, message: str) -> None:
+    path = tmp_path / f"bad{suffix}"
+    path.write_bytes(content)
+    assert message in refusal(path)
+    assert "can't be read" in refusal(path)
+
+
+def refusal(path: Path) -> str:
+    """What is said of a policy file, on one line of bounded length."""
+    with pytest.raises(PolicyError) as caught:
         policy_named(str(path))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 400 + len(str(path))
+    return message
+
+
+def test_deep_nesting_is_told_as_such(tmp_path: Path) -> None:
+    """Python's own reader ends with a RecursionError, which is no ValueError."""
+    for name, content in {"deep.json": "[" * 10_000, "deep.toml": "a = " + "[" * 10_000}.items():
+        (tmp_path / name).write_text(content)
+        assert "nested too deeply" in refusal(tmp_path / name)
+
+
+def test_what_may_never_end_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    assert "not a regular file" in refusal(tmp_path / "pipe.json")
+    (tmp_path / "folder.json").mkdir()
+    assert "not a regular file" in refusal(tmp_path / "folder.json")
+    (tmp_path / "device.toml").symlink_to("/dev/zero")
+    assert "not a regular file" in refusal(tmp_path / "device.toml")
+
+
+@pytest.mark.parametrize(
+    ("content", "shown"),
+    [
+        ({"name": "x", "gate": {"kind": "none"}, "speed" * 3000: 2}, "speedspeed"),
+        ({"name": "x", "gate": {"kind": "none"}, "speed": "v" * 15_000}, "got 'vvv"),
+        ({"name": "x", "gate": [[[["deep"]]]] * 1000}, r"got \[\["),
+        ({"name": "x", "gate": {"kind": "k" * 15_000}}, "kkk"),
+        ({"name": "\x1b[2J", "gate": {"kind": "none"}}, r"name: allowed are .* printable characters, got '\\x1b\[2J'"),
+        ({"name": "n" * 81, "gate": {"kind": "none"}}, "name: allowed are 1 to 80"),
+        ({"name": "", "gate": {"kind": "none"}}, "name: allowed are 1 to 80"),
+        ({"name": "x", "gate": {"kind": "none"}, "\x1b[2J\n": 1}, r"\\x1b\[2J\\n: Extra"),
+    ],
+)
+def test_what_was_given_is_shown_in_brief_and_escaped(tmp_path: Path, content: object, shown: str) -> None:
+    (tmp_path / "bad.json").write_text(json.dumps(content))
+    assert re.search(shown, refusal(tmp_path / "bad.json"))
+
+
+@pytest.mark.parametrize("field", ["speedup", "gamma", "band", "adaptivity", "memory", "offset_margin"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e300"])
+def test_numbers_must_be_finite_and_in_range(tmp_path: Path, field: str, value: str) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(f'name = "x"\n[gate]\nkind = "adacorrection"\n{field} = {value}\n')
+    assert f"gate.adacorrection.{field}: " in refusal(path)
 
 
 def test_an_unknown_name_lists_the_presets() -> None:
@@ -72,8 +142,16 @@ def test_a_target_after_at_changes_the_gate() -> None:
 
 def test_only_policies_that_read_a_calibration_ask_for_one() -> None:
     needing = {name for name, policy in PRESETS.items() if policy.needs_calibration}
-    assert needing == {"scheduled", "scheduled-blocks", "robust", "robust-blocks", "paper-lazy"}
+    assert needing == {"scheduled", "scheduled-blocks", "robust", "robust-lag", "robust-blocks", "paper-lazy"}
     assert DEFAULT_POLICY in PRESETS
+
+
+def test_a_policy_decides_only_where_its_gate_can_read() -> None:
+    assert {name for name, policy in PRESETS.items() if policy.lags} == {"robust-lag"}
+    assert policy_named("robust-lag@3").lags
+    for name, placement in (("paper-lazy", "lag"), ("paper-exact", "step"), ("robust", "block"), ("fora", "lag")):
+        with pytest.raises(ValidationError, match=rf"decide is {placement}; this gate takes"):
+            Policy.model_validate({**PRESETS[name].model_dump(by_alias=True), "decide": placement})
 
 
 def test_fewer_steps_is_the_only_policy_that_changes_the_sampler() -> None:
@@ -122,3 +200,10 @@ def test_a_lazy_paper_gate_with_another_lambda_is_refused(tmp_path: Path) -> Non
 def test_an_at_sign_without_a_target_is_refused() -> None:
     with pytest.raises(PolicyError):
         policy_named("robust@")
+
+
+@pytest.mark.parametrize("name", ["robust@nan", "robust@inf", "robust@" + "9" * 5000, "fora@" + "9" * 5000, "x" * 5000])
+def test_a_name_that_says_nothing_is_refused_in_brief(name: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        policy_named(name)
+    assert len(str(caught.value)) < 400

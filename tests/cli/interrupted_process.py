@@ -6,10 +6,11 @@ import os
 import pty
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.cli.processes import command_line
 
 TIMEOUT_SECONDS = 90.0
 
@@ -60,14 +61,7 @@ class Terminal:
 
 def started(name: str, *arguments: object) -> Terminal:
     """Start `adacorr-NAME`."""
-    # A background shell starts its children with SIGINT ignored; a terminal does not.
-    script = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        f"from adacorr_deploy.cli.{name} import main; main()"
-    )
     master, slave = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, *map(str, arguments)], stdout=subprocess.PIPE, stderr=slave, text=True
-    )
+    process = subprocess.Popen(command_line(name, *arguments), stdout=subprocess.PIPE, stderr=slave, text=True)
     os.close(slave)
     return Terminal(process, master)

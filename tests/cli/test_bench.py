@@ -62,14 +62,21 @@ def test_list_shows_every_preset_without_a_bundle(command: Command) -> None:
         (["--policies", "fora", "--steps", "0"], "steps is 0, allowed"),
         (["--policies", "fora", "--seed", "-1"], "seed is -1, allowed"),
         (["--images", "0"], "Invalid value for '--images'"),
+        (["--images", "10001"], "Invalid value for '--images': .* 10000"),
+        (["--batch", "1025"], "Invalid value for '--batch': .* 1024"),
+        (["--rounds", "1001"], "Invalid value for '--rounds': .* 1000"),
+        (["--policies", "none", "--steps", STEPS, "--seed", 2**64 - 1], "seed is 18446744073709551623, allowed"),
         (["--csv", "/dev/null/rows.csv"], "/dev/null is a file, not a folder"),
+        (["--csv", "BUNDLE/manifest.json"], "lies in the bundle"),
+        (["--csv", ""], "Invalid value for '--csv': it is empty"),
     ],
 )
 def test_bad_options_are_one_line_before_anything_is_timed(
-    command: Command, bundle: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+    command: Command, bundle: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[object], message: str
 ) -> None:
     monkeypatch.setattr("adacorr_deploy.quality.bench.bench", None)  # calling it would be a TypeError
-    assert re.search(message, command("bench", bundle, *arguments).error)
+    given = [str(word).replace("BUNDLE", str(bundle)) for word in arguments]
+    assert re.search(message, command("bench", bundle, *given).error)
 
 
 def test_no_bundle_is_a_usage_error(command: Command) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -48,10 +49,12 @@ def test_calibrate_calibrates_the_bundle_before_it_is_there(
 ) -> None:
     calibrated: list[tuple[Path, CalibrationOptions]] = []
 
-    def seen(folder: Path, options: CalibrationOptions, advance: Callable[[str, int, int], None]) -> Path:
+    def seen(
+        folder: Path, options: CalibrationOptions, advance: Callable[[str, int, int], None], *, backend: str | None
+    ) -> Path:
         calibrated.append((folder, options))
         assert not (tmp_path / "made.bundle").exists()
-        return calibrate_bundle(folder, options, advance)
+        return calibrate_bundle(folder, options, advance, backend=backend)
 
     monkeypatch.setattr("adacorr_deploy.cli.build.calibrate_bundle", seen)
     output = tmp_path / "made.bundle"
@@ -73,6 +76,10 @@ def test_calibrate_calibrates_the_bundle_before_it_is_there(
         (["--backend", "abacus"], "no backend called 'abacus'. Known: onnxruntime"),
         (["--precision", "int3"], "'int3' is not one of 'fp32', 'fp16'.* See: .* --help"),
         (["--segment", "0"], "Invalid value for '--segment'"),
+        (["--segment", "1001"], "Invalid value for '--segment': .* 1000"),
+        (["--heads", "1025"], "Invalid value for '--heads': .* 1024"),
+        (["--scheduler", ""], "Invalid value for '--scheduler': it is empty"),
+        (["-o", ""], "Invalid value for '--output' / '-o': it is empty"),
     ],
 )
 def test_bad_options_are_refused_before_work_starts(
@@ -89,7 +96,7 @@ def test_a_bundles_default_policy_is_a_preset_and_no_path(name: str) -> None:
 
 
 def test_precisions_are_the_types_they_say() -> None:
-    assert [precision.dtype for precision in Precision] == [DType.FLOAT32, DType.FLOAT16]
+    assert [precision.dtype for precision in Precision] == [DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16]
 
 
 # --- Checkpoints -------------------------------------------------------------------------------------------------
@@ -193,6 +200,13 @@ def test_overwrite_replaces_nothing_but_a_bundle(command: Command, model: Path, 
         command("build", model, "-o", tmp_path, "--overwrite").error
     )
     assert names(tmp_path) == ["thesis.tex"]
+
+
+def test_overwrite_does_not_replace_what_is_read(command: Command, model: Path, own_bundle: Path) -> None:
+    source = shutil.copytree(model, own_bundle / "source")
+    error = command("build", source, "-o", own_bundle, "--overwrite").error
+    assert f"{own_bundle} holds the input {source} and would replace it" in error
+    assert (source / "model_index.json").is_file()
 
 
 def test_an_output_below_a_file_is_refused(command: Command, model: Path, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_measuring_again_gives_the_same_bytes(command: Command, own_bundle: Path
     assert f": ddim, {STEPS} steps, guidance 4, in " in shown
     assert calibrations(own_bundle) == before
     command("calibrate", own_bundle, "--steps", STEPS, "--images", 1)
-    assert calibrations(own_bundle).keys() == before.keys()  # replaced
+    assert len(calibrations(own_bundle)) == len(before)  # replaced
     assert calibrations(own_bundle) != before
 
 
@@ -71,6 +71,7 @@ def test_the_predictor_asked_for_is_the_one_measured(command: Command, own_bundl
         (["--guidance", "0.5"], "guidance is 0.5, allowed is at least 1"),
         (["--sampler", "ddpm"], "adds noise at every step"),
         (["--images", "0"], "Invalid value for '--images'"),
+        (["--images", "1000000000"], "Invalid value for '--images': .* 1024"),
         (["--order", "3"], "Invalid value for '--order'"),
         (["--predictor", "oracle"], "'oracle' is not one of 'hold', 'taylor', 'gated', "),
     ],

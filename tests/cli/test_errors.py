@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable
 from typing import NoReturn
@@ -35,6 +36,20 @@ def test_our_errors_are_one_line_and_exit_2(kind: type[AdaCorrError], capsys: py
     assert capsys.readouterr() == ("", "error: steps is 0, allowed are [1, 2].\n")
 
 
+def test_a_message_is_bounded_and_can_not_move_a_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    exit_code(raising(RequestError(f"got {'x' * 10_000}\x1b[2J. Next:\r\udcff step.")))
+    assert capsys.readouterr().err == f"error: got {'x' * 100}…{'x' * 95}\\x1b[2J. Next: \\udcff step.\n"
+    exit_code(raising(RequestError("start " + "\x1b " * 10_000 + "end")))
+    shown = capsys.readouterr().err
+    assert len(shown) < 700
+    assert re.fullmatch(r"error: start (\\x1b )+.*….*(\\x1b )+end\n", shown)
+
+
+def test_too_little_memory_is_no_bug(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(raising(MemoryError("Unable to allocate 4 TiB"))) == 2
+    assert capsys.readouterr().err.startswith("error: Not enough memory: Unable to allocate 4 TiB. Take fewer images")
+
+
 @pytest.mark.parametrize(("code", "result"), [(0, None), (0, 0), (1, 1)])
 def test_a_commands_result_is_its_exit_code(code: int, result: int | None) -> None:
     assert exit_code(lambda: result) == code
@@ -42,6 +57,17 @@ def test_a_commands_result_is_its_exit_code(code: int, result: int | None) -> No
 
 def test_ctrl_c_is_one_line_and_exit_130(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
+
+
+def test_what_ctrl_c_was_turned_into_is_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise BackendUnavailableError("initialization failed") from error
+
+    assert exit_code(command) == 130
     assert capsys.readouterr() == ("", "interrupted\n")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from adacorr_deploy.cli.image_files import Sampled, png_files
+from adacorr_deploy.cli.image_files import Naming, Sampled, png_files
 
 
 def opened(png: bytes) -> Image.Image:
@@ -18,7 +18,7 @@ def opened(png: bytes) -> Image.Image:
 def sampled(labels: tuple[int, ...], *, channels: int = 1, names: tuple[str, ...] | None = None) -> Sampled:
     shape = (len(labels), channels, 4, 5)
     pixels = np.linspace(-1.2, 1.2, int(np.prod(shape)), dtype=np.float32).reshape(shape)
-    return Sampled(pixels=pixels, labels=labels, class_names=names, seed=3)
+    return Sampled(pixels=pixels, naming=Naming(labels=labels, class_names=names, seed=3))
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
@@ -39,6 +39,7 @@ def test_names_tell_index_class_and_seed() -> None:
         "grid.png",
     ]
     assert list(png_files(sampled((5,)), "t")) == ["00_class-5_seed3.png", "grid.png"]
+    assert list(png_files(sampled((5,), names=names), "t")) == ["00_class-5_seed3.png", "grid.png"]
     assert list(png_files(sampled((0,) * 101), "t"))[100] == "100_class-0_seed3.png"
 
 

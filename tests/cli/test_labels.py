@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from adacorr_deploy.cli.labels import labels_from_text
+from adacorr_deploy.cli.options import MAX_IMAGES
 from adacorr_deploy.core.errors import RequestError
 
 NAMES = ("tench, Tinca tinca", "goldfish", "7")
@@ -18,7 +19,7 @@ NAMES = ("tench, Tinca tinca", "goldfish", "7")
         (["Goldfish"], (1,)),
         (["tench, Tinca tinca", "goldfish,0"], (0, 1, 0)),
         (["7"], (2,)),  # a class that is called by a number
-        (["999,-1"], (999, -1)),  # refused later, by the model's own limits
+        (["999,-1,+1"], (999, -1, 1)),  # refused later, by the model's own limits
         ([], (0, 1, 2)),
     ],
 )
@@ -32,7 +33,7 @@ def test_many_classes_are_shown_by_eight_of_them() -> None:
     assert labels_from_text([], num_classes=10, class_names=None) == tuple(range(10))
 
 
-@pytest.mark.parametrize("text", ["shark", "1,,2", "1.5", "²"])
+@pytest.mark.parametrize("text", ["shark", "1,,2", "1.5", "²", "٣", "+-5", "1_0", "9" * 5000])
 def test_another_word_is_refused_with_what_is_known(text: str) -> None:
     with pytest.raises(RequestError, match=r"from 0 to 2 nor one of its names: tench, Tinca tinca, goldfish, 7\."):
         labels_from_text([text], num_classes=3, class_names=NAMES)
@@ -43,3 +44,9 @@ def test_another_word_is_refused_with_what_is_known(text: str) -> None:
 def test_a_thousand_names_are_not_all_listed() -> None:
     with pytest.raises(RequestError, match=r"name 11, …\.$"):
         labels_from_text(["x"], num_classes=1000, class_names=[f"name {label}" for label in range(1000)])
+
+
+def test_more_images_than_fit_are_refused() -> None:
+    assert len(labels_from_text(["1," * (MAX_IMAGES - 1) + "1"], num_classes=3, class_names=NAMES)) == MAX_IMAGES
+    with pytest.raises(RequestError, match=r"1025 class labels were given, allowed are 1024\."):
+        labels_from_text(["1"] * (MAX_IMAGES + 1), num_classes=3, class_names=NAMES)

@@ -56,6 +56,8 @@ def test_another_checkpoint_can_not_be_compared(command: Command, bundle: Path, 
     [
         (["--reference", "nowhere"], "nowhere doesn't exist"),
         (["--reference", "MODEL", "--steps", "0"], "steps is 0, allowed"),
+        (["--reference", "MODEL", "--images", "1025"], "Invalid value for '--images': Input should be less than"),
+        (["--reference", ""], "MODEL is empty. Give demo, or a path."),
         (["--reference", "MODEL", "--policy", "nix"], "policy 'nix' is neither a preset"),
         ([], "Missing option '--reference'"),
     ],

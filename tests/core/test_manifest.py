@@ -62,7 +62,7 @@ def set_(raw: Raw, path: str, value: object) -> None:
         ("schema_version", None, "schema version None"),
         ("schema_version", True, "schema version True"),
         ("checkpoint_sha256", "xyz", "checkpoint_sha256"),
-        ("model/precision", "bfloat16", "model.precision"),
+        ("model/precision", "float8", "model.precision"),
         ("model/tokens", "many", "model.tokens"),
         ("schedule/betas", [0.1, 2.0], r"schedule: betas\[1\] is 2.0"),
         ("schedule/betas", [], "schedule: betas: got 0 values"),
@@ -70,6 +70,19 @@ def set_(raw: Raw, path: str, value: object) -> None:
         ("parts/embed", {}, "parts.embed"),
         ("files", [], "files"),
         ("surprise", 1, "surprise: Extra inputs are not permitted"),
+        ("class_names", ["boot"], "class_names holds 1 names, the model has 2 classes"),
+        ("class_names", ["boot", "bag", "hat"], "class_names holds 3 names, the model has 2 classes"),
+        ("class_names", ["boot", "b\x1b[31mag"], r"class_names.1: .* holds control characters"),
+        ("class_names", ["boot", "b" * 257], r"class_names.1: .* has 257 characters, allowed are 256"),
+        ("model_name", "m" * 257, r"model_name: .* has 257 characters, allowed are 256"),
+        ("model_name", "two\nlines", r"model_name: .* holds control characters"),
+        ("tool_versions", {"onnx": "1\r2"}, r"tool_versions.onnx: .* holds control characters"),
+        (
+            "files",
+            {f"parts/{i}": {"sha256": "0" * 64, "size_bytes": 0} for i in range(100_001)},
+            "files.*at most 100000 items",
+        ),
+        ("files", {"x" * 1025: {}}, "files.*at most 1024 characters"),
     ],
 )
 def test_a_bad_field_is_named(path: str, value: object, message: str) -> None:
@@ -78,6 +91,22 @@ def test_a_bad_field_is_named(path: str, value: object, message: str) -> None:
     with pytest.raises(BundleError, match=message) as caught:
         manifest_from_json(json.dumps(raw), where="b")
     assert "Rebuild" in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["model_name", "schema_version", "\x1b[2J\x07", "checkpoint_sha256", "backend"])
+def test_what_a_manifest_holds_never_moves_the_cursor_or_fills_the_screen(place: str) -> None:
+    raw: Raw = json.loads(manifest().model_dump_json())
+    raw[place] = "\x1b[31m\x9b\u202e\r\n" + "x" * 100_000
+    with pytest.raises(BundleError) as caught:
+        manifest_from_json(json.dumps(raw), where="b")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("path", ["parts//embed.onnx", "./parts/embed.onnx", "parts/./embed.onnx", "parts/embed.onnx/"])
+def test_a_file_has_one_path_only(path: str) -> None:
+    with pytest.raises(ValueError, match="not in its shortest form"):
+        bundle_path(path)
 
 
 LEAVING = ["../x", "parts/../../x", "/etc/passwd", "", ".", "..", "parts\\..\\x", "C:/x", "a\0b", "a\nb"]

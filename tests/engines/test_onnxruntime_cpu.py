@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from adacorr_deploy.core.errors import EngineError
 from adacorr_deploy.core.specs import DType, PartSpec
+from adacorr_deploy.engines.backend import Artefact
 from adacorr_deploy.engines.host_memory import HostBuffer
 from adacorr_deploy.engines.onnxruntime_cpu import OnnxRuntimeBackend, OnnxRuntimeSession
 from tests.engines.onnx_graphs import WIDTH, part_spec, tensor, write_part
@@ -21,7 +23,7 @@ DOUBLE = "two = Constant <value_float = 2.0> () y = Mul (x, two)"
 
 def open_part(folder: Path, body: str, spec: PartSpec | None = None) -> OnnxRuntimeSession:
     spec = spec or part_spec()
-    return BACKEND.open(write_part(folder, body, spec), spec)
+    return BACKEND.open(Artefact(path=write_part(folder, body, spec)), spec)
 
 
 def filled(*shape: int, start: float = 1.0) -> HostBuffer:
@@ -124,6 +126,18 @@ def test_launches_count_what_really_ran(tmp_path: Path) -> None:
     assert session.launches == 1
 
 
+def test_what_fails_is_told_by_the_exception_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    launch = open_part(tmp_path, "s = Constant <value_ints = [7, 7]> () y = Reshape (x, s)").bind(
+        {"x": filled(2, WIDTH), "y": filled(2, WIDTH)}
+    )
+    with pytest.raises(EngineError):
+        launch.run()
+    (tmp_path / "empty.onnx").touch()
+    with pytest.raises(EngineError):
+        BACKEND.open(Artefact(path=tmp_path / "empty.onnx"), part_spec())
+    assert capfd.readouterr() == ("", "")
+
+
 def test_an_output_of_another_size_than_its_buffer_is_an_error(tmp_path: Path) -> None:
     spec = part_spec("odd", outputs=(tensor("y", "rows", WIDTH),))
     session = open_part(tmp_path, "y = Concat <axis = 0> (x, x)", spec)  # the file calls 2·rows rows
@@ -150,7 +164,7 @@ def test_build_returns_the_onnx_file_and_writes_nothing(tmp_path: Path) -> None:
     path = write_part(tmp_path, DOUBLE, part_spec())
     artefacts = tmp_path / "engines"
     artefacts.mkdir()
-    assert BACKEND.build(path, part_spec(), artefacts) == path
+    assert BACKEND.build(path, part_spec(), artefacts) == Artefact(path=path)
     assert list(artefacts.iterdir()) == []
 
 
@@ -160,7 +174,7 @@ def test_a_corrupt_file_is_an_engine_error(tmp_path: Path, damage: str) -> None:
     content = path.read_bytes()
     path.write_bytes({"truncated": content[: len(content) // 2], "garbage": b"\xff" * 64, "empty": b""}[damage])
     for use in (
-        lambda: BACKEND.open(path, part_spec("block_02")),
+        lambda: BACKEND.open(Artefact(path=path), part_spec("block_02")),
         lambda: BACKEND.build(path, part_spec("block_02"), tmp_path),
     ):
         with pytest.raises(EngineError, match="block_02"):
@@ -169,10 +183,10 @@ def test_a_corrupt_file_is_an_engine_error(tmp_path: Path, damage: str) -> None:
 
 def test_a_missing_file_and_an_unknown_op_are_engine_errors(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"there is no file .*nowhere.onnx"):
-        BACKEND.open(tmp_path / "nowhere.onnx", part_spec())
+        BACKEND.open(Artefact(path=tmp_path / "nowhere.onnx"), part_spec())
     path = write_part(tmp_path, "y = NoSuchOp (x)", part_spec("block_05"))
     with pytest.raises(EngineError, match=r"block_05: ONNX Runtime .* can't open .*NoSuchOp"):
-        BACKEND.open(path, part_spec("block_05"))
+        BACKEND.open(Artefact(path=path), part_spec("block_05"))
 
 
 @pytest.mark.parametrize(
@@ -187,7 +201,14 @@ def test_a_missing_file_and_an_unknown_op_are_engine_errors(tmp_path: Path) -> N
 def test_a_file_that_is_not_what_its_spec_says_is_refused(tmp_path: Path, spec: PartSpec, message: str) -> None:
     path = write_part(tmp_path, DOUBLE, part_spec())
     with pytest.raises(EngineError, match=message):
-        BACKEND.open(path, spec)
+        BACKEND.open(Artefact(path=path), spec)
+
+
+def test_a_path_need_not_be_text(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"parts\xff")
+    folder.mkdir()
+    path = write_part(tmp_path, DOUBLE, part_spec()).rename(folder / os.fsdecode(b"\xfe.onnx"))
+    BACKEND.open(Artefact(path=path), part_spec()).close()
 
 
 def test_a_negative_number_of_threads_is_refused() -> None:

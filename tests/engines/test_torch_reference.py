@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from adacorr_deploy.core.errors import EngineError
 from adacorr_deploy.core.specs import DType, ModelSpec, PartSpec
-from adacorr_deploy.engines.backend import Backend
+from adacorr_deploy.engines.backend import Artefact, Backend
 from adacorr_deploy.engines.host_memory import HostBuffer
 from adacorr_deploy.engines.onnxruntime_cpu import OnnxRuntimeBackend
 from adacorr_deploy.engines.torch_reference import TorchBackend
@@ -75,7 +75,7 @@ def results(backend: Backend, path: Path, spec: PartSpec) -> list[NDArray[np.flo
         rng = np.random.default_rng(list(item.name.encode()))
         values = rng.standard_normal(item.resolved(SIZES)) if item.dtype is not DType.INT64 else rng.integers(0, 4, 2)
         buffers[item.name].write(values.astype(item.dtype.numpy))
-    backend.open(path, spec).bind(buffers).run()
+    backend.open(Artefact(path=path), spec).bind(buffers).run()
     return [buffers[item.name].read().astype(np.float64) for item in spec.outputs]
 
 
@@ -94,7 +94,7 @@ def test_results_land_in_the_bound_memory_and_inputs_are_read_from_it() -> None:
     backend = TorchBackend({"part": Scale()})
     x, y = (backend.allocate((2, WIDTH), DType.FLOAT32) for _ in range(2))
     memory = y.array
-    session = backend.open(NOWHERE, part_spec())
+    session = backend.open(Artefact(path=NOWHERE), part_spec())
     launch = session.bind({"x": x, "y": y})
     for value in (1, 3):
         x.write(np.full((2, WIDTH), value, np.float32))
@@ -105,7 +105,10 @@ def test_results_land_in_the_bound_memory_and_inputs_are_read_from_it() -> None:
 
 def test_a_part_without_a_module_lists_those_there_are() -> None:
     backend = TorchBackend({"embed": Scale(), "head": Scale()})
-    for use in (lambda: backend.open(NOWHERE, part_spec()), lambda: backend.build(NOWHERE, part_spec(), NOWHERE)):
+    for use in (
+        lambda: backend.open(Artefact(path=NOWHERE), part_spec()),
+        lambda: backend.build(NOWHERE, part_spec(), NOWHERE),
+    ):
         with pytest.raises(EngineError, match=r"no PyTorch module for part part\. There are: embed, head"):
             use()
 
@@ -122,7 +125,7 @@ def test_a_failing_module_and_one_of_other_outputs_are_engine_errors() -> None:
     for module, message in ((Failing(), "part: .*cannot be multiplied"), (Wide(), r"part: .*returned \[\(\(1, 8\)")):
         backend = TorchBackend({"part": module})
         buffers = {name: HostBuffer.allocate((1, WIDTH), DType.FLOAT32) for name in "xy"}
-        session = backend.open(NOWHERE, part_spec())
+        session = backend.open(Artefact(path=NOWHERE), part_spec())
         with pytest.raises(EngineError, match=message):
             session.bind(buffers).run()
         assert session.launches == 0
@@ -131,7 +134,7 @@ def test_a_failing_module_and_one_of_other_outputs_are_engine_errors() -> None:
 def test_a_buffer_that_does_not_fit_and_a_closed_session_are_engine_errors() -> None:
     backend = TorchBackend({"part": Scale()})
     spec = part_spec(inputs=(tensor("x", "rows", WIDTH),))
-    session = backend.open(NOWHERE, spec)
+    session = backend.open(Artefact(path=NOWHERE), spec)
     buffers = {name: HostBuffer.allocate((1, WIDTH), DType.FLOAT32) for name in "xy"}
     with pytest.raises(EngineError, match="tensor y"):
         session.bind(buffers | {"y": HostBuffer.allocate((1, 9), DType.FLOAT32)})

@@ -8,16 +8,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 
-from adacorr_deploy.core.bundle import Bundle, open_bundle, store_in_bundle
-from adacorr_deploy.core.errors import BundleError, EngineError, OutputError, PolicyError
+from adacorr_deploy.core.bundle import Bundle, open_bundle, replace_file, store_in_bundle
+from adacorr_deploy.core.errors import BundleError, CheckpointError, EngineError, OutputError, PolicyError
 from adacorr_deploy.core.manifest import MANIFEST_NAME, file_record
+from adacorr_deploy.core.progress import Progress
 from adacorr_deploy.core.specs import DType, PartSpec
+from adacorr_deploy.engines.backend import Artefact
 from adacorr_deploy.engines.onnxruntime_cpu import OnnxRuntimeBackend
 from adacorr_deploy.exporters import LoadedModel, bundle_builder
 from adacorr_deploy.exporters.bundle_builder import BuildOptions, build_bundle, check_output
-from adacorr_deploy.exporters.onnx_parts import Progress, export_parts
+from adacorr_deploy.exporters.onnx_parts import export_parts
 from tests.exporters.conftest import loaded, random_dit
 
 OPTIONS = BuildOptions(segment=3)
@@ -75,7 +78,7 @@ class FailingBackend(OnnxRuntimeBackend):
         super().__init__(threads=1)
         self._error = error
 
-    def build(self, onnx_path: Path, spec: PartSpec, artefact_dir: Path) -> Path:
+    def build(self, onnx_path: Path, spec: PartSpec, artefact_dir: Path) -> Artefact:
         if spec.name == "head":
             artefact_dir.mkdir(parents=True, exist_ok=True)
             (artefact_dir / "head.plan").write_bytes(b"half")
@@ -201,7 +204,7 @@ def test_two_builds_differ_in_nothing_but_the_time_they_took(model: LoadedModel,
 def timeless(bundle: Bundle) -> object:
     manifest = bundle.manifest
     parts = {name: part.model_copy(update={"build_seconds": 0.0}) for name, part in manifest.parts.items()}
-    return manifest.model_copy(update={"parts": parts})
+    return manifest.model_copy(update={"parts": parts, "export_seconds": 0.0})
 
 
 def test_the_manifest_vouches_for_every_file(model: LoadedModel, output: Path) -> None:
@@ -225,8 +228,8 @@ def test_what_finish_adds_is_in_the_bundle_and_its_manifest(model: LoadedModel, 
         store_in_bundle(open_bundle(folder), "calibration/mine.json", b"{}")
 
     bundle = build_bundle(model, output, BACKEND, OPTIONS, finish=finish)
-    assert bundle.file("calibration/mine.json").read_bytes() == b"{}"
-    assert "calibration/mine.json" in bundle.manifest.files
+    (stored,) = (name for name in bundle.manifest.files if name.startswith("calibration/mine-"))
+    assert bundle.file(stored).read_bytes() == b"{}"
 
 
 def test_every_part_is_told_exported_and_compiled(model: LoadedModel, output: Path) -> None:
@@ -260,13 +263,75 @@ def test_what_a_killed_build_of_the_same_process_id_left_is_no_obstacle(model: L
     assert "stale" not in contents(output)
 
 
-def test_check_output_allows_what_build_allows(output: Path) -> None:
+def test_check_output_allows_what_build_allows(model: LoadedModel, output: Path) -> None:
     check_output(output, OPTIONS)
     check_output(output, OVERWRITE)
     assert not output.parent.exists()
+    build_bundle(model, output, BACKEND, OPTIONS)
+    check_output(output, OVERWRITE)
+    with pytest.raises(OutputError, match="exists"):
+        check_output(output, OPTIONS)
 
 
-@pytest.mark.parametrize("name", ["mine.toml", "../robust", "robust@", "none@2", "robust@99", ""])
+def test_a_bundle_that_appears_meanwhile_stays_as_it_is(model: LoadedModel, output: Path) -> None:
+    def finish(folder: Path) -> None:
+        build_bundle(replace(model, name="quicker"), output, BACKEND, OPTIONS)
+
+    with pytest.raises(OutputError, match=r"exists\. Choose another folder"):
+        build_bundle(model, output, BACKEND, OPTIONS, finish=finish)
+    assert open_bundle(output).manifest.model_name == "quicker"
+    assert beside(output) == ["bundle"]
+
+
+def test_a_model_is_called_by_what_can_be_shown_of_its_name(model: LoadedModel, output: Path) -> None:
+    bundle = build_bundle(replace(model, name="two\nlines\x1b[31m" + "x" * 300), output, BACKEND, OPTIONS)
+    assert bundle.manifest.model_name == "two?lines?[31m" + "x" * 242
+    assert open_bundle(output).manifest == bundle.manifest
+
+
+def test_class_names_are_as_many_as_classes(model: LoadedModel) -> None:
+    assert replace(model, class_names=("x",) * 10).class_names == ("x",) * 10  # ImageNet has two cranes
+    for count in (0, 9, 11):
+        with pytest.raises(CheckpointError, match=f"there are {count} class names, but the model has 10 classes"):
+            replace(model, class_names=("x",) * count)
+
+
+@pytest.mark.parametrize("unlisted", ["parts/head.safetensors", "parts/sub/more.bin", "engines/onnxruntime/head.plan"])
+def test_no_bundle_opens_with_a_file_that_its_engines_could_read_unchecked(
+    model: LoadedModel, output: Path, unlisted: str
+) -> None:
+    manifest = build_bundle(model, output, BACKEND, OPTIONS).manifest
+    files = {name: record for name, record in manifest.files.items() if name != unlisted}
+    replace_file(output / MANIFEST_NAME, manifest.model_copy(update={"files": files}).model_dump_json().encode())
+    (output / unlisted).parent.mkdir(parents=True, exist_ok=True)
+    (output / unlisted).touch()
+    with pytest.raises(BundleError, match=f"'{unlisted}' is not listed"):
+        open_bundle(output)
+
+
+@pytest.mark.parametrize(
+    "location", ["../head.safetensors", "../calibration/head.safetensors", "{}/calibration/head.safetensors"]
+)
+def test_weights_outside_the_folders_that_are_checked_are_refused_by_the_engine(
+    model: LoadedModel, output: Path, location: str
+) -> None:
+    """Such files need not be listed."""
+    bundle = build_bundle(model, output, BACKEND, OPTIONS)
+    head = bundle.manifest.parts["head"]
+    location = location.format(output)
+    graph = onnx.load(bundle.file(head.onnx), load_external_data=False)
+    for tensor in graph.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+    (output / "calibration").mkdir()
+    shutil.copy(output / "parts/head.safetensors", output / "parts" / location)
+    onnx.save(graph, bundle.file(head.onnx))
+    with pytest.raises(EngineError, match=r"head: .*External data path"):
+        BACKEND.open(Artefact(path=bundle.file(head.artefact)), head.spec)
+
+
+@pytest.mark.parametrize("name", ["mine.toml", "../robust", "robust@", "none@2", "robust@99", "robust@2\n", ""])
 def test_a_default_policy_must_be_a_preset(name: str) -> None:
     with pytest.raises(PolicyError):
         BuildOptions(default_policy=name)

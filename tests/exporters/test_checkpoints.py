@@ -43,6 +43,54 @@ def test_a_pipeline_folder_gives_model_schedule_and_class_names(pipeline: Path, 
     assert torch.equal(loaded.model.module(*inputs).sample, dit(*inputs).sample)
 
 
+@pytest.mark.parametrize("labels", [None, {}])
+def test_a_pipeline_without_labels_has_no_class_names(pipeline: Path, labels: object) -> None:
+    edit_json(pipeline / "model_index.json", id2label=labels)
+    assert load_checkpoint(pipeline).class_names is None
+
+
+NAMES = {str(label): f"class {label}" for label in range(10)}
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"0": "crane"}, "there are 1 class names, but the model has 10 classes"),
+        (NAMES | {"10": "null"}, "there are 11 class names, but the model has 10 classes"),
+        (NAMES | {"12": "far"}, "id2label names label '12'; its 11 names must be those of the labels 0 … 10"),
+        (NAMES | {"-1": "null"}, "id2label names label '-1'"),
+        (NAMES | {"00": "twice"}, "id2label names label '00'"),
+        (NAMES | {"zero": "text"}, "id2label names label 'zero'"),
+        (NAMES | {"3": 3}, "id2label: 3 is 3, allowed is a name"),
+        (NAMES | {"3": None}, "id2label: 3 is None, allowed is a name"),
+        (NAMES | {"3": ["a", "b"]}, "id2label: 3 is .*, allowed is a name"),
+        (NAMES | {"3": "\x1b[31mred"}, r"id2label: 3: '\\x1b\[31mred' holds control characters"),
+        (NAMES | {"3": "x" * 257}, "id2label: 3: .* has 257 characters, allowed are 256"),
+        (list(NAMES.values()), "id2label is .*, allowed is a JSON object"),
+        ("crane", "id2label is 'crane', allowed is a JSON object"),
+    ],
+)
+def test_labels_that_do_not_name_each_class_are_refused(pipeline: Path, labels: object, message: str) -> None:
+    edit_json(pipeline / "model_index.json", id2label=labels)
+    with pytest.raises(CheckpointError, match=f"{message}.* remove") as caught:
+        load_checkpoint(pipeline)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
+
+
+def test_a_label_that_stands_there_twice_is_refused(pipeline: Path) -> None:
+    index = pipeline / "model_index.json"
+    index.write_text(index.read_text().replace('"0": "class 0"', '"0": "class 0", "0": "other"'))
+    with pytest.raises(CheckpointError, match="key '0' stands there twice"):
+        load_checkpoint(pipeline)
+
+
+def test_two_classes_may_have_one_name(pipeline: Path) -> None:
+    """ImageNet has two cranes: a bird and a machine."""
+    edit_json(pipeline / "model_index.json", id2label=NAMES | {"3": "class 4"})
+    assert load_checkpoint(pipeline).class_names == tuple((NAMES | {"3": "class 4"}).values())
+
+
 @pytest.mark.parametrize("as_file", [True, False])
 def test_a_transformer_folder_takes_its_scheduler_from_beside(pipeline: Path, as_file: bool) -> None:
     scheduler = pipeline / "scheduler" / ("scheduler_config.json" if as_file else "")
@@ -107,6 +155,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path, zipped: bool)
         ({}, "holds a dict, not a state dict"),
         ({"weight": "text"}, "'weight' holds a str, not a tensor"),
         ({"weight": torch.ones(2, dtype=torch.int8)}, r"weight is torch\.int8"),
+        ({"weight": torch.ones(2, device="meta")}, r"weight is torch\.float32 \(torch\.strided, meta\)"),
         ({"weight": torch.ones(2)}, r"\(weight, …\) are of no known original layout \(known families: dit\)"),
     ],
 )

@@ -15,8 +15,9 @@ from adacorr_deploy.caching.predictors import Predictor, PredictorKind
 from adacorr_deploy.core.errors import CalibrationError, RequestError
 from adacorr_deploy.core.samplers import Sampler
 from adacorr_deploy.quality import bench as module
+from adacorr_deploy.quality import memory_need
 from adacorr_deploy.quality.bench import BenchOptions, BenchRow, bench, requests
-from adacorr_deploy.runtime import Pipeline, SampleRequest, SampleResult, sample_with_policy
+from adacorr_deploy.runtime import MAX_SEED, Pipeline, SampleRequest, SampleResult, sample_with_policy
 from tests.runtime.conftest import write_bundle
 from tests.runtime.fake_backend import FakeBackend
 from tests.runtime.tiny_dit import TinyDiT
@@ -155,6 +156,43 @@ def test_two_policies_of_one_name_are_refused_before_anything_runs(
 def test_options_below_one_are_refused(pipeline: Pipeline, name: str) -> None:
     with pytest.raises(RequestError, match=f"{name} is 0, allowed are whole numbers from 1"):
         bench(pipeline, [FORA], replace(OPTIONS, **{name: 0}))  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match=f"{name} is 1000000000000, allowed"):
+        bench(pipeline, [FORA], replace(OPTIONS, **{name: 10**12}))  # type: ignore[arg-type]
+
+
+def test_what_a_policy_would_refuse_in_its_turn_is_told_before_anything_runs(
+    pipeline: Pipeline, backend: FakeBackend
+) -> None:
+    with pytest.raises(CalibrationError, match="policy robust needs a calibration"):
+        bench(pipeline, [FORA, PRESETS["robust"]], OPTIONS)
+    with pytest.raises(RequestError, match=f"seed is {MAX_SEED + 3}"):  # the third request's
+        bench(pipeline, [FORA], replace(OPTIONS, seed=MAX_SEED - 1))
+    assert backend.order == []
+
+
+@pytest.mark.parametrize(("images", "lower"), [(8, "--batch"), (100_000, "--images")])
+def test_what_does_not_fit_into_memory_is_refused_before_anything_runs(
+    pipeline: Pipeline, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch, images: int, lower: str
+) -> None:
+    monkeypatch.setattr(memory_need, "available_bytes", lambda: 0)
+    options = replace(OPTIONS, images=images, batch=8)
+    what = f"Sampling {images} images of {STEPS} steps in batches of 8 needs about"
+    with pytest.raises(RequestError, match=f"{what}.*Lower {lower}, or"):
+        bench(pipeline, [FORA], options)
+    assert (backend.order, backend.buffers) == ([], [])
+
+
+def test_no_more_memory_is_asked_for_than_the_largest_run_sizes_take(
+    pipeline: Pipeline, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipeline keeps two sizes. A bench whose every policy has its own needs no more at a time."""
+    asked: list[int] = []
+    monkeypatch.setattr(module, "require_memory", lambda needed, **words: asked.append(needed))
+    fewer = [policy_named(f"fewer-steps@{speedup}") for speedup in (1.5, 2, 3, 4)]
+    bench(pipeline, [fewer[0]], OPTIONS)
+    bench(pipeline, fewer, OPTIONS)
+    image = 4 * 4 * 4 * OPTIONS.images
+    assert asked[1] - asked[0] == 3 * image
 
 
 def test_other_bad_options_and_missing_calibrations_are_the_runtimes_own_errors(pipeline: Pipeline) -> None:

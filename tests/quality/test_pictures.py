@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from adacorr_deploy.quality.pictures import (
     png_from_picture,
     write_picture,
 )
+from tests.cli.full_disk import small_files_only
 
 LEVELS = np.linspace(-1.0, 1.0, 6, dtype=np.float32)
 
@@ -101,18 +101,11 @@ def test_the_same_picture_gives_the_same_bytes(tmp_path: Path) -> None:
     assert b"tIME" not in first
 
 
-def test_a_full_disk_leaves_the_old_picture_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_picture_and_nothing_else(tmp_path: Path) -> None:
     target = tmp_path / "grid.png"
     write_picture(target, picture_of_grids([flat_grid()]))
     before = target.read_bytes()
-
-    def full(self: Path, content: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(content[: len(content) // 2])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OutputError, match="No space left"):
+    with small_files_only(len(before) // 2), pytest.raises(OutputError, match="File too large"):
         write_picture(target, picture_of_grids([flat_grid()], title="newer"))
     assert target.read_bytes() == before
     assert list(tmp_path.iterdir()) == [target]

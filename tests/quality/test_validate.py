@@ -19,12 +19,15 @@ from adacorr_deploy.core.bundle import Bundle, open_bundle, replace_file
 from adacorr_deploy.core.errors import BundleError, RequestError
 from adacorr_deploy.core.manifest import MANIFEST_NAME, file_record
 from adacorr_deploy.core.samplers import Sampler
-from adacorr_deploy.core.specs import DType
-from adacorr_deploy.engines.onnxruntime_cpu import OnnxRuntimeBackend
+from adacorr_deploy.core.specs import DType, PartSpec
+from adacorr_deploy.engines import Artefact, Backend, Session
+from adacorr_deploy.engines.onnxruntime_cpu import OnnxRuntimeBackend, OnnxRuntimeSession
+from adacorr_deploy.engines.torch_reference import TorchBackend, TorchSession
 from adacorr_deploy.exporters import LoadedModel
 from adacorr_deploy.exporters.bundle_builder import BuildOptions, build_bundle
 from adacorr_deploy.exporters.dit_adapter import DiTModel
 from adacorr_deploy.quality.validate import TOLERANCES, ValidateOptions, Validation, validate_bundle
+from adacorr_deploy.runtime import pipeline
 from tests.exporters.conftest import loaded, random_dit
 
 Build = Callable[[DType], Bundle]
@@ -198,3 +201,39 @@ def test_the_reference_is_the_models_own_forward(model: LoadedModel) -> None:
     timesteps = torch.tensor([500, 500])
     expected = model.model.module(rows, timestep=timesteps, class_labels=labels).sample
     torch.testing.assert_close(model.model.predict(rows, timesteps, labels), expected, rtol=0, atol=0)
+
+
+def test_the_bundle_is_opened_once_each_part_too_and_all_is_closed(
+    model: LoadedModel, bundle_of: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: dict[str, list[str]] = {"engine": [], "reference": []}
+    closed: dict[str, list[str]] = {"engine": [], "reference": []}
+    bundles: list[Path] = []
+
+    def counted(who: str, backend: type[Backend], session: type[Session]) -> None:
+        open_, close = backend.open, session.close
+
+        def counted_open(self: Backend, artefact: Artefact, spec: PartSpec) -> Session:
+            opened[who].append(spec.name)
+            return open_(self, artefact, spec)
+
+        def counted_close(self: Session) -> None:
+            closed[who].append(self.spec.name)
+            close(self)
+
+        monkeypatch.setattr(backend, "open", counted_open)
+        monkeypatch.setattr(session, "close", counted_close)
+
+    def counted_bundle(path: Path) -> Bundle:
+        bundles.append(path)
+        return open_bundle(path)
+
+    counted("engine", OnnxRuntimeBackend, OnnxRuntimeSession)
+    counted("reference", TorchBackend, TorchSession)
+    monkeypatch.setattr(pipeline, "open_bundle", counted_bundle)
+    bundle = bundle_of(DType.FLOAT32)
+    validate_bundle(bundle.path, model, replace(OPTIONS, steps=2))
+    assert bundles == [bundle.path]
+    assert sorted(opened["engine"]) == sorted(closed["engine"]) == sorted(bundle.manifest.parts)
+    assert sorted(opened["reference"]) == sorted(closed["reference"])
+    assert len(opened["reference"]) == len(set(opened["reference"])) == len(bundle.manifest.model.blocks) + 3

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from adacorr_deploy.core.engine_build import EngineBuild
 from adacorr_deploy.core.errors import EngineError
 from adacorr_deploy.core.specs import DType, PartSpec
-from adacorr_deploy.engines.backend import Buffer
+from adacorr_deploy.engines.backend import Artefact, Buffer, Launch
 from tests.runtime.tiny_dit import Part, TinyDiT
 
 
@@ -43,6 +44,10 @@ class FakeBuffer:
 
     def read(self) -> NDArray[np.generic]:
         return self.values.copy()
+
+    def read_later(self) -> Callable[[], NDArray[np.generic]]:
+        copy = self.read()
+        return lambda: copy
 
 
 class FakeSession:
@@ -98,6 +103,9 @@ class FakeBackend:
     """Opens the parts of a `TinyDiT`, and remembers what was launched, bound and allocated."""
 
     name = "fake"
+    precisions = frozenset(DType)
+    opens_onnx = True
+    engine_build = None
 
     def __init__(self, functions: Mapping[str, Part]) -> None:
         self.functions = functions
@@ -111,12 +119,19 @@ class FakeBackend:
     def of(cls, model: TinyDiT) -> FakeBackend:
         return cls({name: function for name, (_, function) in model.parts().items()})
 
-    def build(self, onnx_path: Path, spec: PartSpec, artefact_dir: Path) -> Path:
-        return onnx_path
+    def build(self, onnx_path: Path, spec: PartSpec, artefact_dir: Path) -> Artefact:
+        return Artefact(path=onnx_path)
 
-    def open(self, artefact: Path, spec: PartSpec) -> FakeSession:
-        if artefact.read_text() != spec.name:
-            raise EngineError(f"{artefact} is not {spec.name}")
+    def is_available(self) -> bool:
+        """Return True: a CPU is."""
+        return True
+
+    def check_compatible(self, build: EngineBuild | None) -> None:
+        """Python functions run anywhere."""
+
+    def open(self, artefact: Artefact, spec: PartSpec) -> FakeSession:
+        if artefact.path.read_text() != spec.name:
+            raise EngineError(f"{artefact.path} is not {spec.name}")
         session = self.sessions[spec.name] = FakeSession(spec, self.functions[spec.name], self)
         return session
 
@@ -127,3 +142,9 @@ class FakeBackend:
 
     def synchronize(self) -> None:
         """Python functions are done when they return."""
+
+    def close(self) -> None:
+        """Return at once: buffers and sessions hold what there is."""
+
+    def fuse(self, launches: Sequence[Launch]) -> None:
+        """Return None: there is nothing to save."""

@@ -36,6 +36,7 @@ class Script:
     errors: dict[tuple[int, int], float] = field(default_factory=dict)
 
     whole_steps: bool = False
+    lags: bool = False
 
     def keeps_reference(self, block: int) -> bool:
         return self.references

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from adacorr_deploy.core.errors import RequestError
-from adacorr_deploy.core.samplers import Sampler
+from adacorr_deploy.core.samplers import Sampler, SamplerTable
 from adacorr_deploy.runtime.request import MAX_SEED, NoiseStream, SampleRequest, check_request
 from tests.runtime.tiny_dit import SCHEDULE, tiny_spec
 
@@ -31,6 +31,12 @@ LATENTS = np.zeros((1, 1, 4, 4), np.float32)
         (SampleRequest((0,), guidance=math.inf), "guidance is inf"),
         (SampleRequest((0,), guidance=0.5), r"guidance is 0\.5, allowed is at least 1"),
         (SampleRequest((0,), guidance=cast(float, "4")), "guidance is '4'"),
+        (SampleRequest((0,), guidance=100.1), r"guidance is 100\.1, .* at most 100\."),
+        (SampleRequest((0,), guidance=1e38), r"guidance is 1e\+38, .* at most 100\."),
+        (SampleRequest((0,), guidance=10**400), "guidance is 1000.* at most 100"),
+        (SampleRequest((0,), guidance=10**5000), "guidance is .* at most 100"),
+        (SampleRequest((0,), steps=10**5000), "steps is .* from 1 to 100"),
+        (SampleRequest((0,) * 10_001), "number of labels is 10001, allowed are whole numbers from 1 to 10000"),
         (SampleRequest((0,), seed=-1), "seed is -1"),
         (SampleRequest((0,), seed=MAX_SEED + 1), "seed is 18446744073709551616"),
         (SampleRequest((0,), sampler=cast(Sampler, "euler")), "sampler is 'euler'"),
@@ -47,7 +53,7 @@ def test_a_request_out_of_range_is_refused(request_: SampleRequest, message: str
 
 def test_the_ends_of_every_range_are_allowed() -> None:
     check_request(SampleRequest((0, 2), steps=1, guidance=1.0, seed=0), tiny_spec(), SCHEDULE)
-    check_request(SampleRequest((2,), steps=100, guidance=1e6, seed=MAX_SEED, latents=LATENTS), tiny_spec(), SCHEDULE)
+    check_request(SampleRequest((2,), steps=100, guidance=100.0, seed=MAX_SEED, latents=LATENTS), tiny_spec(), SCHEDULE)
 
 
 def test_a_learned_variance_needs_a_model_that_predicts_one() -> None:
@@ -72,3 +78,17 @@ def test_images_of_one_seed_differ_and_a_seed_repeats() -> None:
     draws = [first.draw(), first.draw()]
     assert len({draw[image].tobytes() for draw in draws for image in range(2)}) == 4
     np.testing.assert_array_equal(draws, [second.draw(), second.draw()])
+
+
+def test_the_noise_of_steps_follows_the_initial_latents_and_skips_steps_without() -> None:
+    request = SampleRequest((0, 1), seed=3)
+    coefficients = np.zeros((4, 5), np.float32)
+    coefficients[[0, 2], 2] = 0.5
+    table = SamplerTable(timesteps=np.arange(4, 0, -1, dtype=np.float32), coefficients=coefficients)
+    assert (table.noisy_steps, table.needs_noise) == ((True, False, True, False), True)
+    stream, plain = NoiseStream(request, (1, 4, 4)), NoiseStream(request, (1, 4, 4))
+    stream.draw()
+    _, *expected = (plain.draw() for _ in range(3))
+    found = list(stream.of_steps(table))
+    assert [noise is None for noise in found] == [False, True, False, True]
+    np.testing.assert_array_equal([noise for noise in found if noise is not None], expected)

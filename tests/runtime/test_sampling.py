@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adacorr_deploy.caching.calibration import Calibration
+from adacorr_deploy.caching.calibration import MAX_MEASURE, Calibration
 from adacorr_deploy.caching.decisions import Action
 from adacorr_deploy.caching.policy import PRESETS, Policy, policy_named
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
 from adacorr_deploy.core.bundle import store_in_bundle
-from adacorr_deploy.core.errors import BundleError, CalibrationError, RequestError, SamplingCancelledError
+from adacorr_deploy.core.errors import BundleError, CalibrationError, PolicyError, RequestError, SamplingCancelledError
+from adacorr_deploy.core.manifest import MANIFEST_NAME
 from adacorr_deploy.core.samplers import Sampler
 from adacorr_deploy.runtime import Pipeline, SampleRequest, controller_for_request, sample_with_policy
 from adacorr_deploy.runtime.sampling import calibration_key, calibrations
@@ -44,13 +48,15 @@ def for_pipeline(pipeline: Pipeline, predictor: Predictor, **key: object) -> Cal
     """A calibration of this bundle's three block parts that forbids nothing by its offsets."""
     key = {**calibration_key(pipeline, REQUEST).model_dump(), **key}
     made = calibration(predictor=predictor).model_dump()
-    limits = tuple((1e9,) * 3 for _ in range(STEPS))
+    limits = tuple((MAX_MEASURE,) * 3 for _ in range(STEPS))
     return Calibration.model_validate({**made, "key": key, "offset_limits": limits, "paper_floors": (1e9,) * 3})
 
 
-def store(pipeline: Pipeline, made: Calibration) -> None:
+def store(pipeline: Pipeline, made: Calibration) -> Path:
+    """Store a calibration as the commands do, and return where it is."""
     content = made.model_dump_json().encode()
-    pipeline.bundle = store_in_bundle(pipeline.bundle, f"calibration/{made.file_name}", content)
+    pipeline.bundle, stored = store_in_bundle(pipeline.bundle, f"calibration/{made.file_name}", content)
+    return stored
 
 
 def refusal(pipeline: Pipeline, request: SampleRequest, policy: Policy) -> str:
@@ -136,25 +142,44 @@ def test_a_replaced_calibration_is_read_anew(own_pipeline: Pipeline, own_bundle:
         assert list(calibrations(again.bundle).values()) == [after]
 
 
-def test_a_calibration_that_is_not_listed_is_not_read(own_pipeline: Pipeline, own_bundle: Path) -> None:
-    made = for_pipeline(own_pipeline, OUTPUT)
-    (own_bundle / "calibration").mkdir()
-    (own_bundle / "calibration" / made.file_name).write_text(made.model_dump_json())
-    assert "the bundle holds none" in refusal(own_pipeline, REQUEST, PRESETS["robust"])
+def test_a_calibration_that_is_not_listed_is_not_read(
+    own_pipeline: Pipeline, own_bundle: Path, backend: FakeBackend
+) -> None:
+    """A killed adacorr-calibrate leaves one."""
+    before = (own_bundle / MANIFEST_NAME).read_bytes()
+    left = store(own_pipeline, for_pipeline(own_pipeline, OUTPUT))
+    (own_bundle / MANIFEST_NAME).write_bytes(before)
+    (left.parent / "half.json").write_bytes(b'{"ke')
+    with Pipeline.open(own_bundle, backend=backend) as again:
+        assert "the bundle holds none" in refusal(again, REQUEST, PRESETS["robust"])
+
+
+def test_guidances_that_look_alike_have_calibrations_of_their_own(own_pipeline: Pipeline) -> None:
+    guidances = (4.0, 4.0000001, 4.000000000000001)
+    for guidance in guidances:
+        store(own_pipeline, for_pipeline(own_pipeline, OUTPUT, guidance=guidance))
+    assert [found.key.guidance for found in calibrations(own_pipeline.bundle).values()] == [*guidances]
+    for guidance in guidances:
+        request = replace(REQUEST, guidance=guidance)
+        assert sample_with_policy(own_pipeline, request, PRESETS["robust"]).launches < FULL
 
 
 def test_a_calibration_that_has_gone_is_named(own_pipeline: Pipeline, own_bundle: Path) -> None:
-    made = for_pipeline(own_pipeline, OUTPUT, guidance=4.25)
-    store(own_pipeline, made)
-    (own_bundle / "calibration" / made.file_name).unlink()
-    with pytest.raises(BundleError, match=rf"calibration/{made.file_name} can't be read any more"):
+    gone = store(own_pipeline, for_pipeline(own_pipeline, OUTPUT, guidance=4.25))
+    gone.unlink()
+    with pytest.raises(BundleError, match=rf"{gone} can't be read any more: .* Open the bundle again"):
         sample_with_policy(own_pipeline, REQUEST, PRESETS["robust"])
 
 
-def test_a_calibration_file_that_is_none_is_named(own_pipeline: Pipeline) -> None:
-    own_pipeline.bundle = store_in_bundle(own_pipeline.bundle, "calibration/bad.json", b'{"steps": 3}')
-    with pytest.raises(CalibrationError, match=r"calibration/bad.json: .*adacorr-calibrate"):
-        sample_with_policy(own_pipeline, REQUEST, PRESETS["robust"])
+def test_a_calibration_file_that_is_none_is_named_to_those_who_need_one(
+    own_pipeline: Pipeline, own_bundle: Path, backend: FakeBackend
+) -> None:
+    store_in_bundle(own_pipeline.bundle, "calibration/bad.json", b'{"steps": 3}')
+    with Pipeline.open(own_bundle, backend=backend) as again:
+        with pytest.raises(CalibrationError, match=r"calibration/bad-\w{12}.json: .*adacorr-calibrate"):
+            sample_with_policy(again, REQUEST, PRESETS["robust"])
+        for name in ("none", "fora", "fewer-steps"):
+            assert sample_with_policy(again, REQUEST, PRESETS[name]).launches > 0
 
 
 def test_fewer_steps_takes_the_sampler_there_in_fewer_steps_and_none_takes_all(own_pipeline: Pipeline) -> None:
@@ -198,3 +223,48 @@ def test_the_request_is_checked_as_asked_not_as_shortened(own_pipeline: Pipeline
         sample_with_policy(own_pipeline, replace(REQUEST, steps=150), policy_named("fewer-steps@2"))
     with pytest.raises(RequestError, match=f"label is {model.spec.num_classes}"):
         sample_with_policy(own_pipeline, replace(REQUEST, labels=(model.spec.num_classes,)), PRESETS["robust"])
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("skip_costs", [[[1e308] * 3] * 3] * STEPS, "skip_costs.0.0.0: allowed are"),
+        ("probe.expected", [[[math.inf] * 3] * 3] * STEPS, "probe.expected.0.0.0: allowed are"),
+        ("probe.expected", [[[1e-320] * 3] * 3] * STEPS, "probe.expected.0.0.0: allowed are"),
+        ("probe.block", 50, "probe.block is 50"),
+        ("offset_limits", [], "offset_limits has 0 steps"),
+        ("paper_floors", [1.0], "paper_floors holds 1 numbers, allowed are 3: one for each block part"),
+    ],
+)
+@pytest.mark.parametrize("name", ["robust", "scheduled", "paper-lazy"])
+def test_a_listed_calibration_with_values_that_none_has_is_refused_before_sampling(
+    own_pipeline: Pipeline, backend: FakeBackend, name: str, path: str, value: object, said: str
+) -> None:
+    """Its hash is right: whoever made the bundle, or the disk, is not to be trusted."""
+    made = for_pipeline(own_pipeline, OUTPUT)
+    raw = json.loads(made.model_dump_json())
+    *outer, last = path.split(".")
+    (raw[outer[0]] if outer else raw)[last] = value
+    own_pipeline.bundle, _ = store_in_bundle(own_pipeline.bundle, "calibration/bad.json", json.dumps(raw).encode())
+    message = refusal(own_pipeline, REQUEST, PRESETS[name])
+    assert "calibration/bad" in message
+    assert said in message
+    command = "--sampler ddim --steps 12 --guidance 4 --predictor output-taylor --order 1"
+    assert message.endswith(f"Make it again with: adacorr-calibrate BUNDLE {command}")
+    assert backend.order == []
+
+
+def test_a_calibration_file_that_is_too_large_is_refused(own_pipeline: Pipeline) -> None:
+    own_pipeline.bundle, _ = store_in_bundle(own_pipeline.bundle, "calibration/big.json", b" " * (16 << 20) + b"{}")
+    message = refusal(own_pipeline, REQUEST, PRESETS["robust"])
+    assert re.search("calibration/big.*: it is larger than 16777216 bytes.* adacorr-calibrate BUNDLE", message)
+
+
+def test_a_protected_block_that_the_bundle_does_not_have_is_refused(own_pipeline: Pipeline) -> None:
+    """It would protect nothing, and nobody would notice."""
+    base = PRESETS["fora"]
+    guards = base.guards.model_copy(update={"protected_blocks": frozenset({0, 2})})
+    assert sample_with_policy(own_pipeline, REQUEST, base.model_copy(update={"guards": guards})).launches < FULL
+    guards = base.guards.model_copy(update={"protected_blocks": frozenset({0, 3})})
+    with pytest.raises(PolicyError, match=r"policy fora: guards.protected_blocks holds 3, allowed are 0 … 2"):
+        sample_with_policy(own_pipeline, REQUEST, base.model_copy(update={"guards": guards}))

@@ -39,7 +39,8 @@ from adacorr_deploy.caching.predictors import Predictor, PredictorKind
 from adacorr_deploy.core.bundle import Bundle
 from adacorr_deploy.core.samplers import sampler_table
 from adacorr_deploy.core.specs import PartSpec
-from adacorr_deploy.engines import Backend, Buffer, Launch, Session, backend_by_name
+from adacorr_deploy.engines import Artefact, Backend, Buffer, Launch, Session, backend_by_name
+from adacorr_deploy.engines.bundle_sessions import open_part
 from adacorr_deploy.exporters import LoadedModel, load_checkpoint, monolithic_step_onnx
 from adacorr_deploy.exporters.bundle_builder import BuildOptions, build_bundle
 from adacorr_deploy.exporters.dit_adapter import DiTModel
@@ -144,8 +145,8 @@ class Opened:
         """Open every part; `resources` closes them."""
         bound: list[tuple[str, Launch]] = []
         sessions = {}
-        for name, part in bundle.manifest.parts.items():
-            sessions[name] = LoggedSession(backend.open(bundle.file(part.artefact), part.spec), bound)
+        for name in bundle.manifest.parts:
+            sessions[name] = LoggedSession(open_part(bundle, name, backend), bound)
             resources.callback(sessions[name].close)
         return cls(bundle, backend, sessions, bound)
 
@@ -309,7 +310,7 @@ class RunArms:
 
             def measure_inputs() -> None:
                 for block, slot in enumerate(slots):
-                    space.input_signals(block, slot)
+                    space.input_signals(block, slot)()
 
             return {"reused_blocks": timed(reuse), "signals_of_blocks": timed(measure_inputs)}
 
@@ -494,7 +495,7 @@ def measure(args: argparse.Namespace, folder: Path) -> Report:
     request = SampleRequest(labels, steps=args.steps, guidance=GUIDANCE)
     with ExitStack() as resources:
         opened = Opened.of(bundle, backend, resources)
-        monolith = backend.open(folder / f"{step_spec.name}.onnx", step_spec)
+        monolith = backend.open(Artefact(path=folder / f"{step_spec.name}.onnx"), step_spec)
         resources.callback(monolith.close)
         step_arms, run_arms = StepArms(opened, loaded, monolith, request), RunArms(opened, request)
         rounds = []

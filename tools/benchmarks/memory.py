@@ -32,10 +32,10 @@ from adacorr_deploy.core.bundle import Bundle, open_bundle
 from adacorr_deploy.core.manifest import Manifest
 from adacorr_deploy.core.samplers import COLUMNS
 from adacorr_deploy.core.shapes import BATCH, BRANCHES, ROWS, STEPS
-from adacorr_deploy.core.specs import DType, ModelSpec
+from adacorr_deploy.core.specs import MODULATIONS_PER_BLOCK, DType, ModelSpec
 from adacorr_deploy.engines.host_memory import HostBuffer
 from adacorr_deploy.engines.onnxruntime_cpu import OnnxRuntimeBackend
-from adacorr_deploy.plugins.service_parts import MODULATION_ROWS, SIGNAL_COUNT
+from adacorr_deploy.plugins.service_parts import SIGNAL_COUNT
 from adacorr_deploy.runtime import Pipeline, SampleRequest
 from adacorr_deploy.runtime.buffers import MAX_HISTORY, RunSize
 
@@ -166,7 +166,7 @@ def buffer_terms(model: ModelSpec, size: RunSize, references: int) -> list[Term]
     p, S, R, B, K = model.precision.numpy.itemsize, size.steps, size.rows, size.batch, size.branches
     tokens = R * model.tokens * model.width * p
     units = 2 * sum(model.blocks if size.history else set(model.blocks))
-    modulation = MODULATION_ROWS * sum(model.blocks) + 2
+    modulation = MODULATIONS_PER_BLOCK * sum(model.blocks) + 2
     image = math.prod(model.latent_shape) * B * DType.FLOAT32.numpy.itemsize
     outputs = max(size.output_history, 1)
     slots = (

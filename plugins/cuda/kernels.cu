@@ -1,0 +1,5 @@
+// Every kernel: one program.
+#include "images.cu"
+#include "noise.cu"
+#include "signals.cu"
+#include "update.cu"

@@ -1,0 +1,149 @@
+// What a slot says a block would give, and its blend with a fresh output: plugins/oracle.py::predict and ::blend.
+//
+// A thread takes the same channels of a few tokens, so that it makes their weights c·g once, adds every kept result to
+// them in float32 and writes them once: one pass over everything, the residual's add fused in.
+#include "elements.cuh"
+
+constexpr int TOKENS = 2;  // of a thread
+constexpr int THREADS = 128;
+
+// A slot: `history` (T, U, R, N, D) of results before their gates, `modulation` (S, R, 3U, D), and for each of the T
+// evaluations its row of `modulation` and its coefficient. R is the grid's height.
+template <typename E>
+struct Slot {
+    const E* history;
+    const E* modulation;
+    const long long* gate_steps;
+    const float* coefficients;
+    int tokens, width, evaluations, units;
+};
+
+template <typename E, int W>
+__device__ inline void add_weighted(float (&sums)[W], const float (&weights)[W], const Raw<E, W>& raw) {
+    float values[W];
+    unpack(raw, values);
+#pragma unroll
+    for (int k = 0; k < W; ++k) sums[k] = fmaf(weights[k], values[k], sums[k]);
+}
+
+// Adds Σₜ Σᵤ (cₜ·gateᵤ) ⊙ history[t, u] to the sums of tokens, whose places in a row are given. Units come in pairs, the
+// attention and the MLP of a transformer block: a pair's loads are all under way before any of them is used.
+template <typename E, int W>
+__device__ inline void add_history(float (&sums)[TOKENS][W], const Slot<E>& slot, const long long (&places)[TOKENS],
+                                   int channel) {
+    const long long row_size = static_cast<long long>(slot.tokens) * slot.width, stride = gridDim.y * row_size;
+    const E* results = slot.history + blockIdx.y * row_size;
+    for (int evaluation = 0; evaluation < slot.evaluations; ++evaluation) {
+        const float coefficient = slot.coefficients[evaluation];
+        const long long row = slot.gate_steps[evaluation] * gridDim.y + blockIdx.y;
+        const E* modulation = slot.modulation + row * 3 * slot.units * slot.width + channel;
+        for (int block = 0; block < slot.units / 2; ++block, results += 2 * stride, modulation += 6 * slot.width) {
+            Raw<E, W> raw[2][TOKENS], gates[2];
+#pragma unroll
+            for (int unit = 0; unit < 2; ++unit) {
+#pragma unroll
+                for (int i = 0; i < TOKENS; ++i) raw[unit][i] = load<E, W>(results + unit * stride + places[i]);
+                gates[unit] = load<E, W>(modulation + (3 * unit + 2) * slot.width);  // rows 2 and 5 of the block's six
+            }
+#pragma unroll
+            for (int unit = 0; unit < 2; ++unit) {
+                float weights[W];
+                unpack(gates[unit], weights);
+#pragma unroll
+                for (int k = 0; k < W; ++k) weights[k] *= coefficient;
+#pragma unroll
+                for (int i = 0; i < TOKENS; ++i) add_weighted(sums[i], weights, raw[unit][i]);
+            }
+        }
+    }
+}
+
+// What becomes of W elements: `cached`, `fresh`, or a mix. A weight of 0 or 1 reads one side only, so that a NaN of the
+// other can't come through.
+template <typename E, int W>
+__device__ inline Raw<E, W> blended(const float (&cached)[W], const E* fresh, float weight) {
+    if (weight <= 0.0f) return pack<E, W>(cached);
+    const Raw<E, W> raw = load<E, W>(fresh);
+    if (weight >= 1.0f) return raw;
+    float values[W];
+    unpack(raw, values);
+#pragma unroll
+    for (int k = 0; k < W; ++k) values[k] = fmaf(weight, values[k], (1.0f - weight) * cached[k]);
+    return pack<E, W>(values);
+}
+
+// One row, W elements at a time; `fresh` may be null where the weight is 0.
+template <typename E, int W>
+__device__ void update_row(const E* base, const Slot<E>& slot, const E* fresh, float weight, E* out) {
+    const int vectors = slot.width / W, groups = (slot.tokens + TOKENS - 1) / TOKENS;
+    const long long row = static_cast<long long>(blockIdx.y) * slot.tokens * slot.width;
+    for (int item = blockIdx.x * blockDim.x + threadIdx.x; item < vectors * groups; item += gridDim.x * blockDim.x) {
+        const int channel = item % vectors * W, first = item / vectors * TOKENS;
+        long long places[TOKENS];  // past the last token, the last one again: loads need no condition
+        float sums[TOKENS][W];
+#pragma unroll
+        for (int i = 0; i < TOKENS; ++i) {
+            places[i] = static_cast<long long>(min(first + i, slot.tokens - 1)) * slot.width + channel;
+        }
+        if (weight < 1.0f) {
+#pragma unroll
+            for (int i = 0; i < TOKENS; ++i) unpack(load<E, W>(base + row + places[i]), sums[i]);
+            add_history<E, W>(sums, slot, places, channel);
+        }
+#pragma unroll
+        for (int i = 0; i < TOKENS; ++i) {
+            if (first + i < slot.tokens) {
+                const long long place = row + places[i];
+                store<E, W>(out + place, blended<E, W>(sums[i], fresh + place, weight));
+            }
+        }
+    }
+}
+
+template <typename E>
+__device__ void update(const E* base, const Slot<E>& slot, const E* fresh, float weight, E* out) {
+    const bool vectors = slot.width % vector_width<E> == 0 && aligned(base) && aligned(slot.history) &&
+                         aligned(slot.modulation) && aligned(fresh) && aligned(out);
+    if (vectors) {
+        update_row<E, vector_width<E>>(base, slot, fresh, weight, out);
+    } else {
+        update_row<E, 1>(base, slot, fresh, weight, out);
+    }
+}
+
+// clip(γ·(ê − τ_reuse)/(τ_recompute − τ_reuse), 0, 1); 1 where that is no number, or the estimate is not finite.
+__device__ inline float weight_of(float estimate, const float* thresholds) {
+    const float raw = thresholds[2] * (estimate - thresholds[0]) / (thresholds[1] - thresholds[0]);
+    return is_finite(estimate) && raw < 1.0f ? fmaxf(raw, 0.0f) : 1.0f;
+}
+
+// tokens, tokens_out (R, N, D), which may be the same memory; the rest as in Slot. Grid: blocks of a row × rows.
+#define PREDICT(NAME, ELEMENT)                                                                                       \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                            \
+        adacorr_predict_##NAME(const ELEMENT* tokens, const ELEMENT* history, const ELEMENT* modulation,             \
+                               const long long* gate_steps, const float* coefficients, int count, int width,         \
+                               int evaluations, int units, ELEMENT* tokens_out) {                                    \
+        const Slot<ELEMENT> slot{history, modulation, gate_steps, coefficients, count, width, evaluations, units};   \
+        update<ELEMENT>(tokens, slot, nullptr, 0.0f, tokens_out);                                                    \
+    }
+PREDICT(float32, float)
+PREDICT(float16, Float16)
+PREDICT(bfloat16, BFloat16)
+#undef PREDICT
+
+// As predict over `base`, with fresh (R, N, D), estimate (R,), thresholds (τ_reuse, τ_recompute, γ) and weight (R,).
+#define BLEND(NAME, ELEMENT)                                                                                         \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                            \
+        adacorr_blend_##NAME(const ELEMENT* base, const ELEMENT* history, const ELEMENT* modulation,                 \
+                             const long long* gate_steps, const float* coefficients, const ELEMENT* fresh,           \
+                             const float* estimate, const float* thresholds, int count, int width, int evaluations,  \
+                             int units, ELEMENT* tokens_out, float* weight) {                                        \
+        const Slot<ELEMENT> slot{history, modulation, gate_steps, coefficients, count, width, evaluations, units};   \
+        const float share = weight_of(estimate[blockIdx.y], thresholds);                                             \
+        if (blockIdx.x == 0 && threadIdx.x == 0) weight[blockIdx.y] = share;                                         \
+        update<ELEMENT>(base, slot, fresh, share, tokens_out);                                                       \
+    }
+BLEND(float32, float)
+BLEND(float16, Float16)
+BLEND(bfloat16, BFloat16)
+#undef BLEND

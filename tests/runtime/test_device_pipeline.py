@@ -1,0 +1,98 @@
+"""The whole loop on a GPU's stream gives what it gives on the host, and waits only where it says.
+
+Runs under the stand-in for NVIDIA's driver, in a process of its own (test_device_runs.py starts it).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from adacorr_deploy.caching.decisions import Action
+from adacorr_deploy.runtime import Pipeline, SampleRequest
+from tests.runtime.device_engines import DeviceEngines
+from tests.runtime.fake_backend import FakeBackend
+from tests.runtime.scripted import Script
+from tests.runtime.tiny_dit import TinyDiT
+
+pytestmark = pytest.mark.skipif("STAND_IN_DRIVER" not in os.environ, reason="needs the stand-in driver")
+
+REQUEST = SampleRequest((0, 2), steps=12, guidance=3.0, seed=7)
+STEPS = 12
+
+
+@pytest.fixture
+def engines(model: TinyDiT, tmp_path: Path) -> Iterator[DeviceEngines]:
+    backend = DeviceEngines(model, tmp_path)
+    yield backend
+    backend.close()
+
+
+def script(*, whole_steps: bool = True, lags: bool = False, measures: bool = False, corrects: bool = False) -> Script:
+    """Evaluate three steps of four."""
+    other = Action.CORRECT if corrects else Action.REUSE
+    made = Script(
+        choose=lambda step, block: other if step % 4 == 3 else Action.EVALUATE,
+        wants_signals=measures,
+        measures=measures,
+    )
+    made.whole_steps, made.lags = whole_steps, lags
+    return made
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        script(),
+        script(measures=True),
+        script(measures=True, lags=True),
+        script(whole_steps=False, measures=True),
+        script(whole_steps=False, corrects=True),
+    ],
+    ids=["whole steps", "measured", "lagging", "by block", "corrected"],
+)
+def test_a_gpus_stream_computes_what_the_host_does(
+    bundle: Path, model: TinyDiT, engines: DeviceEngines, made: Script
+) -> None:
+    with Pipeline.open(bundle, backend=FakeBackend.of(model)) as pipeline:
+        expected = pipeline.sample(REQUEST, made, history=1)
+        signals = dict(made.signals)
+    made.signals.clear()
+    with Pipeline.open(bundle, backend=engines) as pipeline:
+        for _ in range(2):  # the second time over captured graphs and used slots
+            result = pipeline.sample(REQUEST, made, history=1)
+            np.testing.assert_allclose(result.latents, expected.latents, rtol=1e-4, atol=1e-4)
+            assert result.launches == expected.launches
+    assert made.signals.keys() == signals.keys()
+    for key, measured in made.signals.items():
+        for branch, other in zip(measured, signals[key], strict=True):
+            assert branch.relative_offset == pytest.approx(other.relative_offset, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("measures", [False, True])
+@pytest.mark.parametrize("lags", [False, True])
+def test_a_request_waits_for_the_whole_gpu_once(
+    bundle: Path, engines: DeviceEngines, measures: bool, lags: bool
+) -> None:
+    with Pipeline.open(bundle, backend=engines) as pipeline:
+        pipeline.sample(REQUEST, script(measures=measures, lags=lags), history=1)
+        before, waits = engines.device.synchronisations, engines.device.event_waits
+        pipeline.sample(REQUEST, script(measures=measures, lags=lags), history=1)
+        assert engines.device.synchronisations - before == 1
+        assert (engines.device.event_waits - waits > 0) == measures
+
+
+def test_all_blocks_of_a_step_become_one_graph(bundle: Path, engines: DeviceEngines) -> None:
+    made = script()
+    made.references = False
+    with Pipeline.open(bundle, backend=engines) as pipeline:
+        pipeline.sample(REQUEST, made, history=1)
+        before = engines.device.graph_launches
+        result = pipeline.sample(REQUEST, made, history=1)
+        evaluated = result.launches // 3  # steps; the tiny DiT has three blocks
+        # A graph for the condition part, then embed at each step, and the blocks and the head where it is evaluated.
+        assert engines.device.graph_launches - before == 1 + STEPS + 2 * evaluated
