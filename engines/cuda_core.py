@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import Final, Protocol, SupportsInt
 
 from adacorr_deploy.core.errors import BackendUnavailableError, EngineError
@@ -123,6 +122,30 @@ class CudaGpu(Protocol):
     def create_graph_builder(self) -> CudaGraphBuilder: ...
 
 
+class EngineErrors:
+    """A context that turns some errors into EngineErrors. It stands around every launch, so it is no generator."""
+
+    __slots__ = ("_errors", "_what")
+
+    def __init__(self, errors: tuple[type[Exception], ...], what: str) -> None:
+        self._errors = errors
+        self._what = what
+
+    def __enter__(self) -> None:
+        """Begin."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """End.
+
+        Raises:
+            EngineError: In the place of an error of those kinds.
+        """
+        if isinstance(error, self._errors):
+            raise EngineError(f"{self._what}: {error}") from error
+
+
 @dataclass(frozen=True, slots=True)
 class Cuda:
     """The loaded packages."""
@@ -142,13 +165,9 @@ class Cuda:
             raise EngineError(f"{function} failed: {status.name}")
         return tuple(results)
 
-    @contextmanager
-    def engine_errors(self, what: str) -> Iterator[None]:
+    def engine_errors(self, what: str) -> EngineErrors:
         """Raise what cuda.core raises inside as an EngineError that begins with `what`."""
-        try:
-            yield
-        except self.errors as error:
-            raise EngineError(f"{what}: {error}") from error
+        return EngineErrors(self.errors, what)
 
     def node_count(self, graph: CudaGraphDefinition) -> int:
         """Return how many operations a graph holds."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Final
 
@@ -19,6 +18,7 @@ from adacorr_deploy.engines.cuda_core import (
     CudaGraphBuilder,
     CudaMemory,
     CudaStream,
+    EngineErrors,
     load_cuda,
 )
 from adacorr_deploy.engines.device_launch import DeviceLaunch, fused_launch
@@ -36,6 +36,7 @@ class Device:
 
     Attributes:
         ordinal: Which GPU of the process, from 0.
+        name: What the driver calls it.
         synchronisations: How often the host waited for all of the device's work.
         graph_launches: How often a captured graph was launched.
         pinned: The host memory that copies go through.
@@ -44,6 +45,7 @@ class Device:
 
     def __init__(self, cuda: Cuda, gpu: CudaGpu, ordinal: int) -> None:
         self.ordinal = ordinal
+        self.name = gpu.name
         self.synchronisations = 0
         self.graph_launches = 0
         self.cuda = cuda
@@ -75,10 +77,6 @@ class Device:
     # --- What it is ----------------------------------------------------------------------------------------------
 
     @property
-    def name(self) -> str:
-        return self._gpu.name
-
-    @property
     def compute_capability(self) -> str:
         """As compilers call it: `sm_90`."""
         capability = self._gpu.compute_capability
@@ -106,7 +104,7 @@ class Device:
         return self._event_waits + self.pinned.waits
 
     def __str__(self) -> str:
-        return f"GPU {self.ordinal} ({self._gpu.name})"
+        return f"GPU {self.ordinal} ({self.name})"
 
     # --- Memory --------------------------------------------------------------------------------------------------
 
@@ -186,7 +184,7 @@ class Device:
         with self.errors("The GPU's work failed"):
             event.sync()
 
-    def errors(self, what: str) -> AbstractContextManager[None]:
+    def errors(self, what: str) -> EngineErrors:
         """Raise what the driver refuses inside as an EngineError that begins with `what` and names the GPU."""
         return self.cuda.engine_errors(f"{what} on {self}")
 

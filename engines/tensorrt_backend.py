@@ -43,7 +43,8 @@ class TensorRTBackend(GpuBackend):
 
     @property
     def engine_build(self) -> EngineBuild:
-        return self._compiler.description
+        build = self._compiler.description
+        return build if self._module.compiles_without_gpu else build.for_gpu(self.device.compute_capability)
 
     def build(self, onnx_path: Path, spec: PartSpec, artefact_dir: Path) -> Artefact:
         """Compile a part; where weights are inputs, parts of one structure share a plan.

@@ -329,7 +329,7 @@ def _three_sizes(text: str) -> tuple[int, int, int]:
 
 
 def _built(source: Source, target: Target, advance: Advance) -> Bundle:
-    from adacorr_deploy.cli.output_files import check_new_folder
+    from adacorr_deploy.cli.output_files import check_new_folder, check_outputs
     from adacorr_deploy.engines import backend_by_name
     from adacorr_deploy.engines.bundle_sessions import check_precision
     from adacorr_deploy.exporters import load_checkpoint
@@ -349,6 +349,8 @@ def _built(source: Source, target: Target, advance: Advance) -> Bundle:
     model = path_from_model(source.model)
     check_output(target.bundle, options)
     check_new_folder(target.bundle, inputs=[model, *([source.scheduler] if source.scheduler is not None else [])])
+    if target.compiler is not None and target.compiler.timing_cache is not None:
+        check_outputs([target.compiler.timing_cache], bundle=target.bundle)
     return build_bundle(
         load_checkpoint(model, source.scheduler, heads=source.heads),
         target.bundle,

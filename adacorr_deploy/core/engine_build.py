@@ -74,6 +74,10 @@ class EngineBuild(BaseModel):
     profile: Profile
     version_compatible: bool = False
 
+    def for_gpu(self, target: str) -> EngineBuild:
+        """Return the same with one target: the GPU that the compiler tuned for."""
+        return self.model_copy(update={"targets": (target,)})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompilerOptions:

@@ -143,8 +143,6 @@ class Pipeline:
         """
         manifest = self.manifest
         check_request(request, manifest.model, manifest.schedule)
-        if self._limits is not None:
-            self._limits.check(batch=request.batch, steps=request.steps)
         if not 0 <= history <= MAX_HISTORY:
             raise PolicyError(f"history is {history}, allowed are 0 … {MAX_HISTORY} evaluations.")
         table = sampler_table(manifest.schedule, request.sampler, request.steps)
@@ -192,8 +190,11 @@ class Pipeline:
             keeps_reference: Says of each block part whether its slot keeps the input of the last evaluation.
 
         Raises:
+            RequestError: If the engines were not compiled for this batch or these steps.
             EngineError: If the pipeline is busy or closed.
         """
+        if self._limits is not None:
+            self._limits.check(batch=size.batch, steps=size.steps)
         with self._exclusive():
             space = self._workspace(size)
             with space.slots.lease(

@@ -79,7 +79,7 @@ __device__ void update_row(const E* base, const Slot<E>& slot, const E* fresh, f
     const long long row = static_cast<long long>(blockIdx.y) * slot.tokens * slot.width;
     for (int item = blockIdx.x * blockDim.x + threadIdx.x; item < vectors * groups; item += gridDim.x * blockDim.x) {
         const int channel = item % vectors * W, first = item / vectors * TOKENS;
-        long long places[TOKENS];  // past the last token, the last one again: loads need no condition
+        long long places[TOKENS];  // past the last token, the last one again: no access needs a condition
         float sums[TOKENS][W];
 #pragma unroll
         for (int i = 0; i < TOKENS; ++i) {
@@ -92,10 +92,8 @@ __device__ void update_row(const E* base, const Slot<E>& slot, const E* fresh, f
         }
 #pragma unroll
         for (int i = 0; i < TOKENS; ++i) {
-            if (first + i < slot.tokens) {
-                const long long place = row + places[i];
-                store<E, W>(out + place, blended<E, W>(sums[i], fresh + place, weight));
-            }
+            const long long place = row + places[i];
+            store<E, W>(out + place, blended<E, W>(sums[i], fresh + place, weight));
         }
     }
 }

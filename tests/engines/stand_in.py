@@ -41,7 +41,7 @@ def run_on_stand_in(*arguments: str, **settings: str) -> subprocess.CompletedPro
 
     Args:
         arguments: Of Python.
-        settings: Environment variables of the stand-in: STAND_IN_EAGER, STAND_IN_MEMORY_MIB, STAND_IN_DEVICES, STAND_IN_SM.
+        settings: Environment variables of the stand-in; its README names them.
     """
     environment = {
         **os.environ,

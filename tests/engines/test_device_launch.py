@@ -87,11 +87,11 @@ def test_runs_do_not_wait(device: Device) -> None:
     assert (device.synchronisations, device.event_waits) == (0, 0)
 
 
-@pytest.mark.parametrize("options", [{"capturable": False}, {"own_graph": False}])
-def test_what_shall_not_be_a_graph_is_none(device: Device, options: dict[str, bool]) -> None:
+@pytest.mark.parametrize(("capturable", "own_graph"), [(False, True), (True, False)])
+def test_what_shall_not_be_a_graph_is_none(device: Device, capturable: bool, own_graph: bool) -> None:
     rows = _rows(device)
     engine = Engine(device, rows, 0)
-    launch = engine.launch(**options)
+    launch = engine.launch(capturable=capturable, own_graph=own_graph)
     for time in range(3):
         rows[0].write(_ramp(time))
         launch.run()
@@ -129,7 +129,7 @@ def test_a_refused_start_names_the_part_and_is_not_counted(device: Device) -> No
     def refuse(stream: CudaStream) -> None:
         raise RuntimeError("no tactic")
 
-    with pytest.raises(EngineError, match="part_3: the engine failed to start on GPU 0 .*: no tactic"):
+    with pytest.raises(EngineError, match=r"part_3: the engine failed to start on GPU 0 .*: no tactic"):
         engine.launch(refuse).run()
     assert engine.runs == 0
 

@@ -75,7 +75,11 @@ def _allocate(device: Device, spec: PartSpec, inputs: Mapping[str, NDArray[np.ge
 def _run(library: KernelLibrary, spec: PartSpec, inputs: Arrays) -> dict[str, NDArray[np.float64]]:
     buffers = _allocate(library.device, spec, inputs)
     library.open(spec).bind(buffers).run()
-    return {tensor.name: buffers[tensor.name].read().astype(np.float64) for tensor in spec.outputs}
+    return {tensor.name: _read(buffers[tensor.name]) for tensor in spec.outputs}
+
+
+def _read(buffer: DeviceBuffer) -> NDArray[np.float64]:
+    return buffer.read().astype(np.float64)
 
 
 def _wide(arrays: Arrays) -> dict[str, NDArray[np.float32]]:
@@ -159,7 +163,7 @@ def test_launches_follow_their_inputs_and_are_counted(library: KernelLibrary) ->
             launch.run()
             wide = _wide(inputs | {"reference": _inputs(spec, seed)["reference"]})
             expected = oracle.signals(wide["tokens"], wide["reference"])
-            np.testing.assert_allclose(buffers["signals"].read(), expected, rtol=2e-5, atol=2e-6)
+            np.testing.assert_allclose(_read(buffers["signals"]), expected, rtol=2e-5, atol=2e-6)
     assert session.launches == 6
 
 
@@ -186,8 +190,8 @@ def test_a_chain_of_kernels_becomes_one_graph(library: KernelLibrary) -> None:
             assert fused is not None
         else:
             fused.run()
-        expected = oracle.signals(buffers["tokens_out"].read(), inputs["tokens"])
-        np.testing.assert_allclose(measured["signals"].read(), expected, rtol=2e-5, atol=2e-6)
+        expected = oracle.signals(_read(buffers["tokens_out"]), inputs["tokens"].astype(np.float32))
+        np.testing.assert_allclose(_read(measured["signals"]), expected, rtol=2e-5, atol=2e-6)
     assert fused is not None and fused.captured and device.graph_launches == 2
     assert [session.launches for session in sessions] == [3, 3]
 

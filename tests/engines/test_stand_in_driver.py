@@ -1,4 +1,4 @@
-"""The tests of the GPU runtime, run on the stand-in for NVIDIA's driver; and that the stand-in catches what it should."""
+"""The GPU runtime's tests, run on the stand-in for NVIDIA's driver; and that the stand-in catches what it should."""
 
 from __future__ import annotations
 

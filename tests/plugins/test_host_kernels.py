@@ -60,7 +60,7 @@ def test_what_would_hang_a_gpu_is_refused_and_the_next_launch_works(name: str, w
     faulty("faulty_race").check("values")
 
 
-def test_a_write_past_the_end_is_found() -> None:
+def test_a_write_before_the_start_is_found() -> None:
     with pytest.raises(AssertionError, match="values: written outside its buffer"):
         faulty("faulty_write").check("values")
 

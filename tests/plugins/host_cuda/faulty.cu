@@ -11,12 +11,12 @@ extern "C" __global__ void faulty_shuffle(float* values) {
     if (threadIdx.x % 2 == 0) values[threadIdx.x] = __shfl_xor_sync(0xffffffffu, values[threadIdx.x], 2);
 }
 
-// Writes one place past the end.
-extern "C" __global__ void faulty_write(float* values) { values[threadIdx.x + 1] = 0.0f; }
+// Writes one place before the start.
+extern "C" __global__ void faulty_write(float* values) { (values - 1)[threadIdx.x] = 0.0f; }
 
-// Reads far past the end, and does nothing with it.
+// Reads one place past the end, and does nothing with it.
 extern "C" __global__ void faulty_read(float* values) {
-    volatile float unused = values[threadIdx.x + 4096];
+    const volatile float unused = values[threadIdx.x + 1];
     (void)unused;
 }
 
