@@ -58,8 +58,8 @@ class Plans:
             self._engines[path] = engine
         return self._engines[path]
 
-    def context(self, engine: Engine, shapes: Mapping[str, tuple[int, ...]], part: str) -> Context:
-        """Return a new execution context for fixed input shapes, on the shared scratch memory.
+    def context(self, engine: Engine, shapes: Mapping[str, tuple[int, ...]], part: str) -> tuple[Context, DeviceBuffer]:
+        """Return a new execution context for fixed input shapes, and its scratch memory, which must live as long.
 
         Raises:
             EngineError: If a shape is outside the plan's profile, or the memory can't be had.
@@ -76,7 +76,7 @@ class Plans:
         needed = context.update_device_memory_size_for_shapes()
         scratch = self._scratch_of(needed)
         context.set_device_memory(scratch.address, needed)
-        return context
+        return context, scratch
 
     def upload(self, weights: Path, part: str) -> dict[str, DeviceBuffer]:
         """Copy a weight file into buffers, by the tensors' names.
@@ -114,7 +114,7 @@ class Plans:
             )
 
     def _scratch_of(self, size_bytes: int) -> DeviceBuffer:
-        """Return memory that every context may use in turn; contexts keep what they were given if it grows."""
+        """Return memory that every context may use in turn; those that were made before it grew keep the former."""
         if self._scratch is None or self._scratch.size_bytes < size_bytes:
             self._scratch = self.device.allocate((max(size_bytes, 1) + 3 >> 2,), DType.FLOAT32)
         return self._scratch
@@ -133,7 +133,7 @@ class TensorRTSession:
         self._plans = plans
         self._engine: Engine | None = plans.engine(artefact.path, spec.name)
         self._weights = plans.upload(artefact.weights, spec.name) if artefact.weights is not None else {}
-        self._contexts: dict[tuple[tuple[str, int], ...], Context] = {}
+        self._contexts: dict[tuple[tuple[str, int], ...], tuple[Context, DeviceBuffer]] = {}
         self._launches = 0
         self._check_tensors(self._engine)
 
@@ -161,7 +161,7 @@ class TensorRTSession:
         if key not in self._contexts:
             shapes = {tensor.name: buffers[tensor.name].shape for tensor in self._spec.inputs}
             self._contexts[key] = self._plans.context(self._engine, shapes, self._spec.name)
-        context, addresses = self._contexts[key], {name: buffer.address for name, buffer in bound.items()}
+        (context, scratch), addresses = self._contexts[key], {name: buffer.address for name, buffer in bound.items()}
 
         def enqueue(stream: CudaStream) -> None:
             for name, address in addresses.items():  # launches of one size share the context
@@ -169,7 +169,9 @@ class TensorRTSession:
             if not context.execute_async_v3(int(stream.handle)):
                 raise EngineError(f"{self._spec.name}: the engine failed to start: {self._plans.log.reason()}.")
 
-        return DeviceLaunch(device, self._spec.name, enqueue, on_run=self._count, keeps=(context, *bound.values()))
+        return DeviceLaunch(
+            device, self._spec.name, enqueue, on_run=self._count, keeps=(context, scratch, *bound.values())
+        )
 
     def close(self) -> None:
         """Give the plan and the weights up; what a launch still uses stays until that goes."""

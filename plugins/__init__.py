@@ -1,7 +1,15 @@
-"""The validity-and-blend op: its NumPy oracle, its ONNX functions and the service parts made of them."""
+"""The validity-and-blend op: its NumPy oracle, its ONNX functions, its CUDA kernels and the service parts they make."""
 
 from __future__ import annotations
 
+from adacorr_deploy.plugins.kernels import (
+    KERNELS,
+    KernelLaunch,
+    KernelSpec,
+    kernel_launch,
+    kernel_of_part,
+    noise_spec,
+)
 from adacorr_deploy.plugins.service_parts import (
     MAX_EVALUATIONS,
     SIGNALS_PART,
@@ -12,10 +20,16 @@ from adacorr_deploy.plugins.service_parts import (
 )
 
 __all__ = [
+    "KERNELS",
     "MAX_EVALUATIONS",
     "SIGNALS_PART",
+    "KernelLaunch",
+    "KernelSpec",
     "blend_part_name",
     "common_block_count",
+    "kernel_launch",
+    "kernel_of_part",
+    "noise_spec",
     "predict_part_name",
     "service_part_specs",
 ]

@@ -81,6 +81,8 @@ def test_the_wheel_holds_the_package_data(wheel_names: set[str], repository_root
     assert any(name.endswith(".safetensors") for name in data)
     assert data <= wheel_names
     assert "adacorr_deploy/py.typed" in wheel_names
+    kernels = {f"adacorr_deploy/plugins/cuda/{path.name}" for path in (repository_root / "plugins" / "cuda").iterdir()}
+    assert kernels <= wheel_names
 
 
 def test_the_wheel_puts_one_name_into_site_packages(wheel_names: set[str]) -> None:

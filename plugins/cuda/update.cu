@@ -115,7 +115,7 @@ __device__ inline float weight_of(float estimate, const float* thresholds) {
     return is_finite(estimate) && raw < 1.0f ? fmaxf(raw, 0.0f) : 1.0f;
 }
 
-// tokens, tokens_out (R, N, D), which may be the same memory; the rest as in Slot. Grid: blocks of a row × rows.
+// tokens, tokens_out (R, N, D); the rest as in Slot. Grid: blocks of a row × rows.
 #define PREDICT(NAME, ELEMENT)                                                                                       \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                            \
         adacorr_predict_##NAME(const ELEMENT* tokens, const ELEMENT* history, const ELEMENT* modulation,             \

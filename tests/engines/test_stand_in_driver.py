@@ -11,7 +11,13 @@ pytestmark = [
     needs_compiler,
     pytest.mark.timeout(600),
 ]
-_TESTS = ("test_device.py", "test_device_launch.py", "test_device_memory.py", "test_kernel_session.py")
+_TESTS = (
+    "test_device.py",
+    "test_device_launch.py",
+    "test_device_memory.py",
+    "test_kernel_session.py",
+    "test_tensorrt_session.py",
+)
 _OPEN = """
 import ctypes
 import numpy as np

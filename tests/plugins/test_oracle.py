@@ -42,3 +42,25 @@ def test_equal_thresholds_are_a_switch() -> None:
     estimate = np.array([0.1, 0.2, 0.3], np.float32)
     weight = oracle.blend_weight(estimate, np.array([0.2, 0.2, 1.0], np.float32))
     np.testing.assert_array_equal(weight, [0, 1, 1])
+
+
+@pytest.mark.parametrize("count", [1, 4, 6, 785])
+@pytest.mark.parametrize(("seed", "image"), [(0, 0), (7, 3), (2**64 - 1, 2**40)])
+def test_noise_is_box_muller_of_numpy_s_own_philox_draw_after_draw(seed: int, image: int, count: int) -> None:
+    size = -(-count // 4) * 4  # a draw takes whole counters
+    raw = np.random.Philox(key=np.array([seed, image], np.uint64)).random_raw(3 * size).reshape(3, size)
+    for draw, (first, second) in enumerate(zip(raw[:, 0::2], raw[:, 1::2], strict=True)):
+        u, v = (((words >> np.uint64(11)).astype(np.float64) + 1) / 2**53 for words in (first, second))
+        turns = np.exp(2j * np.pi * v) * np.sqrt(-2 * np.log(u))
+        expected = np.stack([turns.real, turns.imag], axis=1).reshape(-1)[:count]
+        found = oracle.philox_normals(seed, image, draw, count)
+        assert found.shape == (count,) and found.dtype == np.float32
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_noise_is_standard_normal_and_images_and_draws_are_independent() -> None:
+    sets = [oracle.philox_normals(*place, 4096) for place in ((1, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 0))]
+    moments = np.array([[np.mean(x), np.var(x) - 1, np.mean(x**3), np.mean(x**4) - 3] for x in sets])
+    assert (np.abs(moments) < 5 * np.sqrt([1, 2, 15, 96]) / 64).all()
+    correlations = np.corrcoef(sets) - np.eye(4)
+    assert (np.abs(correlations) < 5 / 64).all()

@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,140 +27,39 @@ from typing import Final
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DiTTransformer2DModel
+from diffusers import DDIMScheduler
+from models import (
+    GUIDANCE,
+    HISTORY,
+    PAUSE_SECONDS,
+    Opened,
+    cpu_model,
+    loaded_model,
+    monolith_buffers,
+    prepare,
+    say,
+    static_controller,
+    timed,
+)
 
-import adacorr_deploy
-from adacorr_deploy.caching.controllers import Run, StaticController, controller_for_policy
+from adacorr_deploy.caching.controllers import Run, controller_for_policy
 from adacorr_deploy.caching.decisions import Controller, Prediction
-from adacorr_deploy.caching.guards import Guards
-from adacorr_deploy.caching.policy import PRESETS, Policy, ScheduleGate
-from adacorr_deploy.caching.predictors import Predictor, PredictorKind
-from adacorr_deploy.core.bundle import Bundle
-from adacorr_deploy.core.samplers import sampler_table
-from adacorr_deploy.core.specs import PartSpec
-from adacorr_deploy.engines import Artefact, Backend, Buffer, Launch, Session, backend_by_name
-from adacorr_deploy.engines.bundle_sessions import open_part
-from adacorr_deploy.exporters import LoadedModel, load_checkpoint, monolithic_step_onnx
+from adacorr_deploy.caching.policy import PRESETS
+from adacorr_deploy.caching.predictors import PredictorKind
+from adacorr_deploy.engines import Artefact, Buffer, Launch, Session, backend_by_name
+from adacorr_deploy.exporters import LoadedModel, monolithic_step_onnx
 from adacorr_deploy.exporters.bundle_builder import BuildOptions, build_bundle
-from adacorr_deploy.exporters.dit_adapter import DiTModel
-from adacorr_deploy.runtime import Pipeline, SampleRequest
+from adacorr_deploy.runtime import SampleRequest
 from adacorr_deploy.runtime.buffers import RunSize
-from adacorr_deploy.runtime.request import NoiseStream
 from adacorr_deploy.runtime.slots import CacheSlot
 from adacorr_deploy.runtime.workspace import Workspace
 
-# Width, blocks, heads and latent side of the sizes of arXiv 2212.09748, and of one to try this script with.
-SHAPES: Final[Mapping[str, tuple[int, int, int, int]]] = {
-    "S": (384, 12, 6, 32),
-    "B": (768, 12, 12, 32),
-    "L": (1024, 24, 16, 32),
-    "XL": (1152, 28, 16, 32),
-    "tiny": (32, 3, 2, 8),
-}
-GUIDANCE: Final = 4.0
-HISTORY: Final = 2  # evaluations that a first-order extrapolation needs
 EXTRAPOLATIONS: Final = 10  # in one timing: a single one is too short
-PAUSE_SECONDS: Final = 0.02  # before each timing: PyTorch's threads spin for some milliseconds after their work
 
 Times = dict[str, float]  # seconds by arm, of one round
 
 
-# --- The model -------------------------------------------------------------------------------------------------------
-
-
-def loaded_model(size: str) -> LoadedModel:
-    """Return the demo, or a random model of a size such as `S/2`: shape and patch."""
-    if size == "demo":
-        return load_checkpoint(Path(adacorr_deploy.__file__).parent / "demo")
-    name, _, patch = size.partition("/")
-    if name not in SHAPES or patch not in ("", "2", "4", "8"):
-        raise SystemExit(f"error: size {size!r} is not known. Allowed: demo, or {'|'.join(SHAPES)} with /2, /4 or /8.")
-    model = DiTModel(random_dit(*SHAPES[name], patch=int(patch or 2)))
-    return LoadedModel(
-        name=f"random-DiT-{size.replace('/', '-')}",
-        model=model,
-        schedule=model.training_schedule(),
-        checkpoint_sha256="0" * 64,
-        class_names=None,
-    )
-
-
-def random_dit(width: int, blocks: int, heads: int, side: int, *, patch: int) -> DiTTransformer2DModel:
-    """Return a DiT without learned variance whose blocks all do something, and embed alike as in released weights."""
-    torch.manual_seed(0)
-    model = DiTTransformer2DModel(
-        num_attention_heads=heads,
-        attention_head_dim=width // heads,
-        in_channels=4,
-        out_channels=4,
-        num_layers=blocks,
-        sample_size=side,
-        patch_size=patch,
-    )
-    for block in model.transformer_blocks:
-        block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
-        torch.nn.init.normal_(block.norm1.linear.weight, std=0.02)  # shifts, scales and gates, which start as zero
-    return model.eval().requires_grad_(False)
-
-
-# --- Sessions that pipelines share -----------------------------------------------------------------------------------
-
-
-class LoggedSession:
-    """A session that remembers the launches bound from it; running them costs nothing more."""
-
-    def __init__(self, session: Session, bound: list[tuple[str, Launch]]) -> None:
-        self._session = session
-        self._bound = bound
-
-    @property
-    def spec(self) -> PartSpec:
-        return self._session.spec
-
-    @property
-    def launches(self) -> int:
-        return self._session.launches
-
-    def bind(self, buffers: Mapping[str, Buffer]) -> Launch:
-        launch = self._session.bind(buffers)
-        self._bound.append((self.spec.name, launch))
-        return launch
-
-    def close(self) -> None:
-        self._session.close()
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """A bundle whose sessions serve several pipelines: one pipeline keeps the buffers of two run sizes only."""
-
-    bundle: Bundle
-    backend: Backend
-    sessions: Mapping[str, LoggedSession]
-    bound: list[tuple[str, Launch]]
-
-    @classmethod
-    def of(cls, bundle: Bundle, backend: Backend, resources: ExitStack) -> Opened:
-        """Open every part; `resources` closes them."""
-        bound: list[tuple[str, Launch]] = []
-        sessions = {}
-        for name in bundle.manifest.parts:
-            sessions[name] = LoggedSession(open_part(bundle, name, backend), bound)
-            resources.callback(sessions[name].close)
-        return cls(bundle, backend, sessions, bound)
-
-    def pipeline(self) -> Pipeline:
-        return Pipeline(self.bundle, self.backend, self.sessions, ExitStack())
-
-
 # --- Arms ------------------------------------------------------------------------------------------------------------
-
-
-def timed(work: Callable[[], object]) -> float:
-    time.sleep(PAUSE_SECONDS)
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def run_size(request: SampleRequest, *, history: int = 0, output_history: int = 0) -> RunSize:
@@ -172,12 +70,6 @@ def run_size(request: SampleRequest, *, history: int = 0, output_history: int = 
         history=history,
         output_history=output_history,
     )
-
-
-def prepare(pipeline: Pipeline, space: Workspace, request: SampleRequest) -> None:
-    """Put the request's inputs and modulations in place."""
-    table = sampler_table(pipeline.manifest.schedule, request.sampler, request.steps)
-    space.prepare(request, table, NoiseStream(request, pipeline.manifest.model.latent_shape).draw())
 
 
 class StepArms:
@@ -205,7 +97,7 @@ class StepArms:
             prepare(self._pipeline, space, self._request)
             times = _chain_times(space, slots)
             if self._launch is None:
-                self._launch = self._monolith.bind(_monolith_buffers(self._monolith.spec, space))
+                self._launch = self._monolith.bind(self._monolith_buffers(space))
             times["monolith_step"] = timed(self._launch.run)
             start = torch.from_numpy(np.asarray(space.image.latents[0].read(), dtype=np.float32))
             chained, whole = space.read_latents(0), space.image.scratch.read()
@@ -214,6 +106,9 @@ class StepArms:
         others = {"monolith": whole, "diffusers": eager[0].numpy()}
         self.differences = {name: float(np.abs(chained - other).max()) for name, other in others.items()}
         return times
+
+    def _monolith_buffers(self, space: Workspace) -> dict[str, Buffer]:
+        return monolith_buffers(self._monolith.spec, space, space.image.latents[0], space.image.scratch)
 
     @torch.inference_mode()
     def _diffusers_step(self, latents: torch.Tensor) -> torch.Tensor:
@@ -238,23 +133,6 @@ def _chain_times(space: Workspace, slots: Sequence[CacheSlot]) -> Times:
     evaluated = time.perf_counter()
     space.head(0, None)
     return {"chain_step": time.perf_counter() - started, "blocks": evaluated - embedded}
-
-
-def _monolith_buffers(spec: PartSpec, space: Workspace) -> dict[str, Buffer]:
-    image, blocks = space.image, space.blocks
-    buffers = {
-        "latents": image.latents[0],
-        "branches": image.branches,
-        "step": image.step,
-        "guidance": image.guidance,
-        "coefficients": image.coefficients,
-        "noise": image.noise,
-        "modulation_head": blocks.modulation_head,
-        "latents_out": image.scratch,
-        "model_output": image.predicted_output,
-        **{f"modulation_{index:02d}": buffer for index, buffer in enumerate(blocks.modulation)},
-    }
-    return {tensor.name: buffers[tensor.name] for tensor in (*spec.inputs, *spec.outputs)}
 
 
 class RunArms:
@@ -343,12 +221,9 @@ def _controller(name: str, steps: int) -> tuple[Controller, int]:
     if name == "none":
         return controller_for_policy(PRESETS["none"], Run(steps=steps), None), 0
     kind = PredictorKind.OUTPUT_TAYLOR if name == "output" else PredictorKind.GATED_TAYLOR
-    policy = Policy(
-        name=name, gate=ScheduleGate(), predictor=Predictor(kind=kind, order=1), guards=Guards(final_steps=0)
-    )
     # The first two, then every second but the last: just half, and each reuse extrapolates from two evaluations.
     evaluated = frozenset({0, *range(1, steps - 2, 2)})
-    return StaticController(policy, Run(steps=steps), evaluated, "benchmark"), HISTORY
+    return static_controller(kind, steps, evaluated), HISTORY
 
 
 def _run_order(bound: Sequence[tuple[str, Launch]], steps: int) -> list[Launch]:
@@ -466,11 +341,6 @@ def machine() -> dict[str, str | int | float]:
     }
 
 
-def cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     machine: Mapping[str, str | int | float]
@@ -521,10 +391,6 @@ def measure(args: argparse.Namespace, folder: Path) -> Report:
         fastest_seconds={arm: min(times[arm] for times in rounds) for arm in rounds[0]},
         figures=figures(rounds, len(model.blocks), request.steps, run_arms.rho),
     )
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def print_report(report: Report) -> None:

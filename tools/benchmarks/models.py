@@ -1,0 +1,187 @@
+"""What the benchmarks of whole models share: random models, open sessions, static schedules, one graph's buffers."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from diffusers import DiTTransformer2DModel
+
+import adacorr_deploy
+from adacorr_deploy.caching.controllers import Run, StaticController
+from adacorr_deploy.caching.guards import Guards
+from adacorr_deploy.caching.policy import Policy, ScheduleGate
+from adacorr_deploy.caching.predictors import Predictor, PredictorKind
+from adacorr_deploy.core.bundle import Bundle
+from adacorr_deploy.core.samplers import sampler_table
+from adacorr_deploy.core.specs import PartSpec
+from adacorr_deploy.engines import Backend, Buffer, Launch, Session
+from adacorr_deploy.engines.bundle_sessions import open_part
+from adacorr_deploy.exporters import LoadedModel, load_checkpoint
+from adacorr_deploy.exporters.dit_adapter import DiTModel
+from adacorr_deploy.runtime import Pipeline, SampleRequest
+from adacorr_deploy.runtime.request import NoiseStream
+from adacorr_deploy.runtime.workspace import Workspace
+
+# Width, blocks, heads and latent side of the sizes of arXiv 2212.09748, and of one to try this script with.
+SHAPES: Final[Mapping[str, tuple[int, int, int, int]]] = {
+    "S": (384, 12, 6, 32),
+    "B": (768, 12, 12, 32),
+    "L": (1024, 24, 16, 32),
+    "XL": (1152, 28, 16, 32),
+    "tiny": (32, 3, 2, 8),
+}
+GUIDANCE: Final = 4.0
+HISTORY: Final = 2  # evaluations that a first-order extrapolation needs
+PAUSE_SECONDS: Final = 0.02  # before each timing: PyTorch's threads spin for some milliseconds after their work
+
+
+# --- The model -------------------------------------------------------------------------------------------------------
+
+
+def loaded_model(size: str) -> LoadedModel:
+    """Return the demo, or a random model of a size such as `S/2`: shape and patch."""
+    if size == "demo":
+        return load_checkpoint(Path(adacorr_deploy.__file__).parent / "demo")
+    name, _, patch = size.partition("/")
+    if name not in SHAPES or patch not in ("", "2", "4", "8"):
+        raise SystemExit(f"error: size {size!r} is not known. Allowed: demo, or {'|'.join(SHAPES)} with /2, /4 or /8.")
+    model = DiTModel(random_dit(*SHAPES[name], patch=int(patch or 2)))
+    return LoadedModel(
+        name=f"random-DiT-{size.replace('/', '-')}",
+        model=model,
+        schedule=model.training_schedule(),
+        checkpoint_sha256="0" * 64,
+        class_names=None,
+    )
+
+
+def random_dit(width: int, blocks: int, heads: int, side: int, *, patch: int) -> DiTTransformer2DModel:
+    """Return a DiT without learned variance whose blocks all do something, and embed alike as in released weights."""
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=heads,
+        attention_head_dim=width // heads,
+        in_channels=4,
+        out_channels=4,
+        num_layers=blocks,
+        sample_size=side,
+        patch_size=patch,
+    )
+    for block in model.transformer_blocks:
+        block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
+        torch.nn.init.normal_(block.norm1.linear.weight, std=0.02)  # shifts, scales and gates, which start as zero
+    return model.eval().requires_grad_(False)
+
+
+# --- Sessions that pipelines share -----------------------------------------------------------------------------------
+
+
+class LoggedSession:
+    """A session that remembers the launches bound from it; running them costs nothing more."""
+
+    def __init__(self, session: Session, bound: list[tuple[str, Launch]]) -> None:
+        self._session = session
+        self._bound = bound
+
+    @property
+    def spec(self) -> PartSpec:
+        return self._session.spec
+
+    @property
+    def launches(self) -> int:
+        return self._session.launches
+
+    def bind(self, buffers: Mapping[str, Buffer]) -> Launch:
+        launch = self._session.bind(buffers)
+        self._bound.append((self.spec.name, launch))
+        return launch
+
+    def close(self) -> None:
+        self._session.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A bundle whose sessions serve several pipelines: one pipeline keeps the buffers of two run sizes only."""
+
+    bundle: Bundle
+    backend: Backend
+    sessions: Mapping[str, LoggedSession]
+    bound: list[tuple[str, Launch]]
+
+    @classmethod
+    def of(cls, bundle: Bundle, backend: Backend, resources: ExitStack) -> Opened:
+        """Open every part; `resources` closes them."""
+        bound: list[tuple[str, Launch]] = []
+        sessions = {}
+        for name in bundle.manifest.parts:
+            sessions[name] = LoggedSession(open_part(bundle, name, backend), bound)
+            resources.callback(sessions[name].close)
+        return cls(bundle, backend, sessions, bound)
+
+    def pipeline(self) -> Pipeline:
+        return Pipeline(self.bundle, self.backend, self.sessions, ExitStack())
+
+
+# --- Running it ------------------------------------------------------------------------------------------------------
+
+
+def timed(work: Callable[[], object]) -> float:
+    time.sleep(PAUSE_SECONDS)
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def prepare(pipeline: Pipeline, space: Workspace, request: SampleRequest) -> None:
+    """Put the request's inputs and modulations in place."""
+    table = sampler_table(pipeline.manifest.schedule, request.sampler, request.steps)
+    space.prepare(request, table, NoiseStream(request, pipeline.manifest.model.latent_shape).draw())
+
+
+def monolith_buffers(spec: PartSpec, space: Workspace, latents: Buffer, latents_out: Buffer) -> dict[str, Buffer]:
+    """Return what the one graph of a whole step is bound to, in a workspace of the chain."""
+    image, blocks = space.image, space.blocks
+    buffers = {
+        "latents": latents,
+        "branches": image.branches,
+        "step": image.step,
+        "guidance": image.guidance,
+        "coefficients": image.coefficients,
+        "noise": image.noise,
+        "modulation_head": blocks.modulation_head,
+        "latents_out": latents_out,
+        "model_output": image.predicted_output,
+        **{f"modulation_{index:02d}": buffer for index, buffer in enumerate(blocks.modulation)},
+    }
+    return {tensor.name: buffers[tensor.name] for tensor in (*spec.inputs, *spec.outputs)}
+
+
+def static_controller(kind: PredictorKind, steps: int, evaluated: frozenset[int]) -> StaticController:
+    """Return what evaluates these steps and predicts the others to first order, whatever is measured."""
+    policy = Policy(
+        name=f"static {kind.value}",
+        gate=ScheduleGate(),
+        predictor=Predictor(kind=kind, order=HISTORY - 1),
+        guards=Guards(final_steps=0, max_age_steps=1000),
+    )
+    return StaticController(policy, Run(steps=steps), evaluated, "benchmark")
+
+
+# --- The machine -----------------------------------------------------------------------------------------------------
+
+
+def cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
