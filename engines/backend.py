@@ -152,6 +152,13 @@ class Backend(Protocol):
         """
         ...
 
+    def open_noise(self, spec: PartSpec) -> Session | None:
+        """Return what makes a request's normals in this backend's memory (`plugins.kernels.noise_spec`), or None.
+
+        Ask when the bundle's parts are open. Without it, the host makes the same ones and writes them.
+        """
+        ...
+
     def allocate(self, shape: tuple[int, ...], dtype: DType) -> Buffer:
         """Return a zeroed buffer, 64-byte aligned."""
         ...

@@ -39,6 +39,7 @@ class Device:
         name: What the driver calls it.
         synchronisations: How often the host waited for all of the device's work.
         graph_launches: How often a captured graph was launched.
+        graphs: Whether launches may become graphs from now on; benchmarks turn it off to measure what graphs save.
         pinned: The host memory that copies go through.
         cuda: The driver's API, for what enqueues work.
     """
@@ -48,6 +49,7 @@ class Device:
         self.name = gpu.name
         self.synchronisations = 0
         self.graph_launches = 0
+        self.graphs = True
         self.cuda = cuda
         self._gpu = gpu
         self._stream = gpu.create_stream()
@@ -142,7 +144,8 @@ class Device:
     def fuse(self, launches: Sequence[Launch]) -> DeviceLaunch | None:
         """Return one launch that replays these as a graph, each counted by its session, or None if that saves nothing.
 
-        It is None for fewer than two launches, and if one is not of this device, can't be captured, or has not run yet.
+        It is None for fewer than two launches, if one is not of this device, can't be captured, or has not run yet, and
+        while `graphs` is off.
         """
         return fused_launch(self, launches)
 

@@ -81,7 +81,7 @@ class DeviceLaunch:
             EngineError: If it is refused; the message names the part. A failure on the GPU shows at the next wait.
         """
         self.device.make_current()
-        if self._graph is None and self._has_run and self._own_graph and self.capturable:
+        if self._graph is None and self._may_capture():
             self._try_capture()
         if self._graph is None:
             self.enqueue(self.device.stream)
@@ -104,6 +104,9 @@ class DeviceLaunch:
     def count(self) -> None:
         """Let the session count a run."""
         self._on_run()
+
+    def _may_capture(self) -> bool:
+        return self.device.graphs and self.capturable and self._has_run and self._own_graph
 
     def _try_capture(self) -> None:
         try:
@@ -138,7 +141,7 @@ def capture(device: Device, name: str, enqueue: Callable[[CudaStream], None]) ->
 def fused_launch(device: Device, launches: Sequence[Launch]) -> DeviceLaunch | None:
     """Return the launches as one, or None if that saves nothing; `Device.fuse` is the way in."""
     members = [launch for launch in launches if isinstance(launch, DeviceLaunch) and launch.device is device]
-    if len(launches) < 2 or len(members) < len(launches):
+    if not device.graphs or len(launches) < 2 or len(members) < len(launches):
         return None
     if not all(member.capturable and member.has_run for member in members):
         return None

@@ -74,6 +74,11 @@ class GpuBackend:
                 raise EngineError(f"{spec.name}: {path} can't be read: {error}. Rebuild the bundle.") from error
         return self._libraries[path].open(spec)
 
+    def open_noise(self, spec: PartSpec) -> KernelSession | None:
+        """Return the kernel that makes a request's normals, if the bundle brought our kernels."""
+        library = next(iter(self._libraries.values()), None)
+        return library.open(spec) if library is not None else None
+
     def allocate(self, shape: tuple[int, ...], dtype: DType) -> DeviceBuffer:
         """Return a zeroed buffer on the GPU, 256-byte aligned.
 

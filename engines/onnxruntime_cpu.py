@@ -92,6 +92,9 @@ class OnnxRuntimeBackend:
         """
         return OnnxRuntimeSession(spec, inference_session(artefact, spec, self._options(), _PROVIDERS), _place)
 
+    def open_noise(self, spec: PartSpec) -> None:
+        """Return None: buffers are in the host's memory."""
+
     def allocate(self, shape: tuple[int, ...], dtype: DType) -> HostBuffer:
         """Return a zeroed buffer, 64-byte aligned."""
         return HostBuffer.allocate(shape, dtype)

@@ -60,6 +60,9 @@ class TorchBackend:
         """
         return TorchSession(spec, self._module(spec))
 
+    def open_noise(self, spec: PartSpec) -> None:
+        """Return None: buffers are in the host's memory."""
+
     def allocate(self, shape: tuple[int, ...], dtype: DType) -> HostBuffer:
         """Return a zeroed buffer, 64-byte aligned."""
         return HostBuffer.allocate(shape, dtype)

@@ -205,7 +205,7 @@ def _block_share(pipeline: Pipeline, options: BenchOptions) -> float:
     size = RunSize.of(request, history=0, whole_steps=False)
     table = sampler_table(pipeline.manifest.schedule, request.sampler, request.steps)
     with pipeline.lease(size, keeps_reference=lambda block: False) as (space, slots):
-        space.prepare(request, table, NoiseStream(request, pipeline.manifest.model.latent_shape).draw())
+        space.prepare(request, table, NoiseStream(request, pipeline.manifest.model.latent_shape).at(0))
         shares = []
         for _ in range(9):
             started = time.perf_counter()

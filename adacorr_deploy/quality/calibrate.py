@@ -94,7 +94,7 @@ def calibrate(pipeline: Pipeline, options: CalibrationOptions, progress: Progres
         lower="--images",
     )
     with pipeline.lease(size, keeps_reference=lambda block: True) as (space, slots):
-        latents = NoiseStream(request, pipeline.manifest.model.latent_shape).draw()
+        latents = NoiseStream(request, pipeline.manifest.model.latent_shape).at(0)
         space.prepare(request, table, latents)
         replay = Replay(space=space, slots=slots, predictor=options.predictor)
         study = _Study(replay, request, progress or (lambda phase, done, total: None))

@@ -20,7 +20,7 @@ from adacorr_deploy.engines import Artefact
 from adacorr_deploy.engines.torch_reference import TorchBackend
 from adacorr_deploy.runtime import Pipeline, SampleRequest
 from adacorr_deploy.runtime.buffers import RunSize
-from adacorr_deploy.runtime.request import NoiseStream
+from adacorr_deploy.runtime.request import NoiseStream, draws_of_steps
 
 if TYPE_CHECKING:
     from adacorr_deploy.exporters import LoadedModel
@@ -68,7 +68,7 @@ def _check_same_model(bundle: Bundle, loaded: LoadedModel) -> None:
 
 def initial_latents(pipeline: Pipeline, request: SampleRequest) -> Latents:
     """Return the latents that a request starts from."""
-    return NoiseStream(request, pipeline.manifest.model.latent_shape).draw()
+    return NoiseStream(request, pipeline.manifest.model.latent_shape).at(0)
 
 
 def uncached_latents(pipeline: Pipeline, request: SampleRequest, latents: Latents, noises: Noises) -> Latents:
@@ -89,8 +89,7 @@ def runtime_noises(pipeline: Pipeline, request: SampleRequest) -> Noises:
     """Return the noise that `Pipeline.sample` adds at each step of a request."""
     table = sampler_table(pipeline.manifest.schedule, request.sampler, request.steps)
     stream = NoiseStream(request, pipeline.manifest.model.latent_shape)
-    stream.draw()  # the initial latents come first
-    return list(stream.of_steps(table))
+    return [stream.at(draw) if draw is not None else None for draw in draws_of_steps(table)]
 
 
 def diffusers_noises(pipeline: Pipeline, request: SampleRequest) -> Noises:

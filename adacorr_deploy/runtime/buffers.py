@@ -56,6 +56,8 @@ class ImageBuffers:
 
     latents: tuple[Buffer, Buffer]  # (B, C, H, W) float32; step s reads [s % 2] and writes the other
     noise: Buffer  # (B, C, H, W) float32
+    noise_keys: Buffer  # (B, 2) int64: each image's generator
+    noise_draw: Buffer  # (1,) int64: which of its draws
     scratch: Buffer  # (B, C, H, W) float32: latents of a step that is only measured
     predicted_output: Buffer  # (B, C, H, W) float32
     output_error: Buffer  # (B,) float32
@@ -92,6 +94,8 @@ def allocate_image_buffers(backend: Backend, model: ModelSpec, size: RunSize) ->
     buffers = ImageBuffers(
         latents=(backend.allocate(image, DType.FLOAT32), backend.allocate(image, DType.FLOAT32)),
         noise=backend.allocate(image, DType.FLOAT32),
+        noise_keys=backend.allocate((size.batch, 2), DType.INT64),
+        noise_draw=backend.allocate((1,), DType.INT64),
         scratch=backend.allocate(image, DType.FLOAT32),
         predicted_output=backend.allocate(image, DType.FLOAT32),
         output_error=backend.allocate((size.batch,), DType.FLOAT32),

@@ -38,7 +38,7 @@ class Denoiser:
     controller: Controller
     trace: Trace
     batch: int
-    noises: Iterator[NDArray[np.float32] | None]  # one per step; None where the sampler adds none
+    draws: Iterator[int | None]  # which draw each step adds; None where the sampler adds none
     progress: Progress | None
     cancelled: Callable[[], bool] | None
     _suspect: bool = False  # something was not finite in this step
@@ -56,7 +56,7 @@ class Denoiser:
             PolicyError: If the controller asks for what its slot can't give.
         """
         steps = self.trace.steps
-        for step, noise in enumerate(self.noises):
+        for step, noise in enumerate(self.draws):
             self._deliver_errors(step)
             self.space.embed(step)
             if self.controller.whole_steps:
@@ -72,7 +72,7 @@ class Denoiser:
             self._report(step)
         return self._finite_latents(steps - 1)
 
-    def _whole_step(self, step: int, noise: NDArray[np.float32] | None) -> None:
+    def _whole_step(self, step: int, noise: int | None) -> None:
         """Decide once for all blocks: extrapolate the model's output, or evaluate it."""
         output = self.space.slots.output
         self._stop_if_cancelled(step)
@@ -87,7 +87,7 @@ class Denoiser:
         else:
             raise PolicyError("A policy that decides over whole steps corrects a block. Let it evaluate or reuse.")
 
-    def _evaluate_whole_step(self, step: int, noise: NDArray[np.float32] | None, output: CacheSlot) -> None:
+    def _evaluate_whole_step(self, step: int, noise: int | None, output: CacheSlot) -> None:
         measures = bool(output.history.steps) and self.controller.measures_error(step, 0, output.history)
         if measures:  # before the head, which overwrites the ring's oldest entry
             prediction = self.controller.prediction(step, 0, output.history)

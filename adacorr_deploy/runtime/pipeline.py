@@ -23,9 +23,10 @@ from adacorr_deploy.core.samplers import sampler_table
 from adacorr_deploy.engines import backend_by_name
 from adacorr_deploy.engines.backend import Backend, Session
 from adacorr_deploy.engines.bundle_sessions import check_backend, open_part
+from adacorr_deploy.plugins.kernels import noise_spec
 from adacorr_deploy.runtime.buffers import MAX_HISTORY, RunSize
 from adacorr_deploy.runtime.denoise import Denoiser, Progress
-from adacorr_deploy.runtime.request import NoiseStream, SampleRequest, check_request
+from adacorr_deploy.runtime.request import SampleRequest, check_request, draws_of_steps
 from adacorr_deploy.runtime.slots import CacheSlot
 from adacorr_deploy.runtime.trace import Branch, Trace
 from adacorr_deploy.runtime.workspace import Workspace, allocate_workspace
@@ -87,6 +88,9 @@ class Pipeline:
             for name in bundle.manifest.parts:
                 sessions[name] = open_part(bundle, name, backend)
                 resources.callback(sessions[name].close)
+            if (noise := backend.open_noise(noise_spec(bundle.manifest.model))) is not None:
+                sessions[noise.spec.name] = noise
+                resources.callback(noise.close)
             return cls(bundle, backend, sessions, resources.pop_all())
 
     @property
@@ -156,16 +160,14 @@ class Pipeline:
         with self.lease(size, keeps_reference=controller.keeps_reference) as (space, slots):
             launches = self._block_launches()
             started = time.perf_counter()
-            stream = NoiseStream(request, manifest.model.latent_shape)
-            latents = stream.draw()  # drawn in any case, so that the noise of later steps is the same
-            space.prepare(request, table, latents if request.latents is None else request.latents)
+            space.prepare(request, table, request.latents)
             denoiser = Denoiser(
                 space=space,
                 slots=slots,
                 controller=controller,
                 trace=Trace(request.steps, manifest.model.block_names, tuple(Branch)[: request.branches]),
                 batch=request.batch,
-                noises=stream.of_steps(table),
+                draws=draws_of_steps(table),
                 progress=progress,
                 cancelled=cancelled,
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -14,6 +16,7 @@ from adacorr_deploy.core.samplers import MAX_GUIDANCE, NoiseSchedule, Sampler, S
 from adacorr_deploy.core.shapes import MAX_BATCH
 from adacorr_deploy.core.specs import ModelSpec
 from adacorr_deploy.core.untrusted import clipped
+from adacorr_deploy.plugins.oracle import philox_normals
 
 MAX_SEED: Final = 2**64 - 1
 
@@ -100,26 +103,29 @@ def _check_latents(latents: NDArray[np.float32], shape: tuple[int, ...]) -> None
 
 
 class NoiseStream:
-    """The random numbers of a request: image b's come from its own generator, whatever the batch around it.
+    """The random numbers of a request: image b's depend on the seed and b alone, whatever the batch around it.
 
-    Each image draws its initial latents first, then once for each step that adds noise.
+    Draw 0 is the initial latents; each step that adds noise takes the next. A GPU makes the same ones by itself.
     """
 
     def __init__(self, request: SampleRequest, latent_shape: tuple[int, int, int]) -> None:
-        self._shape = latent_shape
-        self._generators = [
-            np.random.Generator(np.random.Philox(key=np.asarray([request.seed, image], dtype=np.uint64)))
-            for image in range(request.batch)
-        ]
+        self._seed = request.seed
+        self._shape = (request.batch, *latent_shape)
 
-    def draw(self) -> NDArray[np.float32]:
-        """Return the next standard normal numbers, (B, C, H, W)."""
-        return np.stack(list(self._draws()))
+    def at(self, draw: int) -> NDArray[np.float32]:
+        """Return the standard normals of a draw, (B, C, H, W)."""
+        count = math.prod(self._shape[1:])
+        images = [philox_normals(self._seed, image, draw, count) for image in range(self._shape[0])]
+        return np.stack(images).reshape(self._shape)
 
-    def of_steps(self, table: SamplerTable) -> Iterator[NDArray[np.float32] | None]:
-        """Yield what each step of a run adds, None where it adds nothing; the initial latents must be drawn before."""
-        return (self.draw() if noisy else None for noisy in table.noisy_steps)
+    @property
+    def keys(self) -> NDArray[np.int64]:
+        """The generators' keys, (B, 2): seed and image, as the bits of unsigned integers."""
+        keys = [(self._seed, image) for image in range(self._shape[0])]
+        return np.array(keys, dtype=np.uint64).view(np.int64)
 
-    def _draws(self) -> Iterator[NDArray[np.float32]]:
-        for generator in self._generators:
-            yield generator.standard_normal(self._shape, dtype=np.float32)
+
+def draws_of_steps(table: SamplerTable) -> Iterator[int | None]:
+    """Yield which draw each step of a run adds, None where it adds nothing."""
+    draws = itertools.count(1)
+    return (next(draws) if noisy else None for noisy in table.noisy_steps)

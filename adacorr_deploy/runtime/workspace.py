@@ -13,6 +13,7 @@ from adacorr_deploy.core.errors import EngineError
 from adacorr_deploy.core.samplers import SamplerTable
 from adacorr_deploy.core.specs import MODULATIONS_PER_BLOCK, DType, ModelSpec, unit_names
 from adacorr_deploy.engines.backend import Backend, Buffer, Launch, Session
+from adacorr_deploy.plugins.kernels import NOISE_KERNEL
 from adacorr_deploy.plugins.service_parts import SIGNALS_PART, blend_part_name, predict_part_name
 from adacorr_deploy.runtime.buffers import (
     BlockBuffers,
@@ -22,9 +23,10 @@ from adacorr_deploy.runtime.buffers import (
     allocate_block_buffers,
     allocate_image_buffers,
 )
-from adacorr_deploy.runtime.request import SampleRequest
+from adacorr_deploy.runtime.request import NoiseStream, SampleRequest
 from adacorr_deploy.runtime.slots import CacheSlot, SlotPool, Window
 
+Noise = NDArray[np.float32] | int  # (B, C, H, W), or which draw of the request's own
 Reading = Callable[[], NDArray[np.generic]]  # waits for what was measured, and returns it
 
 
@@ -52,10 +54,15 @@ class Workspace:
 
     # --- Around the blocks ---------------------------------------------------------------------------------------
 
-    def prepare(self, request: SampleRequest, table: SamplerTable, latents: NDArray[np.float32]) -> None:
-        """Write a request's inputs, and compute the modulation of all its steps in one launch."""
+    def prepare(self, request: SampleRequest, table: SamplerTable, latents: NDArray[np.float32] | None) -> None:
+        """Write a request's inputs, and compute the modulation of all its steps in one launch.
+
+        Without latents they are the request's first draw.
+        """
         image = self.image
-        image.latents[0].write(latents)
+        self._stream = NoiseStream(request, self._model.latent_shape)
+        image.noise_keys.write(self._stream.keys)
+        self._fill(image.latents[0], 0 if latents is None else latents)
         image.guidance.write(request.branch_weights())
         image.timesteps.write(table.timesteps)
         image.coefficients.write(table.coefficients)
@@ -83,12 +90,12 @@ class Workspace:
             },
         )
 
-    def head(self, step: int, noise: NDArray[np.float32] | None) -> None:
+    def head(self, step: int, noise: Noise | None) -> None:
         """End a step: tokens → guided model output (into the output slot's ring) → the next latents."""
         image = self.image
         entry = self.slots.output.next_entry
         if noise is not None:
-            image.noise.write(noise)
+            self._fill(image.noise, noise)
         self._run(
             ("head", step % 2, entry),
             lambda: {
@@ -104,10 +111,10 @@ class Workspace:
             },
         )
 
-    def extrapolate(self, step: int, noise: NDArray[np.float32] | None, window: Window) -> None:
+    def extrapolate(self, step: int, noise: Noise | None, window: Window) -> None:
         """Let the output slot's prediction stand for the model: the next latents without a block."""
         if noise is not None:
-            self.image.noise.write(noise)
+            self._fill(self.image.noise, noise)
         self._extrapolate(step, window, "reuse", self.image.latents[(step + 1) % 2])
 
     def predict_output_aside(self, step: int, window: Window) -> None:
@@ -144,6 +151,20 @@ class Workspace:
                 "model_output": image.predicted_output,
             },
         )
+
+    def _fill(self, target: Buffer, noise: Noise) -> None:
+        """Write normals, or make those of a draw where the buffer is, if the backend does."""
+        if isinstance(noise, int) and NOISE_KERNEL in self._sessions:
+            image = self.image
+            image.noise_draw.write(np.asarray([noise], dtype=np.int64))
+            self._run(
+                (NOISE_KERNEL, target.address),
+                lambda: {"keys": image.noise_keys, "draw": image.noise_draw, "noise": target},
+            )
+        elif isinstance(noise, int):
+            target.write(self._stream.at(noise))
+        else:
+            target.write(noise)
 
     def read_latents(self, step: int) -> NDArray[np.float32]:
         """Return a host copy of the latents that `step` made, (B, C, H, W)."""

@@ -85,7 +85,7 @@ def test_given_latents_take_the_place_of_drawn_ones(
     command: Command, bundle: Path, tmp_path: Path, sampler: str
 ) -> None:
     start, drawn, given = (tmp_path / f"{name}.npy" for name in ("start", "drawn", "given"))
-    np.save(start, NoiseStream(SampleRequest(labels=(0, 1, 2), seed=5), SHAPE[1:]).draw())
+    np.save(start, NoiseStream(SampleRequest(labels=(0, 1, 2), seed=5), SHAPE[1:]).at(0))
     common = ("run", bundle, "--policy", "none", "--steps", 3, "--seed", 5, "--sampler", sampler)
     assert command(*common, "--save-latents", drawn).code == 0
     assert command(*common, "--save-latents", given, "--latents", start).code == 0

@@ -227,3 +227,17 @@ def test_a_host_backends_launch_is_not_fused(device: Device) -> None:
 
     _, launches = _chain(device, _rows(device))
     assert device.fuse([launches[0], HostLaunch()]) is None
+
+
+def test_with_graphs_off_everything_stays_as_it_is(device: Device) -> None:
+    rows = _rows(device)
+    launches = [Engine(device, rows, row).launch() for row in range(2)]
+    device.graphs = False
+    for _ in range(3):
+        for launch in launches:
+            launch.run()
+    assert not any(launch.captured or launch.capture_failure for launch in launches)
+    assert device.fuse(launches) is None
+    device.graphs = True
+    launches[0].run()
+    assert launches[0].captured and device.fuse(launches) is not None

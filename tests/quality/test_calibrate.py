@@ -19,6 +19,7 @@ from adacorr_deploy.caching.decisions import Action, Prediction, SlotHistory
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind, extrapolation_coefficients
 from adacorr_deploy.core.errors import CalibrationError, EngineError, RequestError
 from adacorr_deploy.core.samplers import Sampler
+from adacorr_deploy.plugins import oracle
 from adacorr_deploy.quality import memory_need
 from adacorr_deploy.quality.calibrate import CALIBRATION_SEED, CalibrationOptions, calibrate, needed_bytes
 from adacorr_deploy.runtime import Pipeline, SampleRequest
@@ -197,8 +198,7 @@ def test_the_probes_expectation_is_what_a_request_measures(
 
 def initial_latents(image: int) -> NDArray[np.float32]:
     """An image's own first draw, (1, C, H, W), written down without the request's stream."""
-    generator = np.random.Generator(np.random.Philox(key=np.asarray([CALIBRATION_SEED, image], dtype=np.uint64)))
-    return generator.standard_normal((1, 1, 4, 4), dtype=np.float32)
+    return oracle.philox_normals(CALIBRATION_SEED, image, 0, 16).reshape(1, 1, 4, 4)
 
 
 @both_predictors

@@ -135,6 +135,9 @@ class FakeBackend:
         session = self.sessions[spec.name] = FakeSession(spec, self.functions[spec.name], self)
         return session
 
+    def open_noise(self, spec: PartSpec) -> None:
+        """Return None: buffers are in the host's memory."""
+
     def allocate(self, shape: tuple[int, ...], dtype: DType) -> FakeBuffer:
         buffer = FakeBuffer(np.zeros(shape, dtype.numpy))
         self.buffers.append(buffer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -89,7 +90,7 @@ class PlainRun:
         request, model = self.request, self.model
         table = sampler_table(SCHEDULE, request.sampler, request.steps)
         stream = NoiseStream(request, model.spec.latent_shape)
-        latents = stream.draw()
+        latents, draws = stream.at(0), itertools.count(1)
         tables = model.condition({"timesteps": table.timesteps, "labels": request.rows(model.spec.num_classes)})
         slots = [PlainSlot() for _ in model.spec.blocks]
         for step in range(request.steps):
@@ -103,7 +104,7 @@ class PlainRun:
                 "latents": latents,
                 "guidance": request.branch_weights(),
                 "coefficients": table.coefficients,
-                "noise": stream.draw() if table.coefficients[step, 2] else np.zeros_like(latents),
+                "noise": stream.at(next(draws)) if table.coefficients[step, 2] else np.zeros_like(latents),
             }
             latents = f32(model.head(head)["latents_out"])
         return latents

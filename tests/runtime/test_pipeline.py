@@ -13,6 +13,7 @@ import pytest
 from adacorr_deploy.caching.decisions import Action
 from adacorr_deploy.core.errors import BundleError, EngineError, PolicyError, RequestError, SamplingCancelledError
 from adacorr_deploy.core.samplers import Sampler
+from adacorr_deploy.plugins import oracle
 from adacorr_deploy.runtime import Pipeline, SampleRequest
 from adacorr_deploy.runtime.slots import CacheSlot
 from tests.runtime.fake_backend import FakeBackend
@@ -44,12 +45,7 @@ def test_an_image_does_not_depend_on_its_neighbours_nor_on_the_batch(pipeline: P
 
 
 def test_given_latents_replace_the_drawn_ones_and_nothing_else(pipeline: Pipeline) -> None:
-    drawn = [
-        np.random.Generator(np.random.Philox(key=np.asarray([7, image], dtype=np.uint64))).standard_normal(
-            (1, 4, 4), dtype=np.float32
-        )
-        for image in range(2)
-    ]
+    drawn = [oracle.philox_normals(7, image, 0, 16).reshape(1, 4, 4) for image in range(2)]
     given = SampleRequest((0, 2), steps=6, guidance=3.0, seed=7, sampler=Sampler.DDPM, latents=np.stack(drawn))
     np.testing.assert_array_equal(sampled(pipeline, given), sampled(pipeline))
     zeros = SampleRequest((0, 2), steps=6, guidance=3.0, seed=7, latents=np.zeros((2, 1, 4, 4), np.float32))

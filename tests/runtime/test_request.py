@@ -11,7 +11,7 @@ import pytest
 
 from adacorr_deploy.core.errors import RequestError
 from adacorr_deploy.core.samplers import Sampler, SamplerTable
-from adacorr_deploy.runtime.request import MAX_SEED, NoiseStream, SampleRequest, check_request
+from adacorr_deploy.runtime.request import MAX_SEED, NoiseStream, SampleRequest, check_request, draws_of_steps
 from tests.runtime.tiny_dit import SCHEDULE, tiny_spec
 
 LATENTS = np.zeros((1, 1, 4, 4), np.float32)
@@ -75,20 +75,23 @@ def test_branch_weights_sum_to_one_and_one_branch_has_no_null_rows() -> None:
 
 def test_images_of_one_seed_differ_and_a_seed_repeats() -> None:
     first, second = (NoiseStream(SampleRequest((0, 0), seed=MAX_SEED), (1, 4, 4)) for _ in range(2))
-    draws = [first.draw(), first.draw()]
+    draws = [first.at(0), first.at(1)]
+    assert first.keys.view(np.uint64).tolist() == [[MAX_SEED, 0], [MAX_SEED, 1]]
     assert len({draw[image].tobytes() for draw in draws for image in range(2)}) == 4
-    np.testing.assert_array_equal(draws, [second.draw(), second.draw()])
+    np.testing.assert_array_equal(draws, [second.at(0), second.at(1)])
 
 
-def test_the_noise_of_steps_follows_the_initial_latents_and_skips_steps_without() -> None:
-    request = SampleRequest((0, 1), seed=3)
+def test_the_draws_of_steps_follow_the_initial_latents_and_skip_steps_without() -> None:
     coefficients = np.zeros((4, 5), np.float32)
     coefficients[[0, 2], 2] = 0.5
     table = SamplerTable(timesteps=np.arange(4, 0, -1, dtype=np.float32), coefficients=coefficients)
     assert (table.noisy_steps, table.needs_noise) == ((True, False, True, False), True)
-    stream, plain = NoiseStream(request, (1, 4, 4)), NoiseStream(request, (1, 4, 4))
-    stream.draw()
-    _, *expected = (plain.draw() for _ in range(3))
-    found = list(stream.of_steps(table))
-    assert [noise is None for noise in found] == [False, True, False, True]
-    np.testing.assert_array_equal([noise for noise in found if noise is not None], expected)
+    assert list(draws_of_steps(table)) == [1, None, 2, None]
+
+
+def test_an_image_draws_standard_normals_whatever_its_neighbours() -> None:
+    alone, together = (NoiseStream(SampleRequest((0,) * batch, seed=3), (4, 64, 64)) for batch in (1, 3))
+    np.testing.assert_array_equal(alone.at(2)[0], together.at(2)[0])
+    values = together.at(0).astype(np.float64)
+    assert abs(values.mean()) < 0.02 and abs(values.std() - 1) < 0.02
+    assert abs(np.mean(values**4) - 3) < 0.15

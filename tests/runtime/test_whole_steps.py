@@ -8,6 +8,7 @@ import pytest
 from adacorr_deploy.caching.decisions import Action
 from adacorr_deploy.core.errors import PolicyError
 from adacorr_deploy.core.samplers import COLUMNS, Sampler, sampler_table
+from adacorr_deploy.plugins import oracle
 from adacorr_deploy.runtime import Pipeline, SampleRequest
 from tests.runtime.fake_backend import FakeBackend
 from tests.runtime.scripted import PlainRun, Script, always
@@ -49,8 +50,7 @@ def test_a_held_output_moves_the_latents_by_the_sampler_alone(pipeline: Pipeline
 
     pipeline.sample(one, every(99), history=1, progress=remember)
     kept, moved = (table[:, COLUMNS.index(name)] for name in ("latents", "output"))
-    noise = np.random.Generator(np.random.Philox(key=np.asarray([7, 0], dtype=np.uint64)))
-    start = noise.standard_normal(seen[0].shape[1:], dtype=np.float32).astype(np.float64)
+    start = oracle.philox_normals(7, 0, 0, seen[0][0].size).reshape(seen[0].shape[1:]).astype(np.float64)
     output = (seen[0][0] - kept[0] * start) / moved[0]
     latents = seen[0][0].astype(np.float64)
     for step in range(1, 6):

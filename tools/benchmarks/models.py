@@ -143,7 +143,7 @@ def timed(work: Callable[[], object]) -> float:
 def prepare(pipeline: Pipeline, space: Workspace, request: SampleRequest) -> None:
     """Put the request's inputs and modulations in place."""
     table = sampler_table(pipeline.manifest.schedule, request.sampler, request.steps)
-    space.prepare(request, table, NoiseStream(request, pipeline.manifest.model.latent_shape).draw())
+    space.prepare(request, table, NoiseStream(request, pipeline.manifest.model.latent_shape).at(0))
 
 
 def monolith_buffers(spec: PartSpec, space: Workspace, latents: Buffer, latents_out: Buffer) -> dict[str, Buffer]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 from pathlib import Path
 
 import matplotlib as mpl
@@ -28,6 +29,7 @@ from torch import Tensor
 from train_dit import BATCH, CONFIG
 
 from adacorr_deploy.exporters.dit_original import diffusers_from_original, set_frequency_shift
+from adacorr_deploy.plugins.oracle import philox_normals
 from adacorr_deploy.quality.classifier import load_classifier, load_reference_statistics
 from adacorr_deploy.quality.metrics import bootstrap_frechet
 from adacorr_deploy.quality.pictures import ImageGrid, picture_of_grids, write_picture
@@ -85,8 +87,8 @@ def demo_scheduler() -> DDIMScheduler:
 def initial_latents(count: int, seed: int) -> Tensor:
     """Draw each image's noise from its own stream, as the runtime does: an image does not depend on its neighbours."""
     shape = (CONFIG["channels"], CONFIG["side"], CONFIG["side"])
-    streams = (np.random.Generator(np.random.Philox(key=[seed, index])) for index in range(count))
-    return torch.from_numpy(np.stack([stream.standard_normal(shape, np.float32) for stream in streams]))
+    images = [philox_normals(seed, index, 0, math.prod(shape)) for index in range(count)]
+    return torch.from_numpy(np.stack(images).reshape(count, *shape))
 
 
 def sample(model: DiTTransformer2DModel, labels: Tensor, guidance: float, seed: int) -> NDArray[np.float32]:
