@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 import typer
 
 from adacorr_deploy.cli.calibrate import calibrate_bundle
+from adacorr_deploy.cli.compiler_options import compiler_options
 from adacorr_deploy.cli.console import Advance, progress_bar, show_json, show_lines, show_table
 from adacorr_deploy.cli.errors import needs_build_packages, run_app
 from adacorr_deploy.cli.inspection import inspect_bundle
 from adacorr_deploy.cli.model_source import DEMO, path_from_model
 from adacorr_deploy.cli.options import Heads, Json, Scheduler, command_app, examples, path_from_text
-from adacorr_deploy.core.engine_build import MAX_SIZE, CompilerOptions, Profile, WeightLayout
+from adacorr_deploy.core.engine_build import CompilerOptions, WeightLayout
 from adacorr_deploy.core.errors import PolicyError
 from adacorr_deploy.core.specs import DType
 
@@ -229,7 +230,7 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
     target = Target(
         bundle=output,
         backend=backend,
-        compiler=_compiler_options(gpu, batch, max_steps, weights, version_compatible, timing_cache),
+        compiler=compiler_options(gpu, batch, max_steps, weights, version_compatible, timing_cache),
         precision=precision,
         segment=segment,
         policy=_default_policy(policy, calibrated=calibrated),
@@ -292,48 +293,14 @@ def _default_policy(name: str | None, *, calibrated: bool) -> str:
     return name
 
 
-def _compiler_options(
-    gpu: str | None,
-    batch: str | None,
-    max_steps: int | None,
-    weights: WeightLayout | None,
-    version_compatible: bool,
-    timing_cache: Path | None,
-) -> CompilerOptions | None:
-    """Return what a user asks of the compiler, or None for nothing: not every backend has one."""
-    if not version_compatible and all(option is None for option in (gpu, batch, max_steps, weights, timing_cache)):
-        return None
-    defaults = Profile()
-    most = max_steps or defaults.steps[-1]
-    try:
-        profile = Profile(
-            batch=_three_sizes(batch) if batch is not None else defaults.batch,
-            steps=(1, min(defaults.steps[1], most), most),
-        )
-    except ValueError as error:
-        raise typer.BadParameter(
-            f"{batch!r} is not three sizes of 1 to {MAX_SIZE}, the fewest first, as 1,8,16.", param_hint="--batch"
-        ) from error
-    return CompilerOptions(
-        profile=profile,
-        targets=tuple(gpu.split(",")) if gpu is not None else (),
-        weights=weights or WeightLayout.BAKED,
-        version_compatible=version_compatible,
-        timing_cache=timing_cache,
-    )
-
-
-def _three_sizes(text: str) -> tuple[int, int, int]:
-    fewest, tuned, most = (int(word) for word in text.split(",") if word.isascii() and len(word) <= len(str(MAX_SIZE)))
-    return fewest, tuned, most
-
-
 def _built(source: Source, target: Target, advance: Advance) -> Bundle:
     from adacorr_deploy.cli.output_files import check_new_folder, check_outputs
+    from adacorr_deploy.core.bundle import open_bundle
     from adacorr_deploy.engines import backend_by_name
     from adacorr_deploy.engines.bundle_sessions import check_precision
     from adacorr_deploy.exporters import load_checkpoint
     from adacorr_deploy.exporters.bundle_builder import BuildOptions, build_bundle, check_output
+    from adacorr_deploy.quality.golden import store_golden_samples
 
     options = BuildOptions(
         precision=target.precision.dtype,
@@ -351,13 +318,21 @@ def _built(source: Source, target: Target, advance: Advance) -> Bundle:
     check_new_folder(target.bundle, inputs=[model, *([source.scheduler] if source.scheduler is not None else [])])
     if target.compiler is not None and target.compiler.timing_cache is not None:
         check_outputs([target.compiler.timing_cache], bundle=target.bundle)
+    loaded = load_checkpoint(model, source.scheduler, heads=source.heads)
+    calibrate = _calibration(target, calibrating.name, advance) if target.calibrated else None
+
+    def finish(folder: Path) -> None:
+        store_golden_samples(open_bundle(folder), loaded, advance)
+        if calibrate is not None:
+            calibrate(folder)
+
     return build_bundle(
-        load_checkpoint(model, source.scheduler, heads=source.heads),
+        loaded,
         target.bundle,
         backend,
         options,
         progress=lambda part, done, total: advance(f"building {part}", done, total),
-        finish=_calibration(target, calibrating.name, advance) if target.calibrated else None,
+        finish=finish,
     )
 
 

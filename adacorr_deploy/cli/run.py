@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from adacorr_deploy.core.manifest import Manifest
     from adacorr_deploy.core.specs import ModelSpec
     from adacorr_deploy.runtime import SampleRequest, SampleResult
+    from adacorr_deploy.runtime.self_test import SelfTestResult
 
 app = command_app()
 
@@ -43,6 +44,10 @@ class Outputs:
     directory: Path | None  # of the pictures
     latents: Path | None
     trace: Path | None
+
+    @property
+    def wanted(self) -> bool:
+        return any(path is not None for path in (self.directory, self.latents, self.trace))
 
     def check(self, pictures: Sequence[str], *, bundle: Path, inputs: Sequence[Path]) -> None:
         """Refuse what can't be written, before anything is sampled.
@@ -71,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         "adacorr-run demo.bundle --class-labels trouser,sneaker,8 --seed 7 -o images",
         "adacorr-run demo.bundle --policy robust@2.5 --trace trace.json -o images",
         "adacorr-run demo.bundle --policy none --latents start.npy --save-latents final.npy -o images",
+        "adacorr-run demo.bundle --self-test",
     )
 )
 def run(  # noqa: PLR0913, PLR0917  one parameter is one option
@@ -140,6 +146,14 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
             show_default=False,
         ),
     ] = None,
+    self_test: Annotated[
+        bool,
+        typer.Option(
+            "--self-test",
+            help="First sample what the bundle holds of its PyTorch model's own latents, and stop if the engines miss "
+            "them. Without an output, nothing else is done.",
+        ),
+    ] = False,
     backend: RunBackend = None,
     as_json: Json = False,
 ) -> None:
@@ -152,8 +166,17 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
     from adacorr_deploy.cli.labels import labels_from_text
     from adacorr_deploy.cli.latents_file import latents_from_npy
     from adacorr_deploy.runtime import Pipeline, SampleRequest, check_request, sample_with_policy
+    from adacorr_deploy.runtime.self_test import self_test as test_engines
 
     outputs = Outputs(directory=output, latents=save_latents, trace=trace)
+    if self_test and not outputs.wanted:
+        with Pipeline.open(bundle, backend=backend) as pipeline, progress_bar() as advance:
+            tested = test_engines(pipeline, advance)
+        if as_json:
+            show_json(_self_test_document(tested))
+        else:
+            _show_self_test(tested)
+        return
     inputs = [Path(given) for given in (latents, policy) if given is not None]
     outputs.check([GRID_NAME], bundle=bundle, inputs=inputs)
     with Pipeline.open(bundle, backend=backend) as pipeline:
@@ -176,6 +199,7 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
         pictures = [*_naming(manifest, request).file_names(), GRID_NAME]
         outputs.check(pictures, bundle=bundle, inputs=inputs)
         with progress_bar() as advance:
+            tested_first = test_engines(pipeline, advance) if self_test else None
             result = sample_with_policy(
                 pipeline,
                 request,
@@ -191,10 +215,24 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
                 "rho": result.rho,
                 "launches": result.launches,
                 "seconds": result.seconds,
+                **(_self_test_document(tested_first) if tested_first is not None else {}),
             }
         )
     else:
+        if tested_first is not None:
+            _show_self_test(tested_first)
         _show(outputs, images, chosen, result)
+
+
+def _self_test_document(tested: SelfTestResult) -> dict[str, object]:
+    return {"self_test": asdict(tested)}
+
+
+def _show_self_test(tested: SelfTestResult) -> None:
+    show_lines(
+        f"self-test passed with {tested.backend} on {tested.hardware}: {tested.error:.1e} from PyTorch's latents "
+        f"(relative L2), allowed is {tested.tolerance:g}; {tested.seconds:.1f} s"
+    )
 
 
 def _check_pixels(model: ModelSpec, outputs: Outputs) -> None:

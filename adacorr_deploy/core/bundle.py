@@ -132,6 +132,22 @@ def _engine_files(path: Path) -> Iterator[str]:
     yield from (Path(error.filename).relative_to(path).as_posix() for error in unreadable if error.errno != ENOENT)
 
 
+def verified_content(file: Path, sha256: str, *, limit_bytes: int) -> bytes:
+    """Return the content of a file that a manifest lists, checked again: the bundle may have been opened long ago.
+
+    Raises:
+        BundleError: If the file has gone or was replaced since.
+        ValueError: If it is no regular file, or holds more than `limit_bytes`.
+    """
+    try:
+        content = bounded_file(file, limit_bytes=limit_bytes)
+    except OSError as error:
+        raise BundleError(f"{file} can't be read any more: {error}. Open the bundle again.") from error
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise BundleError(f"{file} was replaced after its bundle was opened. Open the bundle again.")
+    return content
+
+
 # --- Storing -----------------------------------------------------------------------------------------------------
 
 

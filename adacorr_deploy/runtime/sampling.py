@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -19,9 +18,9 @@ from adacorr_deploy.caching.calibration import (
 from adacorr_deploy.caching.controllers import Run, controller_for_policy
 from adacorr_deploy.caching.decisions import Controller
 from adacorr_deploy.caching.policy import PaperGate, Policy
-from adacorr_deploy.core.bundle import CALIBRATION_DIR, Bundle
-from adacorr_deploy.core.errors import BundleError, CalibrationError, PolicyError
-from adacorr_deploy.core.untrusted import bounded_file, clipped
+from adacorr_deploy.core.bundle import CALIBRATION_DIR, Bundle, verified_content
+from adacorr_deploy.core.errors import CalibrationError, PolicyError
+from adacorr_deploy.core.untrusted import clipped
 from adacorr_deploy.runtime.denoise import Progress
 from adacorr_deploy.runtime.pipeline import Pipeline, SampleResult
 from adacorr_deploy.runtime.request import SampleRequest, check_request
@@ -122,11 +121,7 @@ def calibrations(bundle: Bundle) -> dict[str, Calibration]:
 def _calibration(file: Path, sha256: str) -> Calibration:
     """Read a calibration file once; `sha256` tells apart what the same path held at other times."""
     try:
-        content = bounded_file(file, limit_bytes=_MAX_FILE_BYTES)
+        content = verified_content(file, sha256, limit_bytes=_MAX_FILE_BYTES)
     except ValueError as error:
         raise CalibrationError(f"{file}: {error}. Make it again with: adacorr-calibrate BUNDLE") from error
-    except OSError as error:
-        raise BundleError(f"{file} can't be read any more: {error}. Open the bundle again.") from error
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise BundleError(f"{file} was replaced after its bundle was opened. Open the bundle again.")
     return calibration_from_json(content, where=str(file))
