@@ -19,6 +19,9 @@ from adacorr_deploy.core.errors import EngineError
 from adacorr_deploy.core.specs import PartSpec, TensorSpec
 from adacorr_deploy.engines.backend import Artefact
 from adacorr_deploy.engines.tensorrt_modules import TensorRTModule, new_log
+from adacorr_deploy.plugins.kernel_compiler import compile_kernels
+from adacorr_deploy.plugins.kernels import kernel_of_part
+from adacorr_deploy.plugins.tensorrt_op import register_plugins
 
 
 class TensorRTCompiler:
@@ -62,6 +65,8 @@ class TensorRTCompiler:
             EngineError: With the compiler's reason, if it refuses the part.
             OSError: If the plan can't be written.
         """
+        if self._module.plugins and kernel_of_part(spec.name) is not None:  # the op, for whoever builds it into a plan
+            register_plugins(self._trt, compile_kernels())
         if self._options.weights is WeightLayout.BAKED:
             content, weights = onnx_path.read_bytes(), None
         else:

@@ -5,7 +5,8 @@ them for the nodes of `onnx_functions.py`, whose `plugin_namespace` asks for the
 the functions' bodies.
 
 Never run against TensorRT in this project: its library can't be installed where it is developed. The tests hold what
-can be held without it: names, signatures, the kernels' arguments, the launches.
+can be held without it: names, signatures, the kernels' arguments, the launches. By hand, these functions went once
+through the public Python half of `tensorrt.plugin` (checks, creators, launch parameters), over a stub of the rest.
 """
 
 from __future__ import annotations

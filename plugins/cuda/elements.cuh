@@ -119,6 +119,8 @@ __device__ inline Raw<E, W> pack(const float (&values)[W]) {
     return raw;
 }
 
-__device__ inline bool aligned(const void* address) { return (reinterpret_cast<unsigned long long>(address) & 15) == 0; }
+__device__ inline bool aligned(const void* address) {
+    return reinterpret_cast<unsigned long long>(address) % 16 == 0;
+}
 
 __device__ inline bool is_finite(float value) { return fabsf(value) <= 3.402823466e38f; }  // false for NaN

@@ -4,7 +4,7 @@
 
 constexpr int COLUMNS = 5;        // of the sampler's table: core/samplers.py::COLUMNS
 
-// latents, noise, latents_out, model_output (B, elements); history (T, B, elements); factors (T,); step (1,): the row of
+// latents, noise, latents_out, model_output (B, elements); history (T, B, elements); factors (T,); step (1,): a row of
 // coefficients (S, 5). Grid: blocks of an image × images.
 extern "C" __global__ void __launch_bounds__(256)
     adacorr_extrapolate(const float* latents, const float* history, const float* factors, const long long* step,

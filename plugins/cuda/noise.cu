@@ -6,13 +6,14 @@ struct Counter {
     unsigned long long words[4];
 };
 
+constexpr unsigned long long FACTOR_0 = 0xD2E7470EE14C6C93ull, FACTOR_1 = 0xCA5A826395121157ull;
+
 __device__ inline Counter philox(Counter counter, unsigned long long key_0, unsigned long long key_1) {
 #pragma unroll
     for (int round = 0; round < 10; ++round) {
         const unsigned long long* const in = counter.words;
-        const unsigned long long high_0 = __umul64hi(0xD2E7470EE14C6C93ull, in[0]), low_0 = 0xD2E7470EE14C6C93ull * in[0];
-        const unsigned long long high_1 = __umul64hi(0xCA5A826395121157ull, in[2]), low_1 = 0xCA5A826395121157ull * in[2];
-        counter = Counter{{high_1 ^ in[1] ^ key_0, low_1, high_0 ^ in[3] ^ key_1, low_0}};
+        counter = Counter{{__umul64hi(FACTOR_1, in[2]) ^ in[1] ^ key_0, FACTOR_1 * in[2],
+                           __umul64hi(FACTOR_0, in[0]) ^ in[3] ^ key_1, FACTOR_0 * in[0]}};
         key_0 += 0x9E3779B97F4A7C15ull;
         key_1 += 0xBB67AE8584CAA73Bull;
     }

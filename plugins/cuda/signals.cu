@@ -16,8 +16,8 @@ struct TokenStatistics {  // 16 bytes
     float deviation_ref;  // of the channels of x̄
 };
 
-// E[(x − s)²] − E[x − s]² needs no second pass. s is one of the x, so the first term is at most D times the variance, and
-// rounding leaves it positive for any width there is (a thousandth of it is lost at worst, for D = 10⁴).
+// E[(x − s)²] − E[x − s]² needs no second pass. s is one of the x, so the first term is at most D times the variance,
+// and rounding leaves that positive for any width there is (a thousandth of it is lost at worst, for D = 10⁴).
 __device__ inline float deviation_of(float sum, float sum_of_squares, float width) {
     const float mean = sum / width;
     return sqrtf(sum_of_squares / width - mean * mean);
@@ -106,7 +106,7 @@ __device__ void write_signals(const float4* statistics, int tokens, float* signa
         sums[3] += of_token.w;
     }
     sum_over_block(sums);
-    const int rank = tokens - static_cast<int>((95ll * tokens + 99) / 100) + 1;  // nearest rank: plugins/oracle.py::p95_rank
+    const int rank = tokens - static_cast<int>((95ll * tokens + 99) / 100) + 1;  // plugins/oracle.py::p95_rank
     const float p95 = largest_ratio(statistics, tokens, rank);
     if (threadIdx.x == 0) {
         const float count = static_cast<float>(tokens);
@@ -139,7 +139,8 @@ __device__ bool is_last_of_row(unsigned* counter) {
 
 // Grid: blocks of a row × rows; any number of whole warps in a block, and any number of blocks.
 template <typename E>
-__device__ void signals_of_row(const E* tokens, const E* reference, int count, int width, float* signals, float* scratch) {
+__device__ void signals_of_row(const E* tokens, const E* reference, int count, int width, float* signals,
+                               float* scratch) {
     const long long row = blockIdx.y;
     float4* const of_row = reinterpret_cast<float4*>(scratch) + row * (count + 1);  // a counter, then the tokens
     float4* const statistics = of_row + 1;

@@ -6,6 +6,7 @@
 
 constexpr int TOKENS = 2;  // of a thread
 constexpr int THREADS = 128;
+constexpr int BLOCKS = 7;  // of a multiprocessor: leaves 72 registers, enough for all of a pair's loads at once
 
 // A slot: `history` (T, U, R, N, D) of results before their gates, `modulation` (S, R, 3U, D), and for each of the T
 // evaluations its row of `modulation` and its coefficient. R is the grid's height.
@@ -26,10 +27,10 @@ __device__ inline void add_weighted(float (&sums)[W], const float (&weights)[W],
     for (int k = 0; k < W; ++k) sums[k] = fmaf(weights[k], values[k], sums[k]);
 }
 
-// Adds Σₜ Σᵤ (cₜ·gateᵤ) ⊙ history[t, u] to the sums of tokens, whose places in a row are given. Units come in pairs, the
-// attention and the MLP of a transformer block: a pair's loads are all under way before any of them is used.
+// Adds Σₜ Σᵤ (cₜ·gateᵤ) ⊙ history[t, u] to the sums of tokens, whose places in a row are given. Units come in pairs,
+// the attention and the MLP of a transformer block: a pair's loads are all under way before any of them is used.
 template <typename E, int W>
-__device__ inline void add_history(float (&sums)[TOKENS][W], const Slot<E>& slot, const long long (&places)[TOKENS],
+__device__ inline void add_history(float (&sums)[TOKENS][W], const Slot<E>& slot, const int (&places)[TOKENS],
                                    int channel) {
     const long long row_size = static_cast<long long>(slot.tokens) * slot.width, stride = gridDim.y * row_size;
     const E* results = slot.history + blockIdx.y * row_size;
@@ -37,6 +38,7 @@ __device__ inline void add_history(float (&sums)[TOKENS][W], const Slot<E>& slot
         const float coefficient = slot.coefficients[evaluation];
         const long long row = slot.gate_steps[evaluation] * gridDim.y + blockIdx.y;
         const E* modulation = slot.modulation + row * 3 * slot.units * slot.width + channel;
+#pragma unroll 1
         for (int block = 0; block < slot.units / 2; ++block, results += 2 * stride, modulation += 6 * slot.width) {
             Raw<E, W> raw[2][TOKENS], gates[2];
 #pragma unroll
@@ -79,11 +81,11 @@ __device__ void update_row(const E* base, const Slot<E>& slot, const E* fresh, f
     const long long row = static_cast<long long>(blockIdx.y) * slot.tokens * slot.width;
     for (int item = blockIdx.x * blockDim.x + threadIdx.x; item < vectors * groups; item += gridDim.x * blockDim.x) {
         const int channel = item % vectors * W, first = item / vectors * TOKENS;
-        long long places[TOKENS];  // past the last token, the last one again: no access needs a condition
+        int places[TOKENS];  // past the last token, the last one again: no access needs a condition
         float sums[TOKENS][W];
 #pragma unroll
         for (int i = 0; i < TOKENS; ++i) {
-            places[i] = static_cast<long long>(min(first + i, slot.tokens - 1)) * slot.width + channel;
+            places[i] = min(first + i, slot.tokens - 1) * slot.width + channel;
         }
         if (weight < 1.0f) {
 #pragma unroll
@@ -117,7 +119,7 @@ __device__ inline float weight_of(float estimate, const float* thresholds) {
 
 // tokens, tokens_out (R, N, D); the rest as in Slot. Grid: blocks of a row × rows.
 #define PREDICT(NAME, ELEMENT)                                                                                       \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                            \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                    \
         adacorr_predict_##NAME(const ELEMENT* tokens, const ELEMENT* history, const ELEMENT* modulation,             \
                                const long long* gate_steps, const float* coefficients, int count, int width,         \
                                int evaluations, int units, ELEMENT* tokens_out) {                                    \
@@ -131,7 +133,7 @@ PREDICT(bfloat16, BFloat16)
 
 // As predict over `base`, with fresh (R, N, D), estimate (R,), thresholds (τ_reuse, τ_recompute, γ) and weight (R,).
 #define BLEND(NAME, ELEMENT)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                            \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                    \
         adacorr_blend_##NAME(const ELEMENT* base, const ELEMENT* history, const ELEMENT* modulation,                 \
                              const long long* gate_steps, const float* coefficients, const ELEMENT* fresh,           \
                              const float* estimate, const float* thresholds, int count, int width, int evaluations,  \

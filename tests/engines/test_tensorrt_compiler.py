@@ -81,7 +81,7 @@ class TestTensorRTForRTX:
         """Registering one and parsing aborts the process (FACTS.md), so a build must not come near it."""
         code = (
             "import sys; from adacorr_deploy.engines import backend_by_name; backend_by_name('tensorrt-rtx'); "
-            "print([name for name in sys.modules if 'plugin' in name and 'tensorrt' in name])"
+            "print([name for name in sys.modules if name.startswith('tensorrt') and 'plugin' in name])"
         )
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert result.stdout.strip() == "[]"

@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,31 +113,36 @@ class HostKernels:
 
 @functools.cache
 def host_kernels() -> HostKernels:
-    """Compile the library, once per state of its sources and user, and load it."""
+    """Compile the library, once per state of its sources and user, and load it.
+
+    Raises:
+        RuntimeError: If it doesn't compile.
+    """
+    library, errors = _compiled()
+    if errors:
+        raise RuntimeError(errors[-4000:])
+    return HostKernels(library)
+
+
+@functools.cache
+def _compiled() -> tuple[Path, str]:
+    """Return the library and the compiler's errors, if any: hundreds of tests must not compile it in vain."""
     sources = sorted([*_HOST_CUDA.iterdir(), *SOURCES.iterdir()])
     digest = hashlib.sha256("".join((*_FLAGS, *_IGNORED)).encode() + b"".join(path.read_bytes() for path in sources))
     folder = Path(tempfile.gettempdir()) / f"adacorr-host-kernels-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     library = folder / f"{digest.hexdigest()[:32]}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch) / library.name
-            programs = [str(_HOST_CUDA / name) for name in ("runner.cpp", "scheduler.cpp")]
-            command = [
-                COMPILER or "g++",
-                *_FLAGS,
-                *_IGNORED,
-                f"-I{_HOST_CUDA}",
-                f"-I{SOURCES}",
-                "-o",
-                str(made),
-                *programs,
-            ]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            if result.returncode != 0:
-                raise RuntimeError(result.stderr[-4000:])
+    if library.exists():
+        return library, ""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = Path(scratch) / library.name
+        programs = [str(_HOST_CUDA / name) for name in ("runner.cpp", "scheduler.cpp")]
+        paths = [f"-I{_HOST_CUDA}", f"-I{SOURCES}", "-o", str(made), *programs]
+        command = [COMPILER or "g++", *_FLAGS, *_IGNORED, *paths]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode == 0:
             made.replace(library)
-    return HostKernels(library)
+        return library, "" if result.returncode == 0 else result.stderr or "g++ failed"
 
 
 class GuardedBuffer:
@@ -188,19 +193,25 @@ def run_launch(
     *,
     scratch: NDArray[np.float32] | None = None,
     seed: int = 0,
-    shift: int = 0,
+    unaligned: Collection[str] = (),
 ) -> Arrays:
-    """Run a launch between guards and return its outputs; `shift` moves every tensor off its alignment.
+    """Run a launch between guards and return its outputs.
 
-    A scratch that is given is used and changed; else it is new and zero.
+    Args:
+        launch: What to run.
+        inputs: By name.
+        outputs: Shapes and types, by name.
+        scratch: Used and changed; else it is new and zero.
+        seed: Of the order of blocks, warps and lanes.
+        unaligned: Tensors that begin one element past a multiple of 16 bytes.
     """
     buffers: dict[str, GuardedBuffer] = {}
     for name in launch.inputs:
-        buffers[name] = GuardedBuffer(inputs[name].nbytes, shift=shift * inputs[name].itemsize)
+        buffers[name] = GuardedBuffer(inputs[name].nbytes, shift=inputs[name].itemsize * (name in unaligned))
         buffers[name].bytes[:] = _bytes_of(inputs[name])
     for name in launch.outputs:
         shape, dtype = outputs[name]
-        buffers[name] = GuardedBuffer(math.prod(shape) * dtype.itemsize, shift=shift * dtype.itemsize)
+        buffers[name] = GuardedBuffer(math.prod(shape) * dtype.itemsize, shift=dtype.itemsize * (name in unaligned))
     if launch.scratch is not None:
         kept = np.zeros(launch.scratch, np.float32) if scratch is None else scratch
         buffers["scratch"] = GuardedBuffer(kept.nbytes)

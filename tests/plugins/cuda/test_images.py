@@ -51,10 +51,10 @@ def test_output_error_matches_the_oracle_in_any_order(image: tuple[int, ...], sc
     np.testing.assert_array_equal(output_error(guess, fresh, seed=1), found)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e20, 1e30])
 def test_an_output_that_is_no_number_is_no_perfect_prediction(bad: float) -> None:
+    """Not even where only the sum of its squares overflows: x/inf = 0."""
     fresh = normal(1, (2, 1, 5, 5))
     fresh[1, 0, 2, 2] = bad
-    guess = np.zeros_like(fresh)
-    found = output_error(guess, fresh)
+    found = output_error(fresh * np.float32(1 - 1e-6), fresh)
     assert np.isfinite(found[0]) and not np.isfinite(found[1])

@@ -18,7 +18,7 @@
 #define __global__
 #define __device__
 #define __shared__ static  // one block runs at a time
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 using std::min;
 
@@ -72,7 +72,8 @@ inline void sincospi(double x, double* sine, double* cosine) {
 
 // The 16-bit formats, rounded to nearest even as cvt.rn does.
 inline float float_from_half_bits(unsigned short bits) {
-    const unsigned sign = static_cast<unsigned>(bits & 0x8000u) << 16, exponent = bits >> 10 & 31u, mantissa = bits & 1023u;
+    const unsigned sign = static_cast<unsigned>(bits & 0x8000u) << 16;
+    const unsigned exponent = bits >> 10 & 31u, mantissa = bits & 1023u;
     if (exponent == 31) return __uint_as_float(sign | 0x7f800000u | mantissa << 13);
     if (exponent == 0) return std::copysign(std::ldexp(static_cast<float>(mantissa), -24), __uint_as_float(sign | 1u));
     return __uint_as_float(sign | (exponent + 112) << 23 | mantissa << 13);

@@ -70,8 +70,8 @@ const char* kernel_name(unsigned number) {
 
 // Runs a kernel over a grid, in an order of blocks, warps and lanes that `seed` shuffles (0: as numbered). `arguments`
 // point at the values, as for cuLaunchKernel. Returns 0, or 1 with the reason in last_error().
-int run_kernel(const char* name, const unsigned grid[3], const unsigned block[3], unsigned shared_bytes, void** arguments,
-               unsigned long long seed) {
+int run_kernel(const char* name, const unsigned grid[3], const unsigned block[3], unsigned shared_bytes,
+               void** arguments, unsigned long long seed) {
     const Entry* const entry = entry_named(name);
     error_text = entry == nullptr ? "there is no kernel of that name" : "";
     if (shared_bytes != 0) error_text = "these kernels take no dynamic shared memory";

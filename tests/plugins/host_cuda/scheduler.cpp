@@ -38,7 +38,7 @@ void** arguments_now = nullptr;
 sigjmp_buf outside;  // of the kernel, for an access that faults
 pthread_t kernel_thread;
 
-// Tests put pages that can't be accessed around their buffers. A fault of another thread is not ours: it ends the process.
+// Tests put pages that can't be accessed around their buffers. Another thread's fault is not ours: it ends the process.
 void on_fault(int signal) {
     if (pthread_equal(pthread_self(), kernel_thread)) siglongjmp(outside, 1);
     std::signal(signal, SIG_DFL);

@@ -12,7 +12,7 @@ constexpr unsigned WARP_SIZE = 32;
 
 // Called by kernels, in a fibre.
 int wait_for_block(bool predicate);  // the number of threads whose predicate is true, once all have come
-unsigned exchange_in_warp(unsigned lanes, unsigned value, unsigned mask);  // the value of the lane whose number is ^ mask
+unsigned exchange_in_warp(unsigned lanes, unsigned value, unsigned mask);  // the value of lane number ^ mask
 
 using Kernel = void (*)(void** arguments);
 
