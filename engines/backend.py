@@ -114,6 +114,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def hardware(self) -> str:
+        """What engines run on, for messages: `CPU`, or the GPU's number, name and architecture."""
+        ...
+
+    @property
     def opens_onnx(self) -> bool:
         """Whether `open` takes a part's ONNX file as it is, of a bundle that was built for any backend."""
         ...

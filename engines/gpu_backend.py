@@ -31,6 +31,10 @@ class GpuBackend:
         """Whether there is a GPU."""
         return gpu_is_available()
 
+    @property
+    def hardware(self) -> str:
+        return f"{self.device}, {self.device.compute_capability}"
+
     @cached_property
     def device(self) -> Device:
         """The GPU.

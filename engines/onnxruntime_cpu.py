@@ -58,6 +58,7 @@ class OnnxRuntimeBackend:
 
     name: Final = "onnxruntime"
     precisions: Final = frozenset({DType.FLOAT32, DType.FLOAT16})  # its CPU kernels know no bfloat16
+    hardware: Final = "CPU"
     opens_onnx: Final = True
     engine_build: Final = None
 

@@ -29,6 +29,7 @@ class TorchBackend:
 
     name: Final = "torch"
     precisions: Final = frozenset({DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16})
+    hardware: Final = "CPU"
     opens_onnx: Final = True
     engine_build: Final = None
 

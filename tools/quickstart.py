@@ -35,7 +35,7 @@ def command(name: str, *arguments: str) -> Any:  # noqa: ANN401  JSON
     console.print(
         f"$ adacorr-{name} {' '.join(arguments)}", style="bold", highlight=False, markup=False, soft_wrap=True
     )
-    line = [sys.executable, "-m", f"adacorr_deploy.cli.{name}", *arguments, "--json"]
+    line = [str(Path(sys.executable).with_name(f"adacorr-{name}")), *arguments, "--json"]
     done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode not in (0, 1):  # 1 is a failed validation: its report is shown below
         raise SystemExit(done.returncode)

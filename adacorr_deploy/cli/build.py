@@ -300,7 +300,7 @@ def _built(source: Source, target: Target, advance: Advance) -> Bundle:
     from adacorr_deploy.engines.bundle_sessions import check_precision
     from adacorr_deploy.exporters import load_checkpoint
     from adacorr_deploy.exporters.bundle_builder import BuildOptions, build_bundle, check_output
-    from adacorr_deploy.quality.golden import store_golden_samples
+    from adacorr_deploy.quality.golden import store_golden_sample
 
     options = BuildOptions(
         precision=target.precision.dtype,
@@ -322,7 +322,7 @@ def _built(source: Source, target: Target, advance: Advance) -> Bundle:
     calibrate = _calibration(target, calibrating.name, advance) if target.calibrated else None
 
     def finish(folder: Path) -> None:
-        store_golden_samples(open_bundle(folder), loaded, advance)
+        store_golden_sample(open_bundle(folder), loaded, advance)
         if calibrate is not None:
             calibrate(folder)
 

@@ -150,8 +150,8 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
         bool,
         typer.Option(
             "--self-test",
-            help="First sample what the bundle holds of its PyTorch model's own latents, and stop if the engines miss "
-            "them. Without an output, nothing else is done.",
+            help="First compare the engines with an image that the PyTorch model sampled when the bundle was built, "
+            "and stop if they differ. Without an output, nothing else is done.",
         ),
     ] = False,
     backend: RunBackend = None,

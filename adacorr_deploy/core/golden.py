@@ -1,6 +1,6 @@
-"""Golden samples: small requests and what the original model makes of them, to test a bundle's engines where they run.
+"""The golden sample: a small request and what the original model makes of it, to test engines where they run.
 
-The file is untrusted: the models here let through only finite numbers in bounds; whoever uses them compares their sizes
+The file is untrusted: `GoldenSample` lets through only finite numbers in bounds; whoever uses them compares their sizes
 with the bundle's model.
 """
 
@@ -20,10 +20,10 @@ from adacorr_deploy.core.specs import ModelSpec
 
 GOLDEN_DIR: Final = "golden"
 GOLDEN_FILE: Final = f"{GOLDEN_DIR}/sample.json"
-_MAX_SAMPLES: Final = 4
+_STORED: Final = np.dtype("<f4")
 _NUMBER_BYTES: Final = 6  # of a float32 in base64, at most
 _REST_BYTES: Final = 4096  # of everything that is no latents
-_STORED: Final = np.dtype("<f4")
+_MOST_BYTES: Final = 1 << 30  # whatever shape a manifest claims
 
 
 def _latents_from_text(value: object) -> object:
@@ -39,41 +39,30 @@ def _text_from_latents(latents: NDArray[np.float32]) -> str:
     return base64.b64encode(latents.astype(_STORED).tobytes()).decode("ascii")
 
 
-# In a file: float32, little-endian, row by row, in base64. Of one image; read from a file, without its shape.
+# One image, (C, H, W). In a file: float32, little-endian, row by row, in base64; read from there, it has no shape yet.
 Latents = Annotated[NDArray[np.float32], BeforeValidator(_latents_from_text), PlainSerializer(_text_from_latents)]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
-
-
-class GoldenSample(_Frozen):
+class GoldenSample(BaseModel):
     """One image, sampled with DDIM, which adds no noise, by the original PyTorch modules in float32.
 
     Attributes:
         initial: Where it starts.
         final: Where it ends.
+        tolerance: By how much engines of the bundle's precision may miss `final`, as a relative L2 error.
     """
 
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    schema_version: Literal[1] = 1
     label: Annotated[int, Field(ge=0)]
     steps: Size
     guidance: Annotated[float, Field(ge=1, le=MAX_GUIDANCE, allow_inf_nan=False)]
+    tolerance: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
     initial: Latents
     final: Latents
 
 
-class GoldenSamples(_Frozen):
-    """The golden samples of a bundle.
-
-    Attributes:
-        tolerance: By how much engines of the bundle's precision may miss the final latents, as a relative L2 error.
-    """
-
-    schema_version: Literal[1] = 1
-    tolerance: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-    samples: Annotated[tuple[GoldenSample, ...], Field(min_length=1, max_length=_MAX_SAMPLES)]
-
-
 def largest_golden_bytes(model: ModelSpec) -> int:
-    """Return how much a file of golden samples of this model may hold."""
-    return _REST_BYTES + 2 * _MAX_SAMPLES * _NUMBER_BYTES * math.prod(model.latent_shape)
+    """Return how much the file of a model's golden sample may hold."""
+    return min(_MOST_BYTES, _REST_BYTES + 2 * _NUMBER_BYTES * math.prod(model.latent_shape))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,7 +71,14 @@ def initial_latents(pipeline: Pipeline, request: SampleRequest) -> Latents:
     return NoiseStream(request, pipeline.manifest.model.latent_shape).at(0)
 
 
-def uncached_latents(pipeline: Pipeline, request: SampleRequest, latents: Latents, noises: Noises) -> Latents:
+def uncached_latents(
+    pipeline: Pipeline,
+    request: SampleRequest,
+    latents: Latents,
+    noises: Noises,
+    *,
+    after_step: Callable[[], None] = lambda: None,
+) -> Latents:
     """Run every block of every step with the noise given, and return the final latents, also if they are not finite."""
     table = sampler_table(pipeline.manifest.schedule, request.sampler, request.steps)
     size = RunSize(batch=request.batch, branches=request.branches, steps=request.steps, history=0)
@@ -82,6 +89,7 @@ def uncached_latents(pipeline: Pipeline, request: SampleRequest, latents: Latent
             for block, slot in enumerate(slots):
                 space.evaluate(block, slot)
             space.head(step, noise)
+            after_step()
         return space.read_latents(request.steps - 1)
 
 

@@ -15,9 +15,8 @@ import pytest
 import torch
 
 from adacorr_deploy.caching.policy import PRESETS
-from adacorr_deploy.core.bundle import Bundle, open_bundle, replace_file
+from adacorr_deploy.core.bundle import Bundle, open_bundle
 from adacorr_deploy.core.errors import BundleError, RequestError
-from adacorr_deploy.core.manifest import MANIFEST_NAME, file_record
 from adacorr_deploy.core.samplers import Sampler
 from adacorr_deploy.core.specs import DType, PartSpec
 from adacorr_deploy.engines import Artefact, Backend, Session
@@ -29,6 +28,7 @@ from adacorr_deploy.exporters.dit_adapter import DiTModel
 from adacorr_deploy.quality.validate import TOLERANCES, ValidateOptions, Validation, validate_bundle
 from adacorr_deploy.runtime import pipeline
 from tests.exporters.conftest import loaded, random_dit
+from tests.quality.altered_bundles import rehash, scale_largest_weight
 
 Build = Callable[[DType], Bundle]
 STEPS = 8
@@ -59,25 +59,6 @@ def bundle_of(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> B
 def bundle(bundle_of: Build, tmp_path: Path) -> Bundle:
     """A float32 bundle that the test may alter."""
     return open_bundle(Path(shutil.copytree(bundle_of(DType.FLOAT32).path, tmp_path / "bundle")))
-
-
-def scale_largest_weight(bundle: Bundle, part: str, factor: float) -> None:
-    """Multiply a part's largest weight in place, where the ONNX file's external data point."""
-    path = bundle.file(f"parts/{part}.safetensors")
-    content = bytearray(path.read_bytes())
-    start = 8 + int.from_bytes(content[:8], "little")
-    header: dict[str, dict[str, list[int]]] = json.loads(content[8:start])
-    first, end = max((each["data_offsets"] for each in header.values()), key=lambda span: span[1] - span[0])
-    np.frombuffer(content, dtype=np.float32, count=(end - first) // 4, offset=start + first)[:] *= np.float32(factor)
-    path.write_bytes(content)
-    rehash(bundle, f"parts/{part}.safetensors")
-
-
-def rehash(bundle: Bundle, relative: str) -> None:
-    """Let the manifest vouch for an altered file."""
-    files = {**bundle.manifest.files, relative: file_record(bundle.file(relative))}
-    manifest = bundle.manifest.model_copy(update={"files": files})
-    replace_file(bundle.path / MANIFEST_NAME, manifest.model_dump_json().encode())
 
 
 def assert_passes(validation: Validation) -> None:

@@ -104,6 +104,7 @@ class FakeBackend:
 
     name = "fake"
     precisions = frozenset(DType)
+    hardware = "CPU"
     opens_onnx = True
     engine_build = None
 

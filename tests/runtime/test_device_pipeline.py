@@ -6,6 +6,7 @@ Runs under the stand-in for NVIDIA's driver, in a process of its own (test_devic
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,9 +14,12 @@ import numpy as np
 import pytest
 
 from adacorr_deploy.caching.decisions import Action
+from adacorr_deploy.engines.device_launch import DeviceLaunch
 from adacorr_deploy.runtime import Pipeline, SampleRequest
+from adacorr_deploy.runtime.self_test import self_test
 from tests.runtime.device_engines import DeviceEngines
 from tests.runtime.fake_backend import FakeBackend
+from tests.runtime.golden import golden_sample, store_golden
 from tests.runtime.scripted import Script
 from tests.runtime.tiny_dit import TinyDiT
 
@@ -96,3 +100,15 @@ def test_all_blocks_of_a_step_become_one_graph(bundle: Path, engines: DeviceEngi
         evaluated = result.launches // 3  # steps; the tiny DiT has three blocks
         # A graph for the condition part, then embed at each step, and the blocks and the head where it is evaluated.
         assert engines.device.graph_launches - before == 1 + STEPS + 2 * evaluated
+
+
+def test_the_self_test_runs_the_graphs_of_parts_and_of_whole_steps(
+    bundle: Path, model: TinyDiT, engines: DeviceEngines, tmp_path: Path
+) -> None:
+    own = Path(shutil.copytree(bundle, tmp_path / "own"))
+    store_golden(own, golden_sample(bundle, FakeBackend.of(model)))
+    with Pipeline.open(own, backend=engines) as pipeline:
+        result = self_test(pipeline)
+        assert result.hardware == f"GPU 0 (stand-in), {engines.device.compute_capability}"
+        fused = [launch for space in pipeline._workspaces.values() for launch in space._fused.values()]
+        assert [launch.captured for launch in fused if isinstance(launch, DeviceLaunch)] == [True]
