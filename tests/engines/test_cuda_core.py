@@ -35,5 +35,8 @@ def test_a_machine_without_a_driver_is_told_so(monkeypatch: pytest.MonkeyPatch) 
         raise RuntimeError("Failed to dlopen libcuda.so.1")
 
     monkeypatch.setattr(cuda.driver, "cuInit", no_driver)
-    with pytest.raises(BackendUnavailableError, match=r"No GPU can be used here \(Failed to dlopen libcuda.so.1\)"):
+    with pytest.raises(
+        BackendUnavailableError, match=r"No GPU can be used here \(Failed to dlopen libcuda.so.1\)"
+    ) as no:
         Device.open()
+    assert "--backend onnxruntime, which runs bundles of fp32 and fp16 on the CPU; those of bf16 need" in str(no.value)

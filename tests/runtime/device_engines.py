@@ -56,7 +56,7 @@ class DeviceEngines(GpuBackend):
 
 
 class FunctionSession:
-    def __init__(self, backend: DeviceEngines, spec: PartSpec, function: Part) -> None:
+    def __init__(self, backend: GpuBackend, spec: PartSpec, function: Part) -> None:
         self.backend = backend
         self.spec = spec
         self.function = function

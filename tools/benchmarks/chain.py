@@ -28,16 +28,15 @@ from typing import Final
 import numpy as np
 import torch
 from diffusers import DDIMScheduler
+from machine import cpu_model, say
 from models import (
     GUIDANCE,
     HISTORY,
     PAUSE_SECONDS,
     Opened,
-    cpu_model,
     loaded_model,
     monolith_buffers,
     prepare,
-    say,
     static_controller,
     timed,
 )
@@ -46,6 +45,7 @@ from adacorr_deploy.caching.controllers import Run, controller_for_policy
 from adacorr_deploy.caching.decisions import Controller, Prediction
 from adacorr_deploy.caching.policy import PRESETS
 from adacorr_deploy.caching.predictors import PredictorKind
+from adacorr_deploy.core.errors import AdaCorrError
 from adacorr_deploy.engines import Artefact, Buffer, Launch, Session, backend_by_name
 from adacorr_deploy.exporters import LoadedModel, monolithic_step_onnx
 from adacorr_deploy.exporters.bundle_builder import BuildOptions, build_bundle
@@ -418,7 +418,10 @@ def main() -> None:
     if args.batch < 1 or args.rounds < 1 or args.steps < 6 or args.steps % 2:
         parser.error("--batch and --rounds are at least 1, --steps is even and at least 6")
     with tempfile.TemporaryDirectory() as folder:
-        report = measure(args, Path(folder))
+        try:
+            report = measure(args, Path(folder))
+        except AdaCorrError as error:
+            parser.exit(2, f"error: {error}\n")
     if args.json:
         print(json.dumps(asdict(report)))
     else:

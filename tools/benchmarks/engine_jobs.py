@@ -72,7 +72,7 @@ def rows_of_job(job: Job, script: Path = SCRIPT) -> list[Row]:
         rows += found
         done = {row.arm for row in found}
         left = [arm for arm in left if arm not in done]
-    return rows
+    return sorted(rows, key=lambda row: job.arms.index(row.arm))
 
 
 def _outcome(job: Job, arms: Sequence[Arm], code: int) -> list[Row]:

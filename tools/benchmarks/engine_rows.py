@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from adacorr_deploy.core.bundle import replace_file
 from adacorr_deploy.core.errors import AdaCorrError
+from adacorr_deploy.core.specs import DType
 from adacorr_deploy.core.untrusted import first_fault
 
 PYTORCH: Final = "PyTorch"
@@ -25,6 +26,7 @@ BAKED: Final = "baked"
 INPUTS: Final = "inputs"
 BY_BLOCK: Final = "gated-taylor"  # each block is launched, or predicted, by itself
 BY_STEP: Final = "output-taylor"  # all blocks are one launch, or the whole step is predicted
+PRECISIONS: Final = {"fp32": DType.FLOAT32, "fp16": DType.FLOAT16, "bf16": DType.BFLOAT16}
 # They capture graphs, and have two layouts of weights; ONNX Runtime has neither.
 COMPILING: Final = ("tensorrt-rtx", "tensorrt")
 
@@ -57,12 +59,10 @@ class Arm:
     def __str__(self) -> str:
         if self.backend == PYTORCH:
             return f"{PYTORCH} {self.engine}" if self.engine == EAGER else f"{self.engine} max-autotune"
-        words = [f"{self.backend} {self.engine}{' + graphs' if self.graphs else ''}"]
-        if self.engine == BLOCKS:
-            words += ["weights as inputs"] * (self.weights == INPUTS)
-            words += ["one by one" if self.reuse == BY_BLOCK else "all at once"]
-            words += [f"ρ {self.rho:g}"] * (self.rho > 0)
-        return ", ".join(words)
+        name = f"{self.backend} {self.engine}" + " + graphs" * self.graphs + " + inputs" * (self.weights == INPUTS)
+        if self.engine == BLOCKS:  # no commas: --rows is a list of such names
+            name += " one by one" if self.reuse == BY_BLOCK else " all at once"
+        return f"{name} ρ {self.rho:g}" if self.rho else name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +122,7 @@ def _arms_of(backend: str, rhos: Sequence[float]) -> Iterator[Arm]:
 
 
 def evaluated_steps(steps: int, rho: float, first: int) -> frozenset[int]:
-    """Return which of a run's steps to evaluate so that a share `rho` is not: the first ones, then evenly, and the last.
+    """Return which steps of a run to evaluate so that a share `rho` is not: the first ones, then evenly up to the last.
 
     `first` steps must be evaluated before any can be predicted; a run too short for `rho` skips less.
     """
@@ -141,6 +141,16 @@ class MachineRows:
 
     machine: dict[str, str]
     rows: list[Row]
+
+    def left(self, case: Case, arms: Iterable[Arm], *, retry: bool) -> list[Arm]:
+        """Return the arms of a case that have no row yet; with `retry`, also those that failed."""
+        done = {row.arm for row in self.rows if row.case == case and not (retry and row.failed)}
+        return [arm for arm in arms if arm not in done]
+
+    def put(self, rows: Sequence[Row]) -> None:
+        """Add rows, in place of older ones of the same arms."""
+        new = {(row.case, row.arm) for row in rows}
+        self.rows[:] = [row for row in self.rows if (row.case, row.arm) not in new] + list(rows)
 
 
 _FILE: Final = TypeAdapter(list[MachineRows])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from engine_rows import BAKED, BLOCKS, BY_BLOCK, COMPILED, COMPILING, MONOLITH, PYTORCH, SERVICES, Arm, Case, Row
+from engine_rows import BLOCKS, COMPILED, COMPILING, MONOLITH, PYTORCH, SERVICES, Arm, Case, Row
 
 Rows = Mapping[Arm, Row]  # of one case
 Figures = Mapping[str, float]
@@ -15,8 +15,8 @@ OVERHEAD: Final = "µs/launch"
 OF_MONOLITH: Final = "÷ monolith"
 OF_COMPILED: Final = "÷ compiled"
 EFFICIENCY: Final = "efficiency"
-ONE_BLOCK: Final = "one block"
-ALL_BLOCKS: Final = "all blocks"
+ONE_BLOCK: Final = "one block ÷ step"  # of signals and blend
+ALL_BLOCKS: Final = "all blocks ÷ step"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,24 +58,20 @@ GOALS: Final = (
 def figures(row: Row, rows: Rows) -> Figures:
     """Return what can be said of a row beside the others of its case; a figure that lacks its partner is left out.
 
-    overhead     (chain − monolith) ÷ blocks, both with graphs or both without
-    ÷ monolith   time over the backend's monolith with baked weights, both with graphs or both without
-    ÷ compiled   time over torch.compile's
-    efficiency   speed-up over the same chain without reuse, ÷ 1/(1 − ρ), with the ρ that was reached
-    one block    signals and blend of one block, as a share of a step of the chain: `robust` measures one block a step
-    all blocks   the same of every block: the paper's policies measure, and may blend, each
+    µs/launch           (chain − monolith) ÷ blocks, both with graphs or both without
+    ÷ monolith          time over that of the backend's monolith, both with graphs or both without
+    ÷ compiled          time over torch.compile's
+    efficiency          speed-up over the same chain without reuse, × (1 − ρ), with the ρ that was reached
+    one block ÷ step    signals and blend of one block, over a step of the chain: `robust` measures one block a step
+    all blocks ÷ step   the same of every block: the paper's policies measure each, and may blend it
     """
     arm = row.arm
+    if row.failed:
+        return {}
     if arm.engine == SERVICES:
-        graphs = arm.backend in COMPILING
-        chain = _measured(rows, Arm(backend=arm.backend, engine=BLOCKS, graphs=graphs, reuse=BY_BLOCK))
-        return (
-            {ONE_BLOCK: row.step_ms / row.blocks / chain.step_ms, ALL_BLOCKS: row.step_ms / chain.step_ms}
-            if chain
-            else {}
-        )
+        return _shares_of_step(row, rows)
     found = {}
-    monolith = _measured(rows, Arm(backend=arm.backend, engine=MONOLITH, weights=BAKED, graphs=arm.graphs))
+    monolith = _measured(rows, Arm(backend=arm.backend, engine=MONOLITH, graphs=arm.graphs))
     if monolith is not None and arm.engine == BLOCKS:
         found[OF_MONOLITH] = row.step_ms / monolith.step_ms
         if arm.rho == 0:
@@ -89,16 +85,23 @@ def figures(row: Row, rows: Rows) -> Figures:
     return found
 
 
+def _shares_of_step(row: Row, rows: Rows) -> Figures:
+    backend = row.arm.backend
+    chain = _measured(rows, Arm(backend=backend, engine=BLOCKS, graphs=backend in COMPILING))
+    if chain is None:
+        return {}
+    share = row.step_ms / chain.step_ms
+    return {ONE_BLOCK: share / row.blocks, ALL_BLOCKS: share}
+
+
 def _measured(rows: Rows, arm: Arm) -> Row | None:
     row = rows.get(arm)
     return None if row is None or row.failed else row
 
 
-def verdicts(case: Case, arm: Arm, found: Figures) -> Iterator[tuple[Goal, bool]]:
-    """Yield the goals that an arm is held to, and whether it meets each."""
-    for goal in GOALS:
-        if goal.figure in found and goal.applies(case, arm):
-            yield goal, goal.is_met(found[goal.figure])
+def goals_of(row: Row, found: Figures) -> list[Goal]:
+    """Return the goals that a row is held to."""
+    return [goal for goal in GOALS if goal.figure in found and goal.applies(row.case, row.arm)]
 
 
 # --- Text ------------------------------------------------------------------------------------------------------------
@@ -110,34 +113,31 @@ _HEAD: Final = (
     f"{OF_MONOLITH} (≤ 1.03)",
     f"{OF_COMPILED} (< 1)",
     f"{EFFICIENCY} (≥ 0.95)",
-    "one block (< 1 %)",
-    "all blocks (< 1 %)",
+    f"{ONE_BLOCK} (< 1 %)",
+    f"{ALL_BLOCKS} (< 1 %)",
     "graphs/step",
     "error",
-    "remark",
 )
 
 
 def table(rows: Iterable[Row]) -> Iterator[str]:
-    """Yield the lines of a Markdown table per case, and of what became of each goal."""
+    """Yield the lines of a Markdown table per case with its remarks, and what became of each goal."""
     cases: dict[Case, dict[Arm, Row]] = {}
     for row in rows:
         cases.setdefault(row.case, {})[row.arm] = row
     for case, of_case in cases.items():
-        tuned = ",".join(map(str, case.profile))
-        yield f"\n{case}, {case.steps} steps; engines for batches {tuned}\n"
-        yield from _markdown([_HEAD, *(_cells(row, of_case) for row in of_case.values())])
+        yield f"\n{case}, {case.steps} steps, engines for batches {', '.join(map(str, case.profile))}\n"
+        yield from _markdown([_HEAD, *(_cells(row, of_case) for row in of_case.values() if not row.failed)])
+        yield from _remarks(of_case.values())
+    found = [(row, figures(row, of_case)) for of_case in cases.values() for row in of_case.values()]
     yield "\nGoals\n"
-    yield from _goal_lines(
-        [(row, figures(row, of_case)) for of_case in cases.values() for row in of_case.values() if not row.failed]
-    )
+    for goal in GOALS:
+        yield from _of_goal(goal, found)
 
 
 def _cells(row: Row, rows: Rows) -> tuple[str, ...]:
-    if row.failed:
-        return (str(row.arm), "failed", *[""] * (len(_HEAD) - 3), row.remark)
     found = figures(row, rows)
-    said = {goal.figure: "met" if met else "missed" for goal, met in verdicts(row.case, row.arm, found)}
+    said = {goal.figure: "met" if goal.is_met(found[goal.figure]) else "missed" for goal in goals_of(row, found)}
 
     def cell(figure: str, form: str) -> str:
         return f"{found[figure]:{form}} {said.get(figure, '')}".strip() if figure in found else ""
@@ -153,7 +153,6 @@ def _cells(row: Row, rows: Rows) -> tuple[str, ...]:
         cell(ALL_BLOCKS, ".2%"),
         f"{row.graph_launches:.1f}" if row.graph_launches else "",
         f"{row.error:.1e}" if row.error is not None else "",
-        row.remark,
     )
 
 
@@ -165,11 +164,22 @@ def _markdown(cells: Sequence[Sequence[str]]) -> Iterator[str]:
             yield "|" + "|".join("-" * (width + 2) for width in widths) + "|"
 
 
-def _goal_lines(measured: Sequence[tuple[Row, Figures]]) -> Iterator[str]:
-    for goal in GOALS:
-        held = [(row, found) for row, found in measured if goal.figure in found and goal.applies(row.case, row.arm)]
-        missed = [(row, found[goal.figure]) for row, found in held if not goal.is_met(found[goal.figure])]
-        yield f"- {goal.figure} {goal.text}: " + (
-            f"met by {len(held) - len(missed)} of {len(held)} rows" if held else "no row to hold to it"
-        )
-        yield from (f"  - missed: {row.case}, {row.arm}: {value:.4g}" for row, value in missed)
+def _remarks(rows: Collection[Row]) -> Iterator[str]:
+    """Yield a line per remark, with the rows that share it."""
+    sharing: dict[str, list[Arm]] = {}
+    for row in rows:
+        if row.remark:
+            sharing.setdefault(f"failed: {row.remark}" if row.failed else row.remark, []).append(row.arm)
+    if sharing:
+        yield ""
+    for remark, arms in sharing.items():
+        every = [row.arm for row in rows if row.arm.backend == arms[0].backend]
+        yield f"- {remark} ({f'every row of {arms[0].backend}' if arms == every else '; '.join(map(str, arms))})"
+
+
+def _of_goal(goal: Goal, found: Sequence[tuple[Row, Figures]]) -> Iterator[str]:
+    held = [(row, figure[goal.figure]) for row, figure in found if goal in goals_of(row, figure)]
+    missed = [(row, value) for row, value in held if not goal.is_met(value)]
+    outcome = f"met by {len(held) - len(missed)} of {len(held)} rows" if held else "no row to hold to it"
+    yield f"- {goal.figure} {goal.text}: {outcome}"
+    yield from (f"  - missed: {row.case}, {row.arm}: {value:.4g}" for row, value in missed)

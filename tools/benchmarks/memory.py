@@ -191,11 +191,11 @@ def buffer_terms(model: ModelSpec, size: RunSize, references: int) -> list[Term]
 
 
 def _scalars(steps: int, rows: int, batch: int, branches: int) -> int:
-    """Bytes of the buffers that hold a few numbers: 4 each, 8 for labels and steps."""
+    """Bytes of the buffers that hold a few numbers: 4 each, 8 for labels, steps and the keys of noise."""
     counts = sum(range(1, MAX_HISTORY + 1))  # of factors for 1 … MAX_HISTORY evaluations
     image = batch + counts + branches + branches * batch + steps + steps * len(COLUMNS)
     block = rows * SIGNAL_COUNT + (counts + 1) + 3 + 2 * rows
-    return 4 * (image + block) + 8 * (rows + 1 + counts + 1)
+    return 4 * (image + block) + 8 * (rows + 1 + 2 * batch + 1 + counts + 1)
 
 
 def weight_bytes(bundle: Bundle) -> int:

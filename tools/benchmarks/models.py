@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -12,6 +11,7 @@ from typing import Final
 
 import torch
 from diffusers import DiTTransformer2DModel
+from sizes import shape_and_patch
 
 import adacorr_deploy
 from adacorr_deploy.caching.controllers import Run, StaticController
@@ -29,14 +29,6 @@ from adacorr_deploy.runtime import Pipeline, SampleRequest
 from adacorr_deploy.runtime.request import NoiseStream
 from adacorr_deploy.runtime.workspace import Workspace
 
-# Width, blocks, heads and latent side of the sizes of arXiv 2212.09748, and of one to try this script with.
-SHAPES: Final[Mapping[str, tuple[int, int, int, int]]] = {
-    "S": (384, 12, 6, 32),
-    "B": (768, 12, 12, 32),
-    "L": (1024, 24, 16, 32),
-    "XL": (1152, 28, 16, 32),
-    "tiny": (32, 3, 2, 8),
-}
 GUIDANCE: Final = 4.0
 HISTORY: Final = 2  # evaluations that a first-order extrapolation needs
 PAUSE_SECONDS: Final = 0.02  # before each timing: PyTorch's threads spin for some milliseconds after their work
@@ -46,13 +38,15 @@ PAUSE_SECONDS: Final = 0.02  # before each timing: PyTorch's threads spin for so
 
 
 def loaded_model(size: str) -> LoadedModel:
-    """Return the demo, or a random model of a size such as `S/2`: shape and patch."""
+    """Return the demo, or a random model of a size.
+
+    Raises:
+        AdaCorrError: If the size is not known.
+    """
     if size == "demo":
         return load_checkpoint(Path(adacorr_deploy.__file__).parent / "demo")
-    name, _, patch = size.partition("/")
-    if name not in SHAPES or patch not in ("", "2", "4", "8"):
-        raise SystemExit(f"error: size {size!r} is not known. Allowed: demo, or {'|'.join(SHAPES)} with /2, /4 or /8.")
-    model = DiTModel(random_dit(*SHAPES[name], patch=int(patch or 2)))
+    shape, patch = shape_and_patch(size)
+    model = DiTModel(random_dit(*shape, patch=patch))
     return LoadedModel(
         name=f"random-DiT-{size.replace('/', '-')}",
         model=model,
@@ -173,15 +167,3 @@ def static_controller(kind: PredictorKind, steps: int, evaluated: frozenset[int]
         guards=Guards(final_steps=0, max_age_steps=1000),
     )
     return StaticController(policy, Run(steps=steps), evaluated, "benchmark")
-
-
-# --- The machine -----------------------------------------------------------------------------------------------------
-
-
-def cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
