@@ -185,8 +185,8 @@ class Cuda:
             (count,) = self.call("cuDeviceGetCount")
         except (EngineError, RuntimeError) as error:  # a RuntimeError where there is no libcuda at all
             raise BackendUnavailableError(
-                f"No GPU can be used here ({error}). Check nvidia-smi, or choose --backend onnxruntime, which runs on "
-                "the CPU."
+                f"No GPU can be used here ({error}). Check nvidia-smi, or choose --backend onnxruntime, which runs "
+                "bundles of fp32 and fp16 on the CPU; those of bf16 need a GPU."
             ) from error
         return int(count)
 

@@ -39,10 +39,12 @@ class TensorRTCompiler:
         self._trt: ModuleType = module.load()
         self._log = new_log(self._trt)
         self._builder = self._trt.Builder(self._log)
-        self._tunings = _read_timing_cache(options.timing_cache)
         self._plans: dict[tuple[Path, str], Path] = {}  # of structures, where weights are inputs
         if options.version_compatible and not module.version_compatible:
             raise EngineError(f"{module.title} has no version-compatible engines. Leave --version-compatible out.")
+        if options.timing_cache is not None and module.compiles_without_gpu:
+            raise EngineError(f"{module.title} times nothing when it compiles. Leave --timing-cache out.")
+        self._tunings = _read_timing_cache(options.timing_cache)
         module.set_targets(self._trt, self._builder.create_builder_config(), options.targets)
 
     @property

@@ -59,7 +59,10 @@ def load_checkpoint(path: Path, scheduler: Path | None = None, *, heads: int | N
         SchedulerError: If there is no scheduler, or it can't be written as a sampler table.
     """
     if not path.exists():
-        raise CheckpointError(f"{path} doesn't exist. Give a diffusers folder, or a .pt or .safetensors checkpoint.")
+        raise CheckpointError(
+            f"{path} doesn't exist. Give a diffusers folder, or a .pt or .safetensors checkpoint, on this machine: "
+            "models that are named as on a hub aren't fetched."
+        )
     if path.is_file():
         return _from_original(path, scheduler, heads)
     if (path / "model_index.json").exists():

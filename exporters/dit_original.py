@@ -160,7 +160,8 @@ def _heads(width: int, depth: int, heads: int | None, where: str) -> int:
         sizes = ", ".join(f"{name} ({w}×{d})" for (w, d), (name, _) in ORIGINAL_SIZES.items())
         raise UnsupportedModelError(
             f"{where}: a DiT of width {width} and {depth} blocks is none of the original sizes {sizes}, and "
-            "the shapes don't tell its attention heads. Give their number, or convert it to a diffusers folder."
+            "the shapes don't tell its attention heads. Give their number with --heads N, or convert it to a "
+            "diffusers folder."
         )
     if heads < 1 or width % heads:
         raise UnsupportedModelError(f"{where}: {heads} attention heads don't divide the width {width}. Give a divisor.")

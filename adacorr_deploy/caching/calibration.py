@@ -13,10 +13,11 @@ from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
+from adacorr_deploy.caching.policy import UNCALIBRATED
 from adacorr_deploy.caching.predictors import Predictor
 from adacorr_deploy.core.errors import CalibrationError
 from adacorr_deploy.core.manifest import Sha256
-from adacorr_deploy.core.samplers import MAX_GUIDANCE
+from adacorr_deploy.core.samplers import MAX_GUIDANCE, Sampler
 from adacorr_deploy.core.shapes import MAX_BATCH
 from adacorr_deploy.core.specs import ModelSpec
 from adacorr_deploy.core.untrusted import clipped, first_fault
@@ -142,12 +143,13 @@ class Calibration(_Frozen):
                 )
 
 
-def calibration_from_json(text: str | bytes, *, where: str) -> Calibration:
+def calibration_from_json(text: str | bytes, *, where: str, bundle: str = "BUNDLE") -> Calibration:
     """Parse and validate a calibration file.
 
     Args:
         text: Its content.
         where: Its path, for the message.
+        bundle: The bundle's, for the command that makes it again.
 
     Raises:
         CalibrationError: If it is not one of this schema, or holds what no calibration can.
@@ -155,10 +157,10 @@ def calibration_from_json(text: str | bytes, *, where: str) -> Calibration:
     try:
         return Calibration.model_validate_json(text)
     except ValidationError as error:
-        raise _unusable(where, first_fault(error), _made_for(text)) from error
+        raise _unusable(where, first_fault(error), _made_for(text), bundle) from error
 
 
-def check_blocks(calibration: Calibration, model: ModelSpec, *, where: str) -> None:
+def check_blocks(calibration: Calibration, model: ModelSpec, *, where: str, bundle: str = "BUNDLE") -> None:
     """Refuse a calibration that was made for another number of block parts than its bundle has.
 
     Raises:
@@ -167,7 +169,7 @@ def check_blocks(calibration: Calibration, model: ModelSpec, *, where: str) -> N
     found, blocks = len(calibration.paper_floors), len(model.blocks)
     if found != blocks:
         fault = f"paper_floors holds {found} numbers, allowed are {blocks}: one for each block part of the bundle"
-        raise _unusable(where, fault, calibration)
+        raise _unusable(where, fault, calibration, bundle)
 
 
 class _MadeFor(BaseModel):
@@ -184,28 +186,38 @@ def _made_for(text: str | bytes) -> _MadeFor | None:
         return None
 
 
-def _unusable(where: str, fault: str, made_for: _MadeFor | Calibration | None) -> CalibrationError:
-    command = calibrate_command(made_for.key, made_for.predictor) if made_for else "adacorr-calibrate BUNDLE"
+def _unusable(where: str, fault: str, made_for: _MadeFor | Calibration | None, bundle: str) -> CalibrationError:
+    command = calibrate_command(bundle, made_for.key, made_for.predictor) if made_for else f"adacorr-calibrate {bundle}"
     return CalibrationError(f"{where}: {fault}. Make it again with: {command}")
 
 
-def calibrate_command(key: CalibrationKey, predictor: Predictor | None) -> str:
+def calibrate_command(bundle: str, key: CalibrationKey, predictor: Predictor | None) -> str:
     """Return the command that makes the calibration of a key and, where given, a predictor."""
     guidance = repr(key.guidance).removesuffix(".0")
     wanted = f" --predictor {predictor.kind.value} --order {predictor.order}" if predictor else ""
-    return f"adacorr-calibrate BUNDLE --sampler {key.sampler} --steps {key.steps} --guidance {guidance}{wanted}"
+    return f"adacorr-calibrate {bundle} --sampler {key.sampler} --steps {key.steps} --guidance {guidance}{wanted}"
 
 
 def calibration_for_run(
-    calibrations: Iterable[Calibration], key: CalibrationKey, predictor: Predictor | None, *, policy: str
+    calibrations: Iterable[Calibration],
+    key: CalibrationKey,
+    predictor: Predictor | None,
+    *,
+    policy: str,
+    bundle: str = "BUNDLE",
 ) -> Calibration:
     """Return the calibration that holds for `key` and, where given, was made for `predictor`.
 
     Raises:
-        CalibrationError: If none does; the message says how the nearest differs and how to make one.
+        CalibrationError: If none does; the message says how the nearest differs and how to make one, if one can be.
     """
     found = list(calibrations)
     matching = [calibration for calibration in found if calibration.key == key]
+    if key.sampler == Sampler.DDPM.value:
+        raise CalibrationError(
+            f"policy {policy} needs a calibration, and the run's sampler is ddpm, whose noise none can follow. "
+            f"Calibrated policies work with --sampler ddim; these need no calibration: {UNCALIBRATED}."
+        )
     for calibration in matching:
         if predictor is None or calibration.predictor == predictor:
             return calibration
@@ -217,6 +229,6 @@ def calibration_for_run(
     else:
         reason = "the bundle holds none"
     raise CalibrationError(
-        f"policy {policy} needs a calibration; {reason}. Make one with: {calibrate_command(key, predictor)}, "
-        "or choose --policy fora or none."
+        f"policy {policy} needs a calibration; {reason}. Make one with: {calibrate_command(bundle, key, predictor)}, "
+        f"or choose a --policy of {UNCALIBRATED}."
     )

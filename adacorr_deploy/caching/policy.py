@@ -223,6 +223,7 @@ PRESETS: Final[Mapping[str, Policy]] = {
     )
 }
 DEFAULT_POLICY: Final = "robust"
+UNCALIBRATED: Final = ", ".join(policy.name for policy in PRESETS.values() if not policy.needs_calibration)
 
 
 def policy_named(name_or_file: str) -> Policy:

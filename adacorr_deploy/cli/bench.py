@@ -15,6 +15,7 @@ from adacorr_deploy.cli.console import Cell, progress_bar, show_json, show_lines
 from adacorr_deploy.cli.errors import run_app
 from adacorr_deploy.cli.options import (
     MAX_IMAGES,
+    POLICY_NAMES,
     Guidance,
     Json,
     RunBackend,
@@ -22,7 +23,7 @@ from adacorr_deploy.cli.options import (
     Seed,
     Steps,
     command_app,
-    examples,
+    documented,
     path_from_text,
 )
 from adacorr_deploy.core.errors import RequestError
@@ -46,13 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     run_app(app, arguments)
 
 
-@app.command(
-    epilog=examples(
-        "adacorr-bench --list",
-        "adacorr-bench demo.bundle",
-        "adacorr-bench demo.bundle --policies fewer-steps@2.5,robust@2.5,mine.toml --images 32",
-        "adacorr-bench demo.bundle --rounds 5 --csv results.csv",
-    )
+@documented(
+    app,
+    "adacorr-bench --list",
+    "adacorr-bench demo.bundle",
+    "adacorr-bench demo.bundle --policies fewer-steps@2.5,robust@2.5,mine.toml --images 32",
+    "adacorr-bench demo.bundle --rounds 5 --csv results.csv",
 )
 def bench(  # noqa: PLR0913, PLR0917  one parameter is one option
     bundle: Annotated[
@@ -66,7 +66,7 @@ def bench(  # noqa: PLR0913, PLR0917  one parameter is one option
         typer.Option(
             "--policies",
             metavar="NAMES",
-            help="Presets, presets with a target as robust@2.5, or files, with commas between; none is always run.",
+            help=f"With commas between, each: {POLICY_NAMES} none is always run.",
         ),
     ] = _POLICIES,
     images: Annotated[int, typer.Option("--images", metavar="N", min=1, max=10_000, help="Images per policy.")] = 16,
@@ -85,20 +85,24 @@ def bench(  # noqa: PLR0913, PLR0917  one parameter is one option
         ),
     ] = None,
     backend: RunBackend = None,
-    list_presets: Annotated[bool, typer.Option("--list", help="Show the preset policies, and stop.")] = False,
+    list_presets: Annotated[
+        bool, typer.Option("--list", metavar="", help="Show the preset policies, and stop.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compare policies on a bundle: time, share of block launches skipped, and closeness to the uncached images.
 
-    All policies take turns in each round, so that a drift of the machine's speed touches all alike. speedup is against
-    none in the same run; rho is the share of block launches skipped; efficiency is speedup ÷ the ideal one at that rho;
-    psnr_db and ssim are against none's images (– where they are identical, or too small for SSIM).
+    All policies take turns in each round, so that a drift of the machine's speed touches all alike. speedup is the
+    median over the rounds of none's time ÷ the policy's in the same round; rho is the share of block launches skipped,
+    of those that the asked steps would take; efficiency is speedup ÷ the ideal one at that rho; psnr_db and ssim are
+    against none's images (– where they are identical, or too small for SSIM), for values from -1 to 1: for a model of
+    latents too, whatever range they really have.
     """
     if list_presets:
         _show_presets(as_json)
         return
     if bundle is None:
-        raise typer.BadParameter("give a BUNDLE, or --list.")
+        raise typer.BadParameter("it is missing. Give a bundle's folder, or --list.", param_hint="BUNDLE")
     from adacorr_deploy.quality.bench import BenchOptions
 
     options = BenchOptions(

@@ -17,9 +17,9 @@ from adacorr_deploy.cli.console import Advance, progress_bar, show_json, show_li
 from adacorr_deploy.cli.errors import needs_build_packages, run_app
 from adacorr_deploy.cli.inspection import inspect_bundle
 from adacorr_deploy.cli.model_source import DEMO, path_from_model
-from adacorr_deploy.cli.options import Heads, Json, Scheduler, command_app, examples, path_from_text
+from adacorr_deploy.cli.options import Heads, Json, Scheduler, command_app, documented, path_from_text
 from adacorr_deploy.core.engine_build import CompilerOptions, WeightLayout
-from adacorr_deploy.core.errors import PolicyError
+from adacorr_deploy.core.errors import EngineError, PolicyError
 from adacorr_deploy.core.specs import DType
 
 if TYPE_CHECKING:
@@ -70,15 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     run_app(app, arguments)
 
 
-@app.command(
-    epilog=examples(
-        "adacorr-build demo -o demo.bundle",
-        "adacorr-build path/to/DiT-XL-2-256 -o dit-xl.bundle --calibrate",
-        "adacorr-build DiT-XL-2-256x256.pt -o dit-xl.bundle --precision fp16 --policy fora",
-        "adacorr-build DiT-XL-2-256x256.pt -o xl.bundle --backend tensorrt-rtx --gpu sm_89",
-        "adacorr-build --inspect dit-xl.bundle",
-        "adacorr-build my-dit/transformer --scheduler my-dit/scheduler -o my.bundle --segment 4",
-    )
+@documented(
+    app,
+    "adacorr-build demo -o demo.bundle",
+    "adacorr-build path/to/DiT-XL-2-256 -o dit-xl.bundle --calibrate",
+    "adacorr-build DiT-XL-2-256x256.pt -o dit-xl.bundle --precision fp16 --policy fora",
+    "adacorr-build DiT-XL-2-256x256.pt -o xl.bundle --backend tensorrt-rtx --gpu sm_89",
+    "adacorr-build --inspect dit-xl.bundle",
+    "adacorr-build my-dit/transformer --scheduler my-dit/scheduler -o my.bundle --segment 4",
 )
 def build(  # noqa: PLR0913, PLR0917  one parameter is one option
     model: Annotated[
@@ -137,6 +136,7 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
         bool | None,
         typer.Option(
             "--calibrate/--no-calibrate",
+            metavar="",
             help="Measure what skipping costs, for ddim, 50 steps, guidance 4. Default: only for demo in fp32 or fp16; "
             "other runs: adacorr-calibrate.",
             show_default=False,
@@ -187,7 +187,10 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
     version_compatible: Annotated[
         bool,
         typer.Option(
-            "--version-compatible", help="Let later releases open the engines (tensorrt).", rich_help_panel=_COMPILED
+            "--version-compatible",
+            metavar="",
+            help="Let later releases open the engines (tensorrt).",
+            rich_help_panel=_COMPILED,
         ),
     ] = False,
     timing_cache: Annotated[
@@ -211,7 +214,9 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
             show_default=False,
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle that stands at BUNDLE.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", metavar="", help="Replace the bundle that stands at BUNDLE.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Export a Diffusion Transformer, compile its parts, and store them as a bundle.
@@ -224,8 +229,10 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
             raise typer.BadParameter("it builds nothing, so it takes no MODEL and no --output.", param_hint="--inspect")
         inspect_bundle(inspect, as_json=as_json)
         return
-    if model is None or output is None:
-        raise typer.BadParameter("a build needs both.", param_hint="MODEL --output")
+    if model is None:
+        raise typer.BadParameter("it is missing. Give demo, or a path.", param_hint="MODEL")
+    if output is None:
+        raise typer.BadParameter("it is missing. Give a folder for the new bundle.", param_hint="--output")
     calibrated = model == DEMO and precision is not Precision.BF16 if calibrate is None else calibrate
     target = Target(
         bundle=output,
@@ -260,17 +267,20 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
         ("model", "backend", "precision", "parts", "MB", "seconds"),
         [(bundle.manifest.model_name, backend, precision.value, parts, f"{size_bytes / 1e6:.1f}", f"{seconds:.1f}")],
     )
-    show_lines(f"{bundle.path}", *_next_steps(bundle.path, target))
+    show_lines(f"{bundle.path}", *_next_steps(bundle, target))
 
 
-def _next_steps(bundle: Path, target: Target) -> list[str]:
+def _next_steps(bundle: Bundle, target: Target) -> list[str]:
     from adacorr_deploy.caching.policy import policy_named
+    from adacorr_deploy.cli.image_files import PIXEL_CHANNELS
 
+    pixels = bundle.manifest.model.latent_shape[0] in PIXEL_CHANNELS
+    output = "-o images" if pixels else "--save-latents latents.npy"  # latents become images through a VAE elsewhere
     if target.calibrated or not policy_named(target.policy).needs_calibration:
-        return [f"Sample from it with: adacorr-run {bundle} -o images"]
+        return [f"Sample from it with: adacorr-run {bundle.path} {output}"]
     return [
-        f"Policy {target.policy} needs a calibration first: adacorr-calibrate {bundle}",
-        f"Sample without reuse meanwhile: adacorr-run {bundle} --policy none -o images",
+        f"Policy {target.policy} needs a calibration first: adacorr-calibrate {bundle.path}",
+        f"Sample without reuse meanwhile: adacorr-run {bundle.path} --policy none {output}",
     ]
 
 
@@ -280,15 +290,15 @@ def _default_policy(name: str | None, *, calibrated: bool) -> str:
     Raises:
         PolicyError: If it is unknown, or needs a calibration that this build doesn't make.
     """
-    from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS, policy_named
+    from adacorr_deploy.caching.policy import DEFAULT_POLICY, UNCALIBRATED, policy_named
 
     if name is None:
         return DEFAULT_POLICY
     policy = policy_named(name)
     if policy.needs_calibration and not calibrated:
-        free = ", ".join(preset.name for preset in PRESETS.values() if not preset.needs_calibration)
         raise PolicyError(
-            f"policy {name} needs a calibration, which this build leaves out. Add --calibrate, or choose one of {free}."
+            f"policy {name} needs a calibration, which this build leaves out. Add --calibrate, or choose one of "
+            f"{UNCALIBRATED}."
         )
     return name
 
@@ -311,8 +321,11 @@ def _built(source: Source, target: Target, advance: Advance) -> Bundle:
     backend = backend_by_name(target.backend, target.compiler)
     check_precision(options.precision, backend)
     calibrating = backend if backend.is_available() else backend_by_name("onnxruntime")
-    if target.calibrated:
-        check_precision(options.precision, calibrating)
+    if target.calibrated and options.precision not in calibrating.precisions:
+        raise EngineError(
+            f"A {target.precision.value} model can't be calibrated without a GPU for {backend.name}. Build it without "
+            "--calibrate, and run adacorr-calibrate on a machine that has one."
+        )
     model = path_from_model(source.model)
     check_output(target.bundle, options)
     check_new_folder(target.bundle, inputs=[model, *([source.scheduler] if source.scheduler is not None else [])])

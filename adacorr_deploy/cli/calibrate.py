@@ -22,7 +22,7 @@ from adacorr_deploy.cli.options import (
     SamplerName,
     Steps,
     command_app,
-    examples,
+    documented,
 )
 from adacorr_deploy.core.samplers import Sampler
 
@@ -39,12 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     run_app(app, arguments)
 
 
-@app.command(
-    epilog=examples(
-        "adacorr-calibrate demo.bundle",
-        "adacorr-calibrate demo.bundle --steps 30 --guidance 1.5",
-        "adacorr-calibrate demo.bundle --predictor gated-taylor --order 2",
-    )
+@documented(
+    app,
+    "adacorr-calibrate demo.bundle",
+    "adacorr-calibrate demo.bundle --steps 30 --guidance 1.5",
+    "adacorr-calibrate demo.bundle --predictor gated-taylor --order 2",
 )
 def calibrate(  # noqa: PLR0913, PLR0917  one parameter is one option
     bundle: Bundle,

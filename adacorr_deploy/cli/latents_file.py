@@ -58,7 +58,8 @@ def _array(path: Path, file: BinaryIO, shape: tuple[int, ...]) -> NDArray[np.flo
         raise _unreadable(path, "it is no array file") from error
     if dtype != np.float32 or found != shape:
         raise RequestError(
-            f"{path} holds {dtype} of shape {found}, this run needs float32 of shape {shape}. Save that."
+            f"{path} holds {dtype} of shape {found}, this run needs float32 of shape {shape}, for {shape[0]} class "
+            "labels. Give an array of that shape, or other --class-labels."
         )
     file.seek(header.tell())
     content = file.read(4 * math.prod(shape))

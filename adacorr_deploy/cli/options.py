@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, TypeVar
 
 import typer
 
 from adacorr_deploy.core.samplers import Sampler
 
+_Command = TypeVar("_Command", bound=Callable[..., int | None])
+
 
 def command_app() -> typer.Typer:
     """Return an application for a single command."""
     return typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+def documented(app: typer.Typer, *lines: str) -> Callable[[_Command], _Command]:
+    """Return what makes a function an application's command: its docstring is the help, and `lines` are examples.
+
+    Typer keeps a paragraph's line breaks; here each paragraph is one line, which the terminal's width breaks.
+    """
+
+    def register(function: _Command) -> _Command:
+        paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+        text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+        return app.command(help=text, epilog=_examples(*lines))(function)
+
+    return register
 
 
 def path_from_text(text: str) -> Path:
@@ -22,11 +40,16 @@ def path_from_text(text: str) -> Path:
     return Path(text)
 
 
-def examples(*lines: str) -> str:
+def _examples(*lines: str) -> str:
     """Return the end of a help page: commands to copy, one a line."""
     return "\n\n".join(["[bold]Examples[/bold]", *lines])
 
 
+# Of --policy: what its value may be.
+POLICY_NAMES: Final = (
+    "A preset (adacorr-bench --list), one with a target (robust@2.5: a speed-up of 2.5; fora@4: every 4th step is "
+    "evaluated), or a .json or .toml file."
+)
 MAX_IMAGES: Final = 1024  # sampled together
 
 Bundle = Annotated[
@@ -71,4 +94,4 @@ Heads = Annotated[
         show_default=False,
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document in place of the table.")]
+Json = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON document in place of the table.")]

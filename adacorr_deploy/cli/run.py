@@ -12,6 +12,7 @@ import typer
 from adacorr_deploy.cli.console import progress_bar, say, show_json, show_lines, show_table
 from adacorr_deploy.cli.errors import run_app
 from adacorr_deploy.cli.options import (
+    POLICY_NAMES,
     Bundle,
     Guidance,
     Json,
@@ -20,7 +21,7 @@ from adacorr_deploy.cli.options import (
     Seed,
     Steps,
     command_app,
-    examples,
+    documented,
     path_from_text,
 )
 from adacorr_deploy.core.errors import RequestError
@@ -63,6 +64,8 @@ class Outputs:
         images = [self.directory / name for name in pictures] if self.directory is not None else []
         others = [path for path in (self.latents, self.trace) if path is not None]
         check_outputs([*images, *others], bundle=bundle, inputs=inputs)
+        if self.latents is not None and self.latents.suffix != ".npy":
+            raise RequestError(f"Latents are kept as .npy, not as {self.latents}. Give a name that ends in .npy.")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -70,14 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     run_app(app, arguments)
 
 
-@app.command(
-    epilog=examples(
-        "adacorr-run demo.bundle -o images",
-        "adacorr-run demo.bundle --class-labels trouser,sneaker,8 --seed 7 -o images",
-        "adacorr-run demo.bundle --policy robust@2.5 --trace trace.json -o images",
-        "adacorr-run demo.bundle --policy none --latents start.npy --save-latents final.npy -o images",
-        "adacorr-run demo.bundle --self-test",
-    )
+@documented(
+    app,
+    "adacorr-run demo.bundle -o images",
+    "adacorr-run demo.bundle --class-labels trouser,sneaker,8 --seed 7 -o images",
+    "adacorr-run demo.bundle --policy robust@2.5 --trace trace.json -o images",
+    "adacorr-run demo.bundle --policy none --latents start.npy --save-latents final.npy -o images",
+    "adacorr-run demo.bundle --self-test",
 )
 def run(  # noqa: PLR0913, PLR0917  one parameter is one option
     bundle: Bundle,
@@ -111,8 +113,7 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
         typer.Option(
             "--policy",
             metavar="NAME|FILE",
-            help="A preset (adacorr-bench --list), one with a target speed-up as robust@2.5, or a .json or .toml "
-            "file. Default: the bundle's own.",
+            help=f"{POLICY_NAMES} Default: the bundle's own.",
             show_default=False,
         ),
     ] = None,
@@ -150,6 +151,7 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
         bool,
         typer.Option(
             "--self-test",
+            metavar="",
             help="First compare the engines with an image that the PyTorch model sampled when the bundle was built, "
             "and stop if they differ. Without an output, nothing else is done.",
         ),

@@ -22,7 +22,7 @@ from adacorr_deploy.cli.options import (
     Seed,
     Steps,
     command_app,
-    examples,
+    documented,
 )
 from adacorr_deploy.core.samplers import Sampler
 
@@ -39,12 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     run_app(app, arguments)
 
 
-@app.command(
-    epilog=examples(
-        "adacorr-validate demo.bundle --reference demo",
-        "adacorr-validate demo.bundle --reference demo --policy robust@2",
-        "adacorr-validate my.bundle --reference my-dit/transformer --scheduler my-dit/scheduler --json",
-    )
+@documented(
+    app,
+    "adacorr-validate demo.bundle --reference demo",
+    "adacorr-validate demo.bundle --reference demo --policy robust@2",
+    "adacorr-validate my.bundle --reference my-dit/transformer --scheduler my-dit/scheduler --json",
 )
 def validate(  # noqa: PLR0913, PLR0917  one parameter is one option
     bundle: Bundle,

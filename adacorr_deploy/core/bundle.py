@@ -74,9 +74,10 @@ def _manifest_text(path: Path) -> str:
             raise ValueError("it is a link")
         return bounded_file(file, limit_bytes=_MAX_MANIFEST_BYTES).decode("utf-8")
     except (OSError, ValueError) as error:
+        free = "NEW.bundle" if os.path.exists(path) else path  # noqa: PTH110  for Path, some names are errors
         raise BundleError(
             f"{path} is not a bundle: its {MANIFEST_NAME} can't be read ({error}). "
-            f"Make one with: adacorr-build MODEL -o {path}"
+            f"Make one with: adacorr-build MODEL -o {free}"
         ) from error
 
 

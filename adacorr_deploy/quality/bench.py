@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from adacorr_deploy.caching.policy import PRESETS, FewerStepsGate, Policy
+from adacorr_deploy.caching.policy import PRESETS, Policy
 from adacorr_deploy.core.errors import RequestError
 from adacorr_deploy.core.progress import Progress
 from adacorr_deploy.core.samplers import Sampler, sampler_table
@@ -123,7 +123,7 @@ def bench(
             done += 1
             if round_index == 0:
                 latents = np.concatenate([result.latents for result in results])
-                runs[policy.name] = _Runs(latents, _rho(policy, results, options), [])
+                runs[policy.name] = _Runs(latents, statistics.fmean(result.rho for result in results), [])
             else:
                 runs[policy.name].seconds.append(seconds)
     block_share = _block_share(pipeline, options)
@@ -191,12 +191,6 @@ def _sample_all(pipeline: Pipeline, policy: Policy, options: BenchOptions) -> tu
     started = time.perf_counter()
     results = [sample_with_policy(pipeline, request, policy) for request in requests(pipeline, options)]
     return results, time.perf_counter() - started
-
-
-def _rho(policy: Policy, results: Sequence[SampleResult], options: BenchOptions) -> float:
-    if isinstance(policy.gate, FewerStepsGate):
-        return 1 - results[0].steps / options.steps
-    return statistics.fmean(result.rho for result in results)
 
 
 def _block_share(pipeline: Pipeline, options: BenchOptions) -> float:

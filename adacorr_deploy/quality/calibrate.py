@@ -27,7 +27,7 @@ from adacorr_deploy.caching.calibration import (
     Probe,
 )
 from adacorr_deploy.caching.controllers import paper_score, robust_score
-from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS
+from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS, UNCALIBRATED
 from adacorr_deploy.caching.predictors import Predictor
 from adacorr_deploy.core.errors import CalibrationError, EngineError
 from adacorr_deploy.core.progress import Progress
@@ -83,7 +83,7 @@ def calibrate(pipeline: Pipeline, options: CalibrationOptions, progress: Progres
     if table.needs_noise:
         raise CalibrationError(
             f"sampler {options.sampler.value} adds noise at every step, which calibration can't follow. "
-            "Calibrate with --sampler ddim, or run with --policy fora or none."
+            f"Calibrated policies work with --sampler ddim; these need no calibration: {UNCALIBRATED}."
         )
     if options.steps < 4:
         raise CalibrationError(f"steps is {options.steps}; with fewer than 4 there is nothing to skip.")

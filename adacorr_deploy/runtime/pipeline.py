@@ -41,7 +41,7 @@ class SampleResult:
     latents: NDArray[np.float32]  # (B, C, H, W)
     trace: Trace
     launches: int  # of block engines, as the sessions count them
-    rho: float  # share of block launches skipped, 0 … 1
+    rho: float  # share of block launches skipped, of those that the asked steps would take, 0 … 1
     seconds: float  # from the first input written to the latents read
     steps: int
 
@@ -65,7 +65,7 @@ class Pipeline:
         self._closed = False
 
     @classmethod
-    def open(cls, path: Path, *, backend: Backend | str | None = None) -> Pipeline:
+    def open(cls, path: Path | str, *, backend: Backend | str | None = None) -> Pipeline:
         """Open a bundle.
 
         Args:
@@ -77,7 +77,7 @@ class Pipeline:
             BackendUnavailableError: If the backend is not installed.
             EngineError: If a part can't be opened here.
         """
-        bundle = open_bundle(path)
+        bundle = open_bundle(Path(path))
         _check_parts(bundle)
         with ExitStack() as resources:
             if backend is None or isinstance(backend, str):

@@ -73,7 +73,10 @@ def check_request(request: SampleRequest, model: ModelSpec, schedule: NoiseSched
         _check_latents(request.latents, (request.batch, *model.latent_shape))
 
 
-def _check_labels(labels: tuple[int, ...], num_classes: int) -> None:
+def _check_labels(labels: object, num_classes: int) -> None:
+    if not isinstance(labels, (tuple, list)):  # an untyped caller may pass anything
+        allowed = f"a tuple of whole numbers from 0 to {num_classes - 1}, one per image"
+        raise RequestError(f"labels is {clipped(labels)}, allowed is {allowed}.")
     if not labels:
         raise RequestError("labels is empty. Give one class label per image.")
     check_integer("the number of labels", len(labels), 1, MAX_BATCH)

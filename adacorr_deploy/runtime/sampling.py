@@ -52,13 +52,16 @@ def sample_with_policy(
         EngineError: If an engine fails or the latents become NaN.
     """
     controller = controller_for_request(pipeline, request, policy)
-    return pipeline.sample(
+    result = pipeline.sample(
         replace(request, steps=policy.sampled_steps(request.steps)),
         controller,
         history=policy.history,
         progress=progress,
         cancelled=cancelled,
     )
+    if result.steps == request.steps:
+        return result
+    return replace(result, rho=1 - (1 - result.rho) * result.steps / request.steps)  # steps not taken are skipped too
 
 
 def controller_for_request(pipeline: Pipeline, request: SampleRequest, policy: Policy) -> Controller:
@@ -75,7 +78,8 @@ def controller_for_request(pipeline: Pipeline, request: SampleRequest, policy: P
     if policy.needs_calibration:
         found = calibrations(pipeline.bundle).values()
         predictor = None if isinstance(policy.gate, PaperGate) else policy.predictor
-        calibration = calibration_for_run(found, calibration_key(pipeline, request), predictor, policy=policy.name)
+        key = calibration_key(pipeline, request)
+        calibration = calibration_for_run(found, key, predictor, policy=policy.name, bundle=str(pipeline.bundle.path))
     return controller_for_policy(policy, Run(steps=policy.sampled_steps(request.steps), lags=policy.lags), calibration)
 
 
@@ -108,20 +112,20 @@ def calibrations(bundle: Bundle) -> dict[str, Calibration]:
         CalibrationError: If one is not valid, or is not of this bundle's model.
     """
     found = {
-        name: _calibration(bundle.file(name), record.sha256)
+        name: _calibration(bundle.file(name), record.sha256, str(bundle.path))
         for name, record in bundle.manifest.files.items()
         if name.startswith(f"{CALIBRATION_DIR}/")
     }
     for name, calibration in found.items():
-        check_blocks(calibration, bundle.manifest.model, where=str(bundle.file(name)))
+        check_blocks(calibration, bundle.manifest.model, where=str(bundle.file(name)), bundle=str(bundle.path))
     return found
 
 
 @lru_cache(maxsize=64)
-def _calibration(file: Path, sha256: str) -> Calibration:
+def _calibration(file: Path, sha256: str, bundle: str) -> Calibration:
     """Read a calibration file once; `sha256` tells apart what the same path held at other times."""
     try:
         content = verified_content(file, sha256, limit_bytes=_MAX_FILE_BYTES)
     except ValueError as error:
-        raise CalibrationError(f"{file}: {error}. Make it again with: adacorr-calibrate BUNDLE") from error
-    return calibration_from_json(content, where=str(file))
+        raise CalibrationError(f"{file}: {error}. Make it again with: adacorr-calibrate {bundle}") from error
+    return calibration_from_json(content, where=str(file), bundle=bundle)

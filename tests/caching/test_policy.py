@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from adacorr_deploy.caching.guards import Guards
 from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS, AdaCorrectionGate, Policy, policy_named
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
 from adacorr_deploy.core.errors import PolicyError
@@ -20,6 +21,27 @@ def test_every_preset_survives_a_round_trip_through_a_file(tmp_path: Path) -> No
         path = tmp_path / f"{name}.json"
         path.write_text(policy.model_dump_json(by_alias=True))
         assert policy_named(str(path)) == policy
+
+
+METHOD = Path(__file__).parents[2] / "adacorr_deploy" / "docs" / "method.md"
+
+
+def test_the_policy_files_of_the_documentation_load_and_every_field_is_in_it(tmp_path: Path) -> None:
+    section = METHOD.read_text(encoding="utf-8").partition("## A policy file")[2].partition("\n## ")[0]
+    loaded = []
+    for kind, example in re.findall(r"```(toml|json)\n(.*?)```", section, re.DOTALL):
+        path = tmp_path / f"example.{kind}"
+        path.write_text(example, encoding="utf-8")
+        loaded.append(policy_named(str(path)))
+    assert [policy.name for policy in loaded] == ["mine", "every-fourth"]
+    assert loaded[0].gate == AdaCorrectionGate()  # what it says of defaults is true
+    assert loaded[0].predictor == Predictor()
+    assert loaded[0].guards.model_copy(update={"protected_blocks": frozenset()}) == Guards()
+    gates = [type(policy.gate) for policy in PRESETS.values()]
+    for model in (Policy, Predictor, Guards, *gates):
+        for name, field in model.model_fields.items():
+            assert re.search(rf"(^|`|\[){field.alias or name}\b", section, re.MULTILINE), (model, name)
+    assert all(f"`{gate.model_fields['kind'].default}`" in section for gate in gates)
 
 
 def test_a_toml_file_is_read(tmp_path: Path) -> None:

@@ -80,4 +80,4 @@ def test_bad_options_are_one_line_before_anything_is_timed(
 
 
 def test_no_bundle_is_a_usage_error(command: Command) -> None:
-    assert "give a BUNDLE, or --list. See: " in command("bench").error
+    assert "Invalid value for BUNDLE: it is missing. Give a bundle's folder, or --list. See: " in command("bench").error

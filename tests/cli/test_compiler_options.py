@@ -71,6 +71,24 @@ class TestTensorRTForRTX:
     def _installed(self) -> None:
         pytest.importorskip("tensorrt_rtx")
 
+    def test_bfloat16_is_calibrated_on_a_gpu_or_later(
+        self, command: Command, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("adacorr_deploy.engines.tensorrt_backend.TensorRTBackend.is_available", lambda self: False)
+        options = ["--backend", "tensorrt-rtx", "--precision", "bf16", "--calibrate"]
+        error = command("build", model, "-o", tmp_path / "out", *options).error
+        assert "bf16 model can't be calibrated without a GPU" in error
+        assert "Build it without --calibrate, and run adacorr-calibrate on a machine that has one" in error
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_timing_cache_is_refused_where_nothing_is_timed(
+        self, command: Command, model: Path, tmp_path: Path
+    ) -> None:
+        options = ["--backend", "tensorrt-rtx", "--timing-cache", tmp_path / "cache"]
+        error = command("build", model, "-o", tmp_path / "out", *options).error
+        assert "TensorRT for RTX times nothing when it compiles. Leave --timing-cache out" in error
+        assert list(tmp_path.iterdir()) == []
+
     @pytest.mark.parametrize("gpu", ["sm_90", "", "sm_86,,sm_89", "8.6", "sm_86 "])
     def test_an_unknown_gpu_is_refused_with_the_known_ones(
         self, command: Command, model: Path, tmp_path: Path, gpu: str

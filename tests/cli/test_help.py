@@ -29,4 +29,6 @@ print("loaded:", [name for name in {HEAVY!r} if name in sys.modules])
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
     ).stdout.splitlines()
     assert shown[-1] == "loaded: []"
+    about = "\n".join(shown).partition("╭")[0].split("\n\n")
+    assert all(len(line) > 60 for paragraph in about for line in paragraph.strip("\n").split("\n")[:-1])
     assert sum(line.strip().startswith(f"adacorr-{name} ") for line in shown) >= 3

@@ -146,8 +146,10 @@ print("loaded:", sorted(name for name in {BUILD_TIME_ONLY!r} if name in sys.modu
         (["--sampler", "euler"], "'euler' is not one of 'ddim', 'ddpm'"),
         (
             ["--steps", "9"],
-            "policy robust needs a calibration; .*steps is 8, the run's is 9.*adacorr-calibrate BUNDLE",
+            "policy robust needs a calibration; .*steps is 8, the run's is 9.*adacorr-calibrate .*tiny.bundle --sa",
         ),
+        (["--sampler", "ddpm"], "work with --sampler ddim; these need no calibration: none, fewer-steps, fora, paper-"),
+        (["--save-latents", "a.png"], r"Latents are kept as .npy, not as a.png. Give a name that ends in .npy"),
         (["--policy", "nix"], "policy 'nix' is neither a preset"),
         (["--policy", "nowhere.toml"], "policy file nowhere.toml can't be read"),
         (["--polcy", "none"], "No such option: --polcy"),

@@ -438,3 +438,11 @@ def test_a_replaced_file_leaves_no_partial_one_behind(tmp_path: Path, monkeypatc
         replace_file(target, b"new")
     assert target.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_who_gives_no_bundle_is_told_to_build_one_where_nothing_stands(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=f"adacorr-build MODEL -o {tmp_path}/free$"):
+        open_bundle(tmp_path / "free")
+    (tmp_path / "model").mkdir()
+    with pytest.raises(BundleError, match=r"adacorr-build MODEL -o NEW\.bundle$"):
+        open_bundle(tmp_path / "model")

@@ -52,6 +52,11 @@ def test_given_latents_replace_the_drawn_ones_and_nothing_else(pipeline: Pipelin
     assert not np.allclose(sampled(pipeline, zeros), sampled(pipeline))
 
 
+def test_a_bundle_opens_by_the_text_of_its_path_too(pipeline: Pipeline, backend: FakeBackend) -> None:
+    with Pipeline.open(str(pipeline.bundle.path), backend=backend) as opened:
+        np.testing.assert_array_equal(sampled(opened), sampled(pipeline))
+
+
 def test_nothing_of_one_request_reaches_the_next(pipeline: Pipeline, backend: FakeBackend) -> None:
     """Every buffer is poisoned between two requests, except for those that are constants by contract."""
     first = sampled(pipeline)

@@ -21,6 +21,12 @@ LATENTS = np.zeros((1, 1, 4, 4), np.float32)
     ("request_", "message"),
     [
         (SampleRequest(()), "labels is empty"),
+        (
+            SampleRequest(cast(tuple[int], 207)),
+            "labels is 207, allowed is a tuple of whole numbers from 0 to 2, one",
+        ),
+        (SampleRequest(cast(tuple[int], "0")), "labels is '0', allowed is a tuple of whole numbers"),
+        (SampleRequest(cast(tuple[int], (1.0,))), r"label is 1\.0, allowed are whole numbers from 0 to 2"),
         (SampleRequest((0, 3)), "label is 3, allowed are whole numbers from 0 to 2"),
         (SampleRequest((-1,)), "label is -1"),
         (SampleRequest((True,)), "label is True"),
