@@ -94,7 +94,9 @@ class Plans:
         except safetensors.SafetensorError as error:
             raise EngineError(f"{part}: {weights} is no safetensors file ({error}). {_REBUILD}") from error
         for name, tensor in tensors:
-            dtype = _STORED_TYPES[tensor["dtype"]]
+            dtype = _STORED_TYPES.get(tensor["dtype"])
+            if dtype is None:
+                raise EngineError(f"{part}: weight {name} is {tensor['dtype']}, known are {', '.join(_STORED_TYPES)}.")
             buffers[name] = self.device.allocate(tuple(tensor["shape"]), dtype)
             buffers[name].write(np.frombuffer(tensor["data"], dtype.numpy).reshape(tensor["shape"]))
         return buffers
@@ -190,6 +192,12 @@ class TensorRTSession:
                 f"{self._spec.name}: the plan's tensors and those of its spec and weights differ in "
                 f"{', '.join(sorted(found ^ expected))}. {_REBUILD}"
             )
+        for name, weight in self._weights.items():  # the plan would read past a smaller one
+            shape = tuple(engine.get_tensor_shape(name))
+            if shape != weight.shape:
+                raise EngineError(
+                    f"{self._spec.name}: weight {name} is {weight.shape}, and its plan takes {shape}. {_REBUILD}"
+                )
 
 
 def _content(path: Path, part: str) -> bytes:

@@ -98,6 +98,23 @@ def test_parts_of_one_structure_share_the_plan_and_have_their_own_weights(
         assert float(bound["y"].read()[0, 0]) == value
 
 
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (np.zeros((2, WIDTH), np.float32), r"weight w is \(2, 4\), and its plan takes \(3, 4\)"),
+        (np.zeros((3, WIDTH), np.int64), r"weight w is I64, known are F32, F16, BF16"),
+    ],
+)
+def test_weights_that_the_plan_would_read_past_are_refused(
+    opened: Plans, tmp_path: Path, weight: np.ndarray[tuple[int, ...], np.dtype[np.generic]], message: str
+) -> None:
+    weights = tmp_path / "block_00.safetensors"
+    save_file({"w": weight}, weights)
+    artefact = Artefact(path=plan_file(tmp_path, "x", "w", "y"), weights=weights)
+    with pytest.raises(EngineError, match=message):
+        TensorRTSession(part_spec(), opened, artefact)
+
+
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_weights_arrive_bit_for_bit(opened: Plans, tmp_path: Path, dtype: str) -> None:
     bits = np.arange(12, dtype=np.uint16).reshape(3, 4)
