@@ -5,9 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 from adacorr_deploy.caching.calibration import Calibration
-from adacorr_deploy.caching.decisions import Action, Controller, Decision, Prediction, Signals, SlotHistory
+from adacorr_deploy.caching.decisions import (
+    Action,
+    Affine,
+    Controller,
+    Decision,
+    Observation,
+    Observed,
+    Prediction,
+    Signals,
+    SlotHistory,
+    Span,
+    unit_spans,
+    whole_step_spans,
+)
 from adacorr_deploy.caching.guards import doubtful
 from adacorr_deploy.caching.planner import planner_for
 from adacorr_deploy.caching.policy import (
@@ -22,13 +36,21 @@ from adacorr_deploy.caching.policy import (
 )
 from adacorr_deploy.core.errors import CalibrationError
 
+_INPUT: Final = Observation(what=Observed.INPUT)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What a controller must know of a request."""
+    """What a controller must know of a request and its bundle."""
 
     steps: int
+    blocks: int  # block parts
     lags: bool = False  # decide with the measurements of earlier steps
+
+
+def spans_for(policy: Policy, run: Run) -> tuple[Span, ...]:
+    """Return how a policy divides the block parts."""
+    return whole_step_spans(run.blocks) if policy.predictor.whole_step else unit_spans(run.blocks)
 
 
 class StaticController:
@@ -37,19 +59,23 @@ class StaticController:
     def __init__(self, policy: Policy, run: Run, evaluated: frozenset[int], reason: str) -> None:
         self._policy = policy
         self._run = run
+        self._spans = spans_for(policy, run)
         self._evaluated = evaluated
         self._reason = reason
 
     @property
-    def whole_steps(self) -> bool:
-        return self._policy.predictor.whole_step
+    def spans(self) -> tuple[Span, ...]:
+        return self._spans
 
     @property
     def lags(self) -> bool:
         return self._run.lags
 
-    def keeps_reference(self, block: int) -> bool:
-        return False
+    def observation(self, span: int) -> Observation | None:
+        return None
+
+    def affine(self, span: int) -> Affine | None:
+        return None
 
     def needs_signals(self, step: int, block: int, history: SlotHistory) -> bool:
         return False
@@ -73,6 +99,12 @@ class StaticController:
     def record_error(self, step: int, block: int, error: float) -> None:
         raise AssertionError("a static policy measures no error")
 
+    def observes_change(self, step: int, span: int, history: SlotHistory) -> bool:
+        return False
+
+    def record_change(self, step: int, span: int, signals: Sequence[Signals]) -> None:
+        raise AssertionError("a static policy observes no change")
+
 
 class PaperController:
     """The paper's score, weight and blend; with `lazy`, a block whose weight is at most ε is not launched."""
@@ -81,18 +113,22 @@ class PaperController:
         self._policy = policy
         self._gate = gate
         self._run = run
+        self._spans = spans_for(policy, run)
         self._floors = floors
 
     @property
-    def whole_steps(self) -> bool:
-        return self._policy.predictor.whole_step
+    def spans(self) -> tuple[Span, ...]:
+        return self._spans
 
     @property
     def lags(self) -> bool:
         return self._run.lags
 
-    def keeps_reference(self, block: int) -> bool:
-        return True
+    def observation(self, span: int) -> Observation | None:
+        return _INPUT
+
+    def affine(self, span: int) -> Affine | None:
+        return None
 
     def needs_signals(self, step: int, block: int, history: SlotHistory) -> bool:
         return guard_reason(self._policy, self._run, step, block, history) is None
@@ -121,6 +157,12 @@ class PaperController:
     def record_error(self, step: int, block: int, error: float) -> None:
         raise AssertionError("the paper's policies measure no error")
 
+    def observes_change(self, step: int, span: int, history: SlotHistory) -> bool:
+        return False
+
+    def record_change(self, step: int, span: int, signals: Sequence[Signals]) -> None:
+        raise AssertionError("the paper's policies observe no change")
+
 
 class AdaCorrectionController:
     """The calibrated schedule, corrected by what this request measures.
@@ -137,6 +179,7 @@ class AdaCorrectionController:
         self._policy = policy
         self._gate = gate
         self._run = run
+        self._spans = spans_for(policy, run)
         self._calibration = calibration
         self._planner = planner_for(calibration, policy.guards)
         self._price = self._planner.price(gate.speedup)
@@ -150,15 +193,18 @@ class AdaCorrectionController:
         self._measured_at: dict[int, tuple[int, int]] = {}  # step → distance and gap of the error that is on its way
 
     @property
-    def whole_steps(self) -> bool:
-        return self._policy.predictor.whole_step
+    def spans(self) -> tuple[Span, ...]:
+        return self._spans
 
     @property
     def lags(self) -> bool:
         return self._run.lags
 
-    def keeps_reference(self, block: int) -> bool:
-        return block == 0
+    def observation(self, span: int) -> Observation | None:
+        return _INPUT if span == 0 else None
+
+    def affine(self, span: int) -> Affine | None:
+        return None
 
     def needs_signals(self, step: int, block: int, history: SlotHistory) -> bool:
         return block == 0 and self._step_guard(step) is None
@@ -234,6 +280,12 @@ class AdaCorrectionController:
         if expected > 0 and error > 0 and math.isfinite(error):
             measured = 2 * probe.slope * math.log(error / expected)
             self._log_error = self._gate.memory * self._log_error + (1 - self._gate.memory) * measured
+
+    def observes_change(self, step: int, span: int, history: SlotHistory) -> bool:
+        return False
+
+    def record_change(self, step: int, span: int, signals: Sequence[Signals]) -> None:
+        raise AssertionError("AdaCorrection observes no change")
 
     @property
     def difficulty(self) -> float:

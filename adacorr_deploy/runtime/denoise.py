@@ -11,7 +11,7 @@ from typing import Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from adacorr_deploy.caching.decisions import Action, Controller, Decision, Signals, SlotHistory
+from adacorr_deploy.caching.decisions import Action, Controller, Decision, Signals, SlotHistory, keeps_output
 from adacorr_deploy.core.errors import EngineError, PolicyError, SamplingCancelledError
 from adacorr_deploy.runtime.slots import CacheSlot
 from adacorr_deploy.runtime.trace import Trace
@@ -55,11 +55,11 @@ class Denoiser:
             EngineError: If an engine fails, or the latents are not finite.
             PolicyError: If the controller asks for what its slot can't give.
         """
-        steps = self.trace.steps
+        steps, whole_steps = self.trace.steps, keeps_output(self.controller.spans)
         for step, noise in enumerate(self.draws):
             self._deliver_errors(step)
             self.space.embed(step)
-            if self.controller.whole_steps:
+            if whole_steps:
                 self._whole_step(step, noise)
             else:
                 for block, slot in enumerate(self.slots):

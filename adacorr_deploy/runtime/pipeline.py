@@ -15,11 +15,12 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from adacorr_deploy.caching.decisions import Controller
+from adacorr_deploy.caching.decisions import Controller, keeps_output, unit_spans, whole_step_spans
 from adacorr_deploy.core.bundle import Bundle, open_bundle
 from adacorr_deploy.core.errors import BundleError, EngineError, PolicyError
 from adacorr_deploy.core.manifest import Manifest
 from adacorr_deploy.core.samplers import sampler_table
+from adacorr_deploy.core.untrusted import clipped
 from adacorr_deploy.engines import backend_by_name
 from adacorr_deploy.engines.backend import Backend, Session
 from adacorr_deploy.engines.bundle_sessions import check_backend, open_part
@@ -150,14 +151,18 @@ class Pipeline:
         if not 0 <= history <= MAX_HISTORY:
             raise PolicyError(f"history is {history}, allowed are 0 … {MAX_HISTORY} evaluations.")
         table = sampler_table(manifest.schedule, request.sampler, request.steps)
-        whole = controller.whole_steps
+        _check_spans(controller, len(manifest.model.blocks))
+        whole = keeps_output(controller.spans)
         if whole and table.needs_noise and manifest.model.learned_variance:
             raise PolicyError(
                 f"sampler {request.sampler.value} takes its noise from the model's variance, which a policy over whole "
                 "steps does not predict. Choose a policy with a block predictor, or --sampler ddim."
             )
         size = RunSize.of(request, history=history, whole_steps=whole)
-        with self.lease(size, keeps_reference=controller.keeps_reference) as (space, slots):
+        with self.lease(size, keeps_reference=lambda span: controller.observation(span) is not None) as (
+            space,
+            slots,
+        ):
             launches = self._block_launches()
             started = time.perf_counter()
             space.prepare(request, table, request.latents)
@@ -231,6 +236,14 @@ class Pipeline:
 
 def _never(block: int) -> bool:
     return False
+
+
+def _check_spans(controller: Controller, blocks: int) -> None:
+    if controller.spans not in (unit_spans(blocks), whole_step_spans(blocks)):
+        raise PolicyError(
+            f"The policy divides {blocks} block parts into {clipped(controller.spans)}; runs can do a span for each "
+            "part, which keeps its units, or one for the whole step. Choose such a policy."
+        )
 
 
 def _check_parts(bundle: Bundle) -> None:

@@ -80,7 +80,8 @@ def controller_for_request(pipeline: Pipeline, request: SampleRequest, policy: P
         predictor = None if isinstance(policy.gate, PaperGate) else policy.predictor
         key = calibration_key(pipeline, request)
         calibration = calibration_for_run(found, key, predictor, policy=policy.name, bundle=str(pipeline.bundle.path))
-    return controller_for_policy(policy, Run(steps=policy.sampled_steps(request.steps), lags=policy.lags), calibration)
+    run = Run(steps=policy.sampled_steps(request.steps), blocks=len(pipeline.manifest.model.blocks), lags=policy.lags)
+    return controller_for_policy(policy, run, calibration)
 
 
 def _check_protected_blocks(policy: Policy, blocks: int) -> None:

@@ -41,7 +41,7 @@ def signals(offset: float = 0.01, *, temporal: float = 0.0, spatial: float = 0.0
 
 def drive(controller: Controller, *, given_signals: Signals | None = None, error: float = 0.1) -> list[list[Decision]]:
     """Run a controller as the loop does, and return its decisions, [step][block]."""
-    histories = [SlotHistory(capacity=3) for _ in range(1 if controller.whole_steps else BLOCKS)]
+    histories = [SlotHistory(capacity=3) for _ in controller.spans]
     decisions = []
     for step in range(STEPS):
         row = []
@@ -64,7 +64,7 @@ def evaluated_steps(decisions: list[list[Decision]], block: int = 0) -> list[int
 def controller(policy: Policy | str, **options: float) -> Controller:
     chosen = policy_named(policy) if isinstance(policy, str) else policy
     made = calibration(predictor=chosen.predictor, **options) if chosen.needs_calibration else None
-    return controller_for_policy(chosen, Run(steps=STEPS), made)
+    return controller_for_policy(chosen, Run(steps=STEPS, blocks=BLOCKS), made)
 
 
 def test_none_and_fewer_steps_evaluate_every_block() -> None:
@@ -208,10 +208,10 @@ def test_weight_is_in_0_to_1_and_rises_with_the_estimate(estimates: list[float],
 def test_a_calibrated_policy_without_calibration_or_with_another_predictor_is_refused() -> None:
     policy = PRESETS["robust"]
     with pytest.raises(CalibrationError, match="adacorr-calibrate"):
-        controller_for_policy(policy, Run(steps=STEPS), None)
+        controller_for_policy(policy, Run(steps=STEPS, blocks=BLOCKS), None)
     with pytest.raises(CalibrationError, match="--order 2"):
         controller_for_policy(
-            policy.model_copy(update={"predictor": Predictor(order=2)}), Run(steps=STEPS), calibration()
+            policy.model_copy(update={"predictor": Predictor(order=2)}), Run(steps=STEPS, blocks=BLOCKS), calibration()
         )
 
 
@@ -277,7 +277,7 @@ def test_whatever_a_calibration_holds_every_step_is_decided_and_the_guards_are_k
     probe = {**made["probe"], "expected": expected, "slope": slope}
     changes = {"skip_costs": skip_costs, "offset_limits": [rows[0] for rows in limits], "probe": probe}
     extreme = Calibration.model_validate({**made, **changes})
-    decisions = drive(controller_for_policy(policy, Run(steps=STEPS), extreme), error=error)
+    decisions = drive(controller_for_policy(policy, Run(steps=STEPS, blocks=BLOCKS), extreme), error=error)
     assert {0, 1, STEPS - 1} <= set(evaluated_steps(decisions))
     weights = [decision.weight for row in decisions for decision in row if decision.weight is not None]
     assert all(0.0 <= weight <= 1.0 for weight in weights)

@@ -9,7 +9,19 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from adacorr_deploy.caching.decisions import Action, Decision, Prediction, Signals, SlotHistory
+from adacorr_deploy.caching.decisions import (
+    Action,
+    Affine,
+    Decision,
+    Observation,
+    Observed,
+    Prediction,
+    Signals,
+    SlotHistory,
+    Span,
+    unit_spans,
+    whole_step_spans,
+)
 from adacorr_deploy.core.samplers import sampler_table
 from adacorr_deploy.runtime import SampleRequest
 from adacorr_deploy.runtime.request import NoiseStream
@@ -39,8 +51,17 @@ class Script:
     whole_steps: bool = False
     lags: bool = False
 
-    def keeps_reference(self, block: int) -> bool:
-        return self.references
+    blocks: int = 3
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        return whole_step_spans(self.blocks) if self.whole_steps else unit_spans(self.blocks)
+
+    def observation(self, span: int) -> Observation | None:
+        return Observation(what=Observed.INPUT) if self.references else None
+
+    def affine(self, span: int) -> Affine | None:
+        return None
 
     def needs_signals(self, step: int, block: int, history: SlotHistory) -> bool:
         return self.wants_signals
@@ -64,6 +85,12 @@ class Script:
 
     def record_error(self, step: int, block: int, error: float) -> None:
         self.errors[step, block] = error
+
+    def observes_change(self, step: int, span: int, history: SlotHistory) -> bool:
+        return False
+
+    def record_change(self, step: int, span: int, signals: Sequence[Signals]) -> None:
+        raise AssertionError("never asked for")
 
 
 @dataclass

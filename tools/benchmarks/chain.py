@@ -49,7 +49,7 @@ from adacorr_deploy.core.errors import AdaCorrError
 from adacorr_deploy.engines import Artefact, Buffer, Launch, Session, backend_by_name
 from adacorr_deploy.exporters import LoadedModel, monolithic_step_onnx
 from adacorr_deploy.exporters.bundle_builder import BuildOptions, build_bundle
-from adacorr_deploy.runtime import SampleRequest
+from adacorr_deploy.runtime import Pipeline, SampleRequest
 from adacorr_deploy.runtime.buffers import RunSize
 from adacorr_deploy.runtime.slots import CacheSlot
 from adacorr_deploy.runtime.workspace import Workspace
@@ -156,7 +156,7 @@ class RunArms:
 
     def _run_times(self, name: str) -> Times:
         bound_before = len(self._opened.bound)
-        controller, history = _controller(name, self._request.steps)
+        controller, history = _controller(name, self._run_of(self._pipelines[name]))
         time.sleep(PAUSE_SECONDS)
         started = time.perf_counter()
         result = self._pipelines[name].sample(self._request, controller, history=history)
@@ -165,6 +165,9 @@ class RunArms:
             self._bare = _run_order(self._opened.bound[bound_before:], self._request.steps)
         self.rho[name] = result.rho
         return {f"run_{name}": seconds, f"loop_{name}": result.seconds}  # the loop clears no slots
+
+    def _run_of(self, pipeline: Pipeline) -> Run:
+        return Run(steps=self._request.steps, blocks=len(pipeline.manifest.model.blocks))
 
     def _reuse_times(self) -> Times:
         """Time the prediction and the signals of all blocks, over slots that hold two evaluations."""
@@ -216,14 +219,14 @@ def _linear_prediction(step: int) -> Prediction:
     return Prediction(coefficients=(2.0, -1.0), gate_steps=(step, step))
 
 
-def _controller(name: str, steps: int) -> tuple[Controller, int]:
+def _controller(name: str, run: Run) -> tuple[Controller, int]:
     """Return a controller and the evaluations that its slots keep."""
     if name == "none":
-        return controller_for_policy(PRESETS["none"], Run(steps=steps), None), 0
+        return controller_for_policy(PRESETS["none"], run, None), 0
     kind = PredictorKind.OUTPUT_TAYLOR if name == "output" else PredictorKind.GATED_TAYLOR
     # The first two, then every second but the last: just half, and each reuse extrapolates from two evaluations.
-    evaluated = frozenset({0, *range(1, steps - 2, 2)})
-    return static_controller(kind, steps, evaluated), HISTORY
+    evaluated = frozenset({0, *range(1, run.steps - 2, 2)})
+    return static_controller(kind, run, evaluated), HISTORY
 
 
 def _run_order(bound: Sequence[tuple[str, Launch]], steps: int) -> list[Launch]:

@@ -18,6 +18,7 @@ from models import GUIDANCE, HISTORY, loaded_model, monolith_buffers, prepare, s
 from numpy.typing import NDArray
 from torch import nn
 
+from adacorr_deploy.caching.controllers import Run
 from adacorr_deploy.caching.predictors import PredictorKind
 from adacorr_deploy.core.errors import BackendUnavailableError
 from adacorr_deploy.core.samplers import COLUMNS, sampler_table
@@ -196,7 +197,8 @@ class BlocksRunner:
         self._engines.use_graphs(self._arm.graphs)
         steps, reuses = self._request.steps, self._arm.rho > 0
         evaluated = evaluated_steps(steps, self._arm.rho, first=HISTORY)
-        controller = static_controller(PredictorKind(self._arm.reuse), steps, evaluated)
+        run = Run(steps=steps, blocks=len(self._pipeline.manifest.model.blocks))
+        controller = static_controller(PredictorKind(self._arm.reuse), run, evaluated)
         result = self._pipeline.sample(self._request, controller, history=HISTORY if reuses else 0)
         return Outcome(latents=result.latents, rho=result.rho)
 

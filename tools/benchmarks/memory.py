@@ -92,7 +92,7 @@ def measured(path: Path, policy: str, request: SampleRequest) -> dict[str, int]:
 
 def controller_of(policy: str, manifest: Manifest, request: SampleRequest) -> tuple[Controller, int]:
     """Return a controller and the evaluations that its slots keep. What it decides changes no buffer."""
-    run = Run(steps=request.steps)
+    run = Run(steps=request.steps, blocks=len(manifest.model.blocks))
     if policy == "none":
         return controller_for_policy(PRESETS["none"], run, None), 0
     if policy == "robust":

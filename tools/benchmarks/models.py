@@ -158,7 +158,7 @@ def monolith_buffers(spec: PartSpec, space: Workspace, latents: Buffer, latents_
     return {tensor.name: buffers[tensor.name] for tensor in (*spec.inputs, *spec.outputs)}
 
 
-def static_controller(kind: PredictorKind, steps: int, evaluated: frozenset[int]) -> StaticController:
+def static_controller(kind: PredictorKind, run: Run, evaluated: frozenset[int]) -> StaticController:
     """Return what evaluates these steps and predicts the others to first order, whatever is measured."""
     policy = Policy(
         name=f"static {kind.value}",
@@ -166,4 +166,4 @@ def static_controller(kind: PredictorKind, steps: int, evaluated: frozenset[int]
         predictor=Predictor(kind=kind, order=HISTORY - 1),
         guards=Guards(final_steps=0, max_age_steps=1000),
     )
-    return StaticController(policy, Run(steps=steps), evaluated, "benchmark")
+    return StaticController(policy, run, evaluated, "benchmark")
