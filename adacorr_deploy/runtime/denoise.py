@@ -29,6 +29,9 @@ class Progress(Protocol):
         ...
 
 
+LatentsObserver = Callable[[int, NDArray[np.float32]], None]  # the step just finished, and a host copy of its latents
+
+
 @dataclass(slots=True, kw_only=True)
 class Denoiser:
     """One request on its way through a workspace."""
@@ -41,6 +44,7 @@ class Denoiser:
     draws: Iterator[int | None]  # which draw each step adds; None where the sampler adds none
     progress: Progress | None
     cancelled: Callable[[], bool] | None
+    on_latents: LatentsObserver | None = None
     _suspect: bool = False  # something was not finite in this step
     _errors: deque[tuple[int, int, Reading]] = field(default_factory=deque)  # step and block; not yet read
     _signals_of: dict[int, tuple[int, Reading]] = field(
@@ -186,6 +190,8 @@ class Denoiser:
         if self._suspect:
             self._finite_latents(step)
             self._suspect = False
+        if self.on_latents is not None:
+            self.on_latents(step, self.space.read_latents(step))
         if self.progress is not None:
             self.progress(step + 1, self.trace.steps, self.trace.rho)
 

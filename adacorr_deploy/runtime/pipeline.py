@@ -26,7 +26,7 @@ from adacorr_deploy.engines.backend import Backend, Session
 from adacorr_deploy.engines.bundle_sessions import check_backend, open_part
 from adacorr_deploy.plugins.kernels import noise_spec
 from adacorr_deploy.runtime.buffers import MAX_HISTORY, RunSize
-from adacorr_deploy.runtime.denoise import Denoiser, Progress
+from adacorr_deploy.runtime.denoise import Denoiser, LatentsObserver, Progress
 from adacorr_deploy.runtime.request import SampleRequest, check_request, draws_of_steps
 from adacorr_deploy.runtime.slots import CacheSlot
 from adacorr_deploy.runtime.trace import Branch, Trace
@@ -129,6 +129,7 @@ class Pipeline:
         history: int,
         progress: Progress | None = None,
         cancelled: Callable[[], bool] | None = None,
+        on_latents: LatentsObserver | None = None,
     ) -> SampleResult:
         """Denoise one batch.
 
@@ -139,6 +140,7 @@ class Pipeline:
                 cached, and slots take no memory.
             progress: Called after each step.
             cancelled: Asked before each block; True ends the request.
+            on_latents: Given a host copy of the latents after each step; on a GPU, every step then waits for it.
 
         Raises:
             RequestError: If the request is out of range.
@@ -175,6 +177,7 @@ class Pipeline:
                 draws=draws_of_steps(table),
                 progress=progress,
                 cancelled=cancelled,
+                on_latents=on_latents,
             )
             result = denoiser.run()
             return SampleResult(

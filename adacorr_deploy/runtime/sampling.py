@@ -21,7 +21,7 @@ from adacorr_deploy.caching.policy import PaperGate, Policy
 from adacorr_deploy.core.bundle import CALIBRATION_DIR, Bundle, verified_content
 from adacorr_deploy.core.errors import CalibrationError, PolicyError
 from adacorr_deploy.core.untrusted import clipped
-from adacorr_deploy.runtime.denoise import Progress
+from adacorr_deploy.runtime.denoise import LatentsObserver, Progress
 from adacorr_deploy.runtime.pipeline import Pipeline, SampleResult
 from adacorr_deploy.runtime.request import SampleRequest, check_request
 
@@ -35,6 +35,7 @@ def sample_with_policy(
     *,
     progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
+    on_latents: LatentsObserver | None = None,
 ) -> SampleResult:
     """Denoise one batch under a policy.
 
@@ -44,6 +45,7 @@ def sample_with_policy(
         policy: See `caching.policy`.
         progress: Called after each step.
         cancelled: Asked before each block; True ends the request.
+        on_latents: Given a host copy of the latents after each step; on a GPU, every step then waits for it.
 
     Raises:
         CalibrationError: If the policy needs a calibration that the bundle doesn't hold for this run.
@@ -58,6 +60,7 @@ def sample_with_policy(
         history=policy.history,
         progress=progress,
         cancelled=cancelled,
+        on_latents=on_latents,
     )
     if result.steps == request.steps:
         return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -216,6 +217,17 @@ def test_progress_and_cancellation_reach_the_loop(own_pipeline: Pipeline) -> Non
     assert told == [(step, STEPS) for step in range(1, STEPS + 1)]
     with pytest.raises(SamplingCancelledError):
         sample_with_policy(own_pipeline, REQUEST, PRESETS["fora"], cancelled=lambda: True)
+
+
+def test_an_observer_sees_the_latents_of_every_step_and_changes_none(own_pipeline: Pipeline) -> None:
+    """Copies, of both of the buffers that take turns, up to those that the run returns."""
+    seen: list[np.ndarray] = []
+    fora = PRESETS["fora"]
+    result = sample_with_policy(own_pipeline, REQUEST, fora, on_latents=lambda step, latents: seen.append(latents))
+    assert len(seen) == STEPS
+    assert all(not np.array_equal(before, after) for before, after in itertools.pairwise(seen))
+    np.testing.assert_array_equal(seen[-1], result.latents)
+    np.testing.assert_array_equal(sample_with_policy(own_pipeline, REQUEST, fora).latents, result.latents)
 
 
 def test_the_request_is_checked_as_asked_not_as_shortened(own_pipeline: Pipeline, model: TinyDiT) -> None:
