@@ -23,13 +23,13 @@ from adacorr_deploy.core.manifest import (
     PartRecord,
     file_record,
 )
+from adacorr_deploy.core.output_folder import check_output_folder, output_folder
 from adacorr_deploy.core.progress import Progress
 from adacorr_deploy.core.specs import DType, ModelSpec, PartSpec
 from adacorr_deploy.engines.backend import Backend
 from adacorr_deploy.engines.bundle_sessions import check_precision
 from adacorr_deploy.exporters.checkpoints import LoadedModel
 from adacorr_deploy.exporters.onnx_parts import export_parts
-from adacorr_deploy.exporters.output_folder import check_output_folder, output_folder
 from adacorr_deploy.plugins.onnx_functions import service_parts
 
 _TOOLS = ("adacorr-deploy", "torch", "diffusers", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx")

@@ -13,8 +13,7 @@ import pytest
 
 from adacorr_deploy.core.errors import OutputError
 from adacorr_deploy.core.folder_lock import locked
-from adacorr_deploy.exporters import output_folder as module
-from adacorr_deploy.exporters.output_folder import check_output_folder, output_folder
+from adacorr_deploy.core.output_folder import check_output_folder, output_folder
 
 
 @pytest.fixture
@@ -213,15 +212,13 @@ def test_a_link_to_nothing_is_refused_before_any_work(tmp_path: Path, overwrite:
 
 # --- Killed builds -----------------------------------------------------------------------------------------------
 
-# The module is loaded by its file: its package would load PyTorch.
 KILLED = """
-import importlib.util, os, signal, sys
+import os, signal, sys
 from pathlib import Path
 
-spec = importlib.util.spec_from_file_location("module", sys.argv[1])
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-output, overwrite, renames = Path(sys.argv[2]), sys.argv[3] == "overwrite", int(sys.argv[4])
+from adacorr_deploy.core import output_folder as module
+
+output, overwrite, renames = Path(sys.argv[1]), sys.argv[2] == "overwrite", int(sys.argv[3])
 rename = Path.rename
 
 def killed(path, target):
@@ -241,7 +238,7 @@ with module.output_folder(output, overwrite=overwrite) as folder:
 
 def killed_build(output: Path, *, overwrite: bool = False, renames: int = 0) -> None:
     """Build in a process that is killed after so many renamings."""
-    arguments: list[str | Path] = [module.__file__, output, "overwrite" if overwrite else "", str(renames)]
+    arguments: list[str | Path] = [output, "overwrite" if overwrite else "", str(renames)]
     ended = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False)
     assert ended.returncode == -signal.SIGKILL
 
