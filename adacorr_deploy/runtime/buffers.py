@@ -41,6 +41,10 @@ class RunSize:
     def rows(self) -> int:
         return self.batch * self.branches
 
+    @property
+    def caches(self) -> bool:
+        return bool(self.history or self.output_history)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factors:

@@ -1,4 +1,8 @@
-"""The denoise loop: the paper on one screen, then what each action does."""
+"""The denoise loop: the paper on one screen, then what each action does.
+
+The loop yields its heavy launches, the evaluation of blocks, instead of running them. Whoever drives it runs each one
+before it asks for the next: one request alone runs them as they come, and `batching` lets requests share them.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +36,41 @@ class Progress(Protocol):
 LatentsObserver = Callable[[int, NDArray[np.float32]], None]  # the step just finished, and a host copy of its latents
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockWork:
+    """Consecutive blocks that a request wants evaluated, one on the other's output, before its loop goes on.
+
+    Attributes:
+        space: The request's workspace: `block_input(first)` holds the tokens that the first block reads.
+        step: The denoising step, whose modulation the blocks take.
+        first: Index of the first block part.
+        slots: Of these block parts, in order; each evaluation's units go to its slot's `next_entry`.
+        aside: Whether the output goes to `space.blocks.fresh`, to be corrected, instead of the next block's input.
+        stop_if_cancelled: To be called between two of the blocks.
+    """
+
+    space: Workspace
+    step: int
+    first: int
+    slots: Sequence[CacheSlot]
+    aside: bool = False
+    stop_if_cancelled: Callable[[int], None]
+
+    def run(self) -> None:
+        """Evaluate the blocks, for this request alone.
+
+        Raises:
+            EngineError: If an engine fails.
+            SamplingCancelledError: If the request was cancelled between two blocks.
+        """
+        if len(self.slots) > 1 and self.space.evaluate_fused(self.first, self.slots):
+            return
+        for block, slot in enumerate(self.slots, self.first):
+            if block > self.first:
+                self.stop_if_cancelled(self.step)
+            self.space.evaluate(block, slot, aside=self.aside)
+
+
 @dataclass(slots=True, kw_only=True)
 class Denoiser:
     """One request on its way through a workspace."""
@@ -52,31 +91,50 @@ class Denoiser:
     )  # block → when it was filled, last signals
 
     def run(self) -> NDArray[np.float32]:
-        """Denoise, and return the final latents, (B, C, H, W).
+        """Denoise this request alone, and return the final latents, (B, C, H, W).
 
         Raises:
             SamplingCancelledError: If `cancelled` said so between two blocks.
             EngineError: If an engine fails, or the latents are not finite.
             PolicyError: If the controller asks for what its slot can't give.
         """
-        steps, whole_steps = self.trace.steps, keeps_output(self.controller.spans)
+        for work in self.works():
+            work.run()
+        return self.final_latents()
+
+    def works(self) -> Iterator[BlockWork]:
+        """Denoise, yielding every evaluation of blocks; each must have run before the next is asked for.
+
+        Raises:
+            SamplingCancelledError: If `cancelled` said so before a block.
+            EngineError: If an engine fails, or the latents are not finite.
+            PolicyError: If the controller asks for what its slot can't give.
+        """
+        whole_steps = keeps_output(self.controller.spans)
         for step, noise in enumerate(self.draws):
             self._deliver_errors(step)
             self.space.embed(step)
             if whole_steps:
-                self._whole_step(step, noise)
+                yield from self._whole_step(step, noise)
             else:
                 for block, slot in enumerate(self.slots):
                     self._stop_if_cancelled(step)
                     signals = self._signals(step, block, slot.history)
                     decision = self.controller.decide(step, block, slot.history, signals)
                     self.trace.record(step, block, decision, slot.history.age(step))
-                    self._act(step, block, slot, decision)
+                    yield from self._act(step, block, slot, decision)
                 self.space.head(step, noise)
             self._report(step)
-        return self._finite_latents(steps - 1)
 
-    def _whole_step(self, step: int, noise: int | None) -> None:
+    def final_latents(self) -> NDArray[np.float32]:
+        """Return the latents that the last step made, (B, C, H, W), once `works` has ended.
+
+        Raises:
+            EngineError: If they are not finite.
+        """
+        return self._finite_latents(self.trace.steps - 1)
+
+    def _whole_step(self, step: int, noise: int | None) -> Iterator[BlockWork]:
         """Decide once for all blocks: extrapolate the model's output, or evaluate it."""
         output = self.space.slots.output
         self._stop_if_cancelled(step)
@@ -87,48 +145,57 @@ class Denoiser:
             prediction = self.controller.prediction(step, 0, output.history)
             self.space.extrapolate(step, noise, output.window(prediction))
         elif decision.action is Action.EVALUATE:
-            self._evaluate_whole_step(step, noise, output)
+            yield from self._evaluate_whole_step(step, noise, output)
         else:
             raise PolicyError("A policy that decides over whole steps corrects a block. Let it evaluate or reuse.")
 
-    def _evaluate_whole_step(self, step: int, noise: int | None, output: CacheSlot) -> None:
+    def _evaluate_whole_step(self, step: int, noise: int | None, output: CacheSlot) -> Iterator[BlockWork]:
         measures = bool(output.history.steps) and self.controller.measures_error(step, 0, output.history)
         if measures:  # before the head, which overwrites the ring's oldest entry
             prediction = self.controller.prediction(step, 0, output.history)
             self.space.predict_output_aside(step, output.window(prediction))
-        self._evaluate_blocks(step)
+        yield from self._evaluate_blocks(step)
         entry = output.next_entry
         self.space.head(step, noise)
         output.record(step)
         if measures:
             self._measured(step, 0, self.space.output_error(entry))
 
-    def _evaluate_blocks(self, step: int) -> None:
-        first, *others = self.slots
-        if all(slot.reference is None for slot in others):
-            self._keep_reference(0, first)
-            if self.space.evaluate_all(self.slots):
-                return
+    def _evaluate_blocks(self, step: int) -> Iterator[BlockWork]:
+        if all(slot.reference is None for slot in self.slots[1:]):
+            self._keep_reference(0, self.slots[0])
+            yield self._work(step, 0, self.slots)
+            return
         for block, slot in enumerate(self.slots):
             self._stop_if_cancelled(step)
-            self.space.evaluate(block, slot)
             self._keep_reference(block, slot)
+            yield self._work(step, block, (slot,))
 
-    def _act(self, step: int, block: int, slot: CacheSlot, decision: Decision) -> None:
+    def _work(self, step: int, first: int, slots: Sequence[CacheSlot], *, aside: bool = False) -> BlockWork:
+        return BlockWork(
+            space=self.space,
+            step=step,
+            first=first,
+            slots=slots,
+            aside=aside,
+            stop_if_cancelled=self._stop_if_cancelled,
+        )
+
+    def _act(self, step: int, block: int, slot: CacheSlot, decision: Decision) -> Iterator[BlockWork]:
         if decision.action is Action.REUSE:
             prediction = self.controller.prediction(step, block, slot.history)
             self.space.reuse(block, slot, slot.window(prediction))
         elif decision.action is Action.EVALUATE:
-            self._evaluate(step, block, slot)
+            yield from self._evaluate(step, block, slot)
         else:
-            self._correct(step, block, slot, decision)
+            yield from self._correct(step, block, slot, decision)
 
-    def _evaluate(self, step: int, block: int, slot: CacheSlot) -> None:
+    def _evaluate(self, step: int, block: int, slot: CacheSlot) -> Iterator[BlockWork]:
         measures = bool(slot.history.steps) and self.controller.measures_error(step, block, slot.history)
         if measures:  # before the evaluation, which overwrites the ring's oldest entry
             prediction = self.controller.prediction(step, block, slot.history)
             self.space.predict_aside(block, slot, slot.window(prediction))
-        self.space.evaluate(block, slot)
+        yield self._work(step, block, (slot,))
         self._refill(step, block, slot)
         if measures:
             self._measured(step, block, self.space.error_signals(block))
@@ -147,13 +214,13 @@ class Denoiser:
             self._suspect |= not math.isfinite(error)
             self.controller.record_error(measured_at, block, error)
 
-    def _correct(self, step: int, block: int, slot: CacheSlot, decision: Decision) -> None:
+    def _correct(self, step: int, block: int, slot: CacheSlot, decision: Decision) -> Iterator[BlockWork]:
         if decision.score is None or decision.thresholds is None:
             raise PolicyError(f"A policy corrects block {block} at step {step} without a score and its thresholds.")
         prediction = self.controller.prediction(step, block, slot.history)
         predict = self.space.predict_cached if prediction.onto_kept_input else self.space.predict_aside
         predict(block, slot, slot.window(prediction))
-        self.space.evaluate(block, slot, aside=True)
+        yield self._work(step, block, (slot,), aside=True)
         self._refill(step, block, slot)
         self.space.blend(block, slot, decision.score, decision.thresholds)
 

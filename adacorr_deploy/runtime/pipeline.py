@@ -15,21 +15,20 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from adacorr_deploy.caching.decisions import Controller, keeps_output, unit_spans, whole_step_spans
+from adacorr_deploy.caching.decisions import Controller
 from adacorr_deploy.core.bundle import Bundle, open_bundle
-from adacorr_deploy.core.errors import BundleError, EngineError, PolicyError
+from adacorr_deploy.core.errors import BundleError, EngineError
 from adacorr_deploy.core.manifest import Manifest
-from adacorr_deploy.core.samplers import sampler_table
-from adacorr_deploy.core.untrusted import clipped
 from adacorr_deploy.engines import backend_by_name
 from adacorr_deploy.engines.backend import Backend, Session
 from adacorr_deploy.engines.bundle_sessions import check_backend, open_part
 from adacorr_deploy.plugins.kernels import noise_spec
-from adacorr_deploy.runtime.buffers import MAX_HISTORY, RunSize
-from adacorr_deploy.runtime.denoise import Denoiser, LatentsObserver, Progress
-from adacorr_deploy.runtime.request import SampleRequest, check_request, draws_of_steps
+from adacorr_deploy.runtime.buffers import RunSize
+from adacorr_deploy.runtime.denoise import LatentsObserver, Progress
+from adacorr_deploy.runtime.planned_run import planned_run
+from adacorr_deploy.runtime.request import SampleRequest
 from adacorr_deploy.runtime.slots import CacheSlot
-from adacorr_deploy.runtime.trace import Branch, Trace
+from adacorr_deploy.runtime.trace import Trace
 from adacorr_deploy.runtime.workspace import Workspace, allocate_workspace
 
 WORKSPACES_KEPT: Final = 2  # run sizes whose buffers stay allocated; a third takes the place of the longest unused
@@ -148,40 +147,14 @@ class Pipeline:
             PolicyError: If the controller asks for what its slot can't give.
             EngineError: If an engine fails, the latents become NaN, or the pipeline is busy or closed.
         """
-        manifest = self.manifest
-        check_request(request, manifest.model, manifest.schedule)
-        if not 0 <= history <= MAX_HISTORY:
-            raise PolicyError(f"history is {history}, allowed are 0 … {MAX_HISTORY} evaluations.")
-        table = sampler_table(manifest.schedule, request.sampler, request.steps)
-        _check_spans(controller, len(manifest.model.blocks))
-        whole = keeps_output(controller.spans)
-        if whole and table.needs_noise and manifest.model.learned_variance:
-            raise PolicyError(
-                f"sampler {request.sampler.value} takes its noise from the model's variance, which a policy over whole "
-                "steps does not predict. Choose a policy with a block predictor, or --sampler ddim."
-            )
-        size = RunSize.of(request, history=history, whole_steps=whole)
-        with self.lease(size, keeps_reference=lambda span: controller.observation(span) is not None) as (
-            space,
-            slots,
-        ):
+        run = planned_run(self.manifest, request, controller, history=history)
+        with self.lease(run.size, keeps_reference=run.keeps_reference) as (space, slots):
             launches = self._block_launches()
             started = time.perf_counter()
-            space.prepare(request, table, request.latents)
-            denoiser = Denoiser(
-                space=space,
-                slots=slots,
-                controller=controller,
-                trace=Trace(request.steps, manifest.model.block_names, tuple(Branch)[: request.branches]),
-                batch=request.batch,
-                draws=draws_of_steps(table),
-                progress=progress,
-                cancelled=cancelled,
-                on_latents=on_latents,
-            )
-            result = denoiser.run()
+            denoiser = run.start(space, slots, progress=progress, cancelled=cancelled, on_latents=on_latents)
+            latents = denoiser.run()
             return SampleResult(
-                latents=result,
+                latents=latents,
                 trace=denoiser.trace,
                 launches=self._block_launches() - launches,
                 rho=denoiser.trace.rho,
@@ -203,17 +176,32 @@ class Pipeline:
             RequestError: If the engines were not compiled for this batch or these steps.
             EngineError: If the pipeline is busy or closed.
         """
-        if self._limits is not None:
-            self._limits.check(batch=size.batch, steps=size.steps)
-        with self._exclusive():
+        self.check_size(size)
+        with self.exclusive():
             space = self._workspace(size)
-            with space.slots.lease(
-                keeps_reference=keeps_reference if size.history or size.output_history else _never
-            ) as slots:
+            with space.slots.lease(keeps_reference=keeps_reference if size.caches else _never) as slots:
                 yield space, slots
 
+    def check_size(self, size: RunSize) -> None:
+        """Refuse a run that the engines were not compiled for.
+
+        Raises:
+            RequestError: If its batch or its steps are outside what they take.
+        """
+        if self._limits is not None:
+            self._limits.check(batch=size.batch, steps=size.steps)
+
+    def new_workspace(self, size: RunSize) -> Workspace:
+        """Allocate a workspace of the caller's own; whoever runs it must hold the pipeline (`exclusive`)."""
+        return allocate_workspace(self._backend, self.manifest.model, self._sessions, size)
+
     @contextmanager
-    def _exclusive(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
+        """Hold the pipeline: meanwhile no one else samples with it, nor closes it.
+
+        Raises:
+            EngineError: If it is busy or closed.
+        """
         if not self._busy.acquire(blocking=False):
             raise EngineError(
                 "This pipeline is sampling another request. Wait until it has ended, or open a second pipeline."
@@ -229,7 +217,7 @@ class Pipeline:
         if size not in self._workspaces:
             while len(self._workspaces) >= WORKSPACES_KEPT:  # before the next allocation, so that they never add up
                 self._workspaces.popitem(last=False)
-            self._workspaces[size] = allocate_workspace(self._backend, self.manifest.model, self._sessions, size)
+            self._workspaces[size] = self.new_workspace(size)
         self._workspaces.move_to_end(size)
         return self._workspaces[size]
 
@@ -239,14 +227,6 @@ class Pipeline:
 
 def _never(block: int) -> bool:
     return False
-
-
-def _check_spans(controller: Controller, blocks: int) -> None:
-    if controller.spans not in (unit_spans(blocks), whole_step_spans(blocks)):
-        raise PolicyError(
-            f"The policy divides {blocks} block parts into {clipped(controller.spans)}; runs can do a span for each "
-            "part, which keeps its units, or one for the whole step. Choose such a policy."
-        )
 
 
 def _check_parts(bundle: Bundle) -> None:

@@ -194,11 +194,12 @@ class Workspace:
 
         self._run((self._model.block_names[block], entry, int(aside)), tensors)
 
-    def evaluate_all(self, slots: Sequence[CacheSlot]) -> bool:
-        """Run every block's engine in one launch, if the backend makes one of those that have run: say whether."""
-        entries = tuple(slot.next_entry for slot in slots)
+    def evaluate_fused(self, first: int, slots: Sequence[CacheSlot]) -> bool:
+        """Run consecutive blocks in one launch, if the backend makes one of those that have run: say whether."""
+        entries = (first, *(slot.next_entry for slot in slots))
         if entries not in self._fused:
-            keys = [(name, entry, 0) for name, entry in zip(self._model.block_names, entries, strict=True)]
+            names = self._model.block_names[first : first + len(slots)]
+            keys = [(name, slot.next_entry, 0) for name, slot in zip(names, slots, strict=True)]
             if not all(key in self._launches for key in keys):
                 return False
             self._fused[entries] = self._fuse([self._launches[key] for key in keys])

@@ -15,6 +15,7 @@ from adacorr_deploy.core.errors import EngineError, PolicyError
 from adacorr_deploy.core.samplers import Sampler
 from adacorr_deploy.runtime import Pipeline, SampleRequest
 from adacorr_deploy.runtime.denoise import signals_of_branches, typical_error
+from adacorr_deploy.runtime.planned_run import planned_run
 from tests.runtime.fake_backend import FakeBackend
 from tests.runtime.scripted import PlainRun, Script, always, f32
 from tests.runtime.tiny_dit import TinyDiT, signals
@@ -204,6 +205,25 @@ def test_progress_reports_finished_steps_and_the_share_skipped(pipeline: Pipelin
     assert [report[:2] for report in reports] == [(step, 6) for step in range(1, 7)]
     assert [report[2] for report in reports] == pytest.approx([0, 1 / 2, 1 / 3, 1 / 2, 2 / 5, 1 / 2])
     assert reports[-1][2] == result.rho
+
+
+@pytest.mark.parametrize("whole_steps", [False, True])
+def test_the_loop_asks_for_every_launch_of_a_block_and_makes_none_itself(
+    pipeline: Pipeline, backend: FakeBackend, whole_steps: bool
+) -> None:
+    script = Script(choose=every(3).choose, whole_steps=whole_steps, references=not whole_steps)
+    run = planned_run(pipeline.manifest, REQUEST, script, history=1)
+    with pipeline.lease(run.size, keeps_reference=run.keeps_reference) as (space, slots):
+        denoiser = run.start(space, slots, progress=None, cancelled=None)
+        for work in denoiser.works():
+            before = len(backend.order)
+            work.run()
+            asked = [f"block_{block:02d}" for block in range(work.first, work.first + len(work.slots))]
+            assert backend.order[before:] == asked
+        latents = denoiser.final_latents()
+    launched = sum(part.startswith("block_") for part in backend.order)
+    assert launched == denoiser.trace.launches == 2 * 3
+    np.testing.assert_array_equal(latents, pipeline.sample(REQUEST, script, history=1).latents)
 
 
 def test_branches_are_summed_up_apart_and_nan_is_never_lost() -> None:

@@ -1,0 +1,88 @@
+"""A request that was checked and sized: what is left is a workspace to run it in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from adacorr_deploy.caching.decisions import Controller, keeps_output, unit_spans, whole_step_spans
+from adacorr_deploy.core.errors import PolicyError
+from adacorr_deploy.core.manifest import Manifest
+from adacorr_deploy.core.samplers import SamplerTable, sampler_table
+from adacorr_deploy.core.specs import ModelSpec
+from adacorr_deploy.core.untrusted import clipped
+from adacorr_deploy.runtime.buffers import MAX_HISTORY, RunSize
+from adacorr_deploy.runtime.denoise import Denoiser, LatentsObserver, Progress
+from adacorr_deploy.runtime.request import SampleRequest, check_request, draws_of_steps
+from adacorr_deploy.runtime.slots import CacheSlot
+from adacorr_deploy.runtime.trace import Branch, Trace
+from adacorr_deploy.runtime.workspace import Workspace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedRun:
+    """One request, its controller, and what both ask of a workspace. It runs once: a controller serves one request."""
+
+    model: ModelSpec
+    request: SampleRequest
+    table: SamplerTable
+    controller: Controller
+    size: RunSize
+
+    def keeps_reference(self, block: int) -> bool:
+        """Whether the block's slot keeps the input of its last evaluation."""
+        return self.size.caches and self.controller.observation(block) is not None
+
+    def start(
+        self,
+        space: Workspace,
+        slots: Sequence[CacheSlot],
+        *,
+        progress: Progress | None,
+        cancelled: Callable[[], bool] | None,
+        on_latents: LatentsObserver | None = None,
+    ) -> Denoiser:
+        """Write the inputs into a workspace of `size` and compute the modulation of all steps; return the loop."""
+        space.prepare(self.request, self.table, self.request.latents)
+        return Denoiser(
+            space=space,
+            slots=slots,
+            controller=self.controller,
+            trace=Trace(self.request.steps, self.model.block_names, tuple(Branch)[: self.request.branches]),
+            batch=self.request.batch,
+            draws=draws_of_steps(self.table),
+            progress=progress,
+            cancelled=cancelled,
+            on_latents=on_latents,
+        )
+
+
+def planned_run(manifest: Manifest, request: SampleRequest, controller: Controller, *, history: int) -> PlannedRun:
+    """Check that a request can be run with a controller whose slots keep `history` evaluations, and size it.
+
+    Raises:
+        RequestError: If the request is out of range.
+        PolicyError: If the controller can't serve the request.
+    """
+    model = manifest.model
+    check_request(request, model, manifest.schedule)
+    if not 0 <= history <= MAX_HISTORY:
+        raise PolicyError(f"history is {history}, allowed are 0 … {MAX_HISTORY} evaluations.")
+    table = sampler_table(manifest.schedule, request.sampler, request.steps)
+    _check_spans(controller, len(model.blocks))
+    whole = keeps_output(controller.spans)
+    if whole and table.needs_noise and model.learned_variance:
+        raise PolicyError(
+            f"sampler {request.sampler.value} takes its noise from the model's variance, which a policy over whole "
+            "steps does not predict. Choose a policy with a block predictor, or --sampler ddim."
+        )
+    size = RunSize.of(request, history=history, whole_steps=whole)
+    return PlannedRun(model=model, request=request, table=table, controller=controller, size=size)
+
+
+def _check_spans(controller: Controller, blocks: int) -> None:
+    if controller.spans not in (unit_spans(blocks), whole_step_spans(blocks)):
+        raise PolicyError(
+            f"The policy divides {blocks} block parts into {clipped(controller.spans)}; runs can do a span for each "
+            "part, which keeps its units, or one for the whole step. Choose such a policy."
+        )
