@@ -27,6 +27,7 @@ from adacorr_deploy.core.untrusted import bounded_file, clipped
 PARTS_DIR: Final = "parts"  # ONNX files with their weights beside them (ONNX external data may not leave its folder)
 ENGINES_DIR: Final = "engines"
 CALIBRATION_DIR: Final = "calibration"
+PROFILE_DIR: Final = "profile"
 _ENGINE_DIRS: Final = (PARTS_DIR, ENGINES_DIR)  # what engines read by themselves: these hold nothing that isn't listed
 _MAX_MANIFEST_BYTES: Final = 16 << 20
 _HASH_DIGITS: Final = 12  # of the SHA-256 that a stored file has in its name
