@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from adacorr_deploy.caching.calibration import (
     MAX_MEASURE,
-    MIN_COST,
     Calibration,
     CalibrationKey,
     Probe,
@@ -35,7 +34,16 @@ from adacorr_deploy.core.samplers import Sampler, sampler_table
 from adacorr_deploy.core.shapes import MAX_BATCH
 from adacorr_deploy.core.specs import DType, ModelSpec
 from adacorr_deploy.quality.memory_need import require_memory
+from adacorr_deploy.quality.partials import Partials
 from adacorr_deploy.quality.replay import Latents, Replay, Units
+from adacorr_deploy.quality.skip_measurements import (
+    FLOOR,
+    MAX_GAP,
+    MAX_SKIPPED,
+    SkipMeasurements,
+    bounded,
+    geometric_mean,
+)
 from adacorr_deploy.runtime import Pipeline, SampleRequest, check_request
 from adacorr_deploy.runtime.buffers import RunSize
 from adacorr_deploy.runtime.denoise import signals_of_branches
@@ -44,12 +52,10 @@ from adacorr_deploy.runtime.sampling import calibration_key
 from adacorr_deploy.runtime.workspace import workspace_bytes
 
 CALIBRATION_SEED: Final = 20_260_213  # apart from the small seeds that people use
-MAX_SKIPPED: Final = 6
-MAX_GAP: Final = 6
 _GAIN_STRIDE: Final = 3  # at least; no more than _GAINS in all
 _GAINS: Final = 17
+_STORED: Final = 50  # times that partial results are stored, about
 _TYPICAL: Final = 2  # distance and gap at which gains and difficulties are measured
-_FLOOR: Final = 1e-12  # squared error below float32's noise: the logarithms need a positive number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +76,19 @@ class CalibrationOptions:
         check_integer("images", self.images, 1, MAX_BATCH)
 
 
-def calibrate(pipeline: Pipeline, options: CalibrationOptions, progress: Progress | None = None) -> Calibration:
+def calibrate(
+    pipeline: Pipeline,
+    options: CalibrationOptions,
+    progress: Progress | None = None,
+    partials: Partials | None = None,
+) -> Calibration:
     """Measure a bundle's runs of one sampler, number of steps and guidance. Deterministic.
+
+    Args:
+        pipeline: An open bundle.
+        options: For which runs.
+        progress: Told of every step.
+        partials: Where finished steps are looked for and stored.
 
     Raises:
         CalibrationError: If the sampler adds noise (its skips can't be compared), or there are fewer than 4 steps.
@@ -97,7 +114,7 @@ def calibrate(pipeline: Pipeline, options: CalibrationOptions, progress: Progres
         latents = NoiseStream(request, pipeline.manifest.model.latent_shape).at(0)
         space.prepare(request, table, latents)
         replay = Replay(space=space, slots=slots, predictor=options.predictor)
-        study = _Study(replay, request, progress or (lambda phase, done, total: None))
+        study = _Study(replay, request, progress or (lambda phase, done, total: None), partials)
         study.record(latents)
         study.measure()
     return study.calibration(calibration_key(pipeline, request), options.predictor)
@@ -136,29 +153,28 @@ def _window_steps(history: int) -> int:
 class _Study:
     """The measurements of one batch of calibration images."""
 
-    def __init__(self, replay: Replay, request: SampleRequest, progress: Progress) -> None:
+    def __init__(self, replay: Replay, request: SampleRequest, progress: Progress, partials: Partials | None) -> None:
         blocks = len(replay.slots)
-        shape = (request.steps, MAX_GAP, MAX_SKIPPED)
         self._replay = replay
         self._batch = request.batch
         self._steps = request.steps
         self._progress = progress
+        self._partials = partials
         # At three quarters of the depth, a block's errors follow the final one's best; whole steps have no blocks.
         self._probe_block = 0 if replay.predictor.whole_step else max(0, 3 * blocks // 4 - 1)
         self._trajectory: list[Latents] = []  # what each step starts from, and the final latents
         self._window: dict[int, Units] = {}  # the units of the last evaluations, by step
         self._first_inputs: dict[int, NDArray[np.generic]] = {}  # the first block's inputs, by step
-        self._skip_errors = np.full(shape, np.inf)
-        self._gains = {self._steps: 1.0}
         self._gain_stride = max(_GAIN_STRIDE, self._steps // _GAINS)
-        self._probe_errors = np.zeros(shape)  # 0: not measured
-        self._probe_images: dict[int, NDArray[np.float64]] = {}  # by step, at distance and gap _TYPICAL
-        self._difficulties: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []  # probe and skip errors, (B,)
-        self._offsets = np.zeros((self._steps, MAX_SKIPPED))
-        self._paper_scores: list[list[float]] = [[] for _ in range(blocks)]
+        self._found = SkipMeasurements.empty(steps=self._steps, blocks=blocks, batch=self._batch)
 
     def record(self, latents: Latents) -> None:
-        """Run the trajectory without caching."""
+        """Run the trajectory without caching, or take up the one that an interrupted run stored."""
+        like = np.empty((self._steps + 1, *latents.shape), np.float32)
+        stored = self._partials.load("trajectory", {"latents": like}) if self._partials is not None else None
+        if stored is not None:
+            self._trajectory = [np.asarray(each, np.float32) for each in stored["latents"]]
+            return
         self._trajectory = [latents]
         for step in range(self._steps):
             self._progress("recording the trajectory", step, self._steps)
@@ -170,18 +186,35 @@ class _Study:
                 )
             self._trajectory.append(latents)
         self._progress("recording the trajectory", self._steps, self._steps)
+        if self._partials is not None:
+            self._partials.store("trajectory", {"latents": np.stack(self._trajectory)})
 
     def measure(self) -> None:
         """Walk the trajectory again; at each step, look at what skipping from here does."""
         reach = _window_steps(self._replay.predictor.history)
-        for step in range(self._steps):
+        done = self._take_up(reach)
+        for step in range(done, self._steps):
             self._progress("skipping from every step", step, self._steps)
             if step > 0:
                 self._measure_skips(step)
             self._evaluate(step)
             self._window.pop(step - reach, None)
             self._first_inputs.pop(step - reach, None)
+            if self._partials is not None and (step + 1) % max(1, self._steps // _STORED) == 0:
+                self._partials.store("measured", {**self._found.arrays(), "done": np.asarray(step + 1)})
         self._progress("skipping from every step", self._steps, self._steps)
+
+    def _take_up(self, reach: int) -> int:
+        """Return how many steps an interrupted run has measured, with the last evaluations before it at hand again."""
+        if self._partials is None:
+            return 0
+        stored = self._partials.load("measured", {**self._found.arrays(), "done": np.asarray(0)})
+        if stored is None or not 0 < (done := int(stored.pop("done"))) <= self._steps:
+            return 0
+        self._found = SkipMeasurements.from_arrays(stored)
+        for step in range(max(0, done - reach), done):
+            self._evaluate(step, measures=False)
+        return done
 
     def _measure_skips(self, step: int) -> None:
         """Skip from `step` on, for every gap, and see how far the latents stray from the trajectory."""
@@ -193,10 +226,10 @@ class _Study:
             self._replay.fill({at: self._window[at] for at in evaluations})
             for index, latents in enumerate(self._replay.skipped_run(step, count, self._trajectory[step])):
                 images = self._image_errors(latents, step + index + 1)
-                self._skip_errors[step, gap - 1, index] = _geometric_mean(images)
+                self._found.skip_errors[step, gap - 1, index] = geometric_mean(images)
                 if gap == _TYPICAL and index + 1 == _TYPICAL:
-                    if step - 1 in self._probe_images and np.isfinite(images).all():
-                        self._difficulties.append((self._probe_images[step - 1], images))
+                    if np.isfinite(images).all():
+                        self._found.skip_images[step] = images
                     self._measure_gain(step + index + 1, latents)
 
     def _measure_gain(self, step: int, latents: Latents) -> None:
@@ -205,35 +238,37 @@ class _Study:
             return
         final = self._replay.evaluated_run(step, self._steps, latents)
         arrived, strayed = self._image_errors(final, self._steps), self._image_errors(latents, step)
-        gain = _geometric_mean(arrived) / _geometric_mean(strayed)
+        gain = geometric_mean(arrived) / geometric_mean(strayed)
         if math.isfinite(gain):
-            self._gains[step] = gain
+            self._found.gains[step] = gain
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self, step: int, *, measures: bool = True) -> None:
         """Evaluate a step of the trajectory; measure its offsets, its paper scores, and the probe's errors."""
         replay = self._replay
         replay.start(step, self._trajectory[step])
         self._first_inputs[step] = replay.space.block_input(0).read()
-        self._measure_offsets(step)
+        if measures:
+            self._measure_offsets(step)
         units: Units = []
         whole = replay.predictor.whole_step
         for block, slot in enumerate(replay.slots):
-            if step > 0:  # the reference holds the previous step's input
+            if measures and step > 0:  # the reference holds the previous step's input
                 branches = signals_of_branches(replay.space.input_signals(block, slot)(), self._batch)
-                self._paper_scores[block].append(max(paper_score(branch, 1.0) for branch in branches))
+                self._found.paper_scores[block, step] = max(paper_score(branch, 1.0) for branch in branches)
             replay.space.evaluate(block, slot)
             if not whole:
                 units.append(slot.ring[slot.next_entry].read())
             if slot.reference is not None:
                 slot.reference.copy_from(replay.space.block_input(block))
-            if block == self._probe_block and not whole:
+            if measures and block == self._probe_block and not whole:
                 self._measure_probe(step, units)
         if whole:
             output = replay.space.slots.output
             entry = output.next_entry
             replay.finish(step)
             units.append(output.ring[entry].read())
-            self._measure_probe(step, units)
+            if measures:
+                self._measure_probe(step, units)
         self._window[step] = units
 
     def _measure_offsets(self, step: int) -> None:
@@ -244,7 +279,7 @@ class _Study:
                 slot.reference.write(self._first_inputs[step - age])
             rows = self._replay.space.input_signals(0, slot)()
             each = [signals_of_branches(rows[[row]], 1)[0] for row in range(rows.shape[0])]
-            self._offsets[step, age - 1] = max(robust_score(signals) for signals in each)
+            self._found.offsets[step, age - 1] = max(robust_score(signals) for signals in each)
 
     def _measure_probe(self, step: int, fresh: Units) -> None:
         """Predict the probe from every pair of distance and gap, against what was just evaluated."""
@@ -253,12 +288,12 @@ class _Study:
             if evaluations is None:
                 continue
             rows = self._probe_rows(step, evaluations, fresh)
-            images = np.maximum(rows.reshape(-1, self._batch).max(axis=0), math.sqrt(_FLOOR))
+            images = np.maximum(rows.reshape(-1, self._batch).max(axis=0), math.sqrt(FLOOR))
             if not (images <= MAX_MEASURE).all():
                 continue
-            self._probe_errors[step, gap - 1, distance - 1] = _geometric_mean(images)
+            self._found.probe_errors[step, gap - 1, distance - 1] = geometric_mean(images)
             if gap == distance == _TYPICAL:
-                self._probe_images[step] = images
+                self._found.probe_images[step] = images
 
     def _probe_rows(self, step: int, evaluations: Sequence[int], fresh: Units) -> NDArray[np.float64]:
         if self._replay.predictor.whole_step:
@@ -282,48 +317,11 @@ class _Study:
             key=key,
             predictor=predictor,
             images=self._batch,
-            skip_costs=_nested(self._costs()),
-            probe=Probe(block=self._probe_block, expected=_nested(self._probe_errors), slope=self._slope()),
-            offset_limits=tuple(tuple(row) for row in _bounded(self._offsets).tolist()),
-            paper_floors=tuple(float(np.quantile(_bounded(scores), 0.75)) for scores in self._paper_scores),
+            skip_costs=_nested(self._found.costs()),
+            probe=Probe(block=self._probe_block, expected=_nested(self._found.probe_errors), slope=self._found.slope()),
+            offset_limits=tuple(tuple(row) for row in bounded(self._found.offsets).tolist()),
+            paper_floors=tuple(float(np.quantile(bounded(row[1:]), 0.75)) for row in self._found.paper_scores),
         )
-
-    def _costs(self) -> NDArray[np.float64]:
-        """Return the costs of skipping, (S, G, K), which never fall with k: a step that undoes an error is chance."""
-        costs = self._skip_errors * self._gain_after_skips()
-        costs[costs > MAX_MEASURE] = np.inf  # as good as can't be skipped
-        rising: NDArray[np.float64] = np.maximum.accumulate(np.maximum(costs, MIN_COST), axis=-1)
-        return rising
-
-    def _gain_after_skips(self) -> NDArray[np.float64]:
-        """Return the gain at the step after each skip, (S, 1, K), interpolated in the logarithm."""
-        measured = sorted(self._gains)
-        after = np.arange(self._steps)[:, None] + np.arange(1, MAX_SKIPPED + 1)
-        logs = np.interp(after, measured, [math.log(self._gains[step]) for step in measured])
-        gains: NDArray[np.float64] = np.exp(logs)[:, None, :]
-        return gains
-
-    def _slope(self) -> float:
-        """Return the power of the probe's squared error, relative to the other images', that skip errors follow."""
-        pairs = [(2 * np.log(probe), np.log(np.maximum(skip, _FLOOR))) for probe, skip in self._difficulties]
-        x = np.concatenate([probe - probe.mean() for probe, _ in pairs] or [np.zeros(1)])
-        y = np.concatenate([skip - skip.mean() for _, skip in pairs] or [np.zeros(1)])
-        power = float(x @ x)
-        return min(1.0, max(0.0, float(x @ y) / power)) if power > 0 else 0.0
-
-
-def _geometric_mean(errors: NDArray[np.float64]) -> float:
-    """The typical error: a few images stray a hundred times further than the rest, and would set an arithmetic mean.
-
-    Where one has overflown, it is infinite: what was skipped there can't be skipped.
-    """
-    return math.exp(float(np.log(np.maximum(errors, _FLOOR)).mean())) if np.isfinite(errors).all() else math.inf
-
-
-def _bounded(measures: ArrayLike) -> NDArray[np.float64]:
-    """Return limits as a calibration may hold them: one that has overflown is 0, beyond which all is evaluated."""
-    found = np.asarray(measures, np.float64)
-    return np.where(found <= MAX_MEASURE, found, 0.0)
 
 
 def _nested(cube: NDArray[np.float64]) -> tuple[tuple[tuple[float, ...], ...], ...]:

@@ -22,6 +22,7 @@ from adacorr_deploy.core.samplers import Sampler
 from adacorr_deploy.plugins import oracle
 from adacorr_deploy.quality import memory_need
 from adacorr_deploy.quality.calibrate import CALIBRATION_SEED, CalibrationOptions, calibrate, needed_bytes
+from adacorr_deploy.quality.partials import Partials
 from adacorr_deploy.runtime import Pipeline, SampleRequest
 from adacorr_deploy.runtime.buffers import RunSize
 from tests.runtime.conftest import write_bundle
@@ -381,3 +382,43 @@ def test_signals_that_overflow_leave_a_limit_that_nothing_passes(tmp_path: Path)
     assert calibration.offset_limits == ((0.0,) * 6,) * STEPS
     assert calibration.paper_floors == (0.0,) * len(model.spec.blocks)
     assert calibration_from_json(calibration.model_dump_json(), where="here") == calibration
+
+
+@both_predictors
+@pytest.mark.parametrize("interrupted_at", [1, 5, STEPS - 1])
+def test_an_interrupted_calibration_goes_on_where_it_was_and_is_the_same(
+    pipeline: Pipeline,
+    backend: FakeBackend,
+    calibrated: Calibrate,
+    tmp_path: Path,
+    predictor: Predictor,
+    interrupted_at: int,
+) -> None:
+    def interrupt(phase: str, done: int, total: int) -> None:
+        if phase == "skipping from every step" and done == interrupted_at:
+            raise KeyboardInterrupt
+
+    identity = {"measurement": "the same"}
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(pipeline, options(predictor), interrupt, Partials(tmp_path / "part", identity))
+    backend.order.clear()
+    seen: list[tuple[str, int]] = []
+    resumed = calibrate(
+        pipeline,
+        options(predictor),
+        lambda phase, done, total: seen.append((phase, done)),
+        Partials(tmp_path / "part", identity),
+    )
+    assert resumed.model_dump_json() == calibrated(predictor).model_dump_json()
+    assert seen == [("skipping from every step", step) for step in range(interrupted_at, STEPS + 1)]
+
+
+def test_a_finished_calibration_that_could_not_be_stored_is_not_measured_again(
+    pipeline: Pipeline, backend: FakeBackend, calibrated: Calibrate, tmp_path: Path
+) -> None:
+    predictor = PREDICTORS[1]
+    calibrate(pipeline, options(predictor), None, Partials(tmp_path / "part", {}))
+    backend.order.clear()
+    again = calibrate(pipeline, options(predictor), None, Partials(tmp_path / "part", {}))
+    assert backend.order.count("block_00") <= STEPS  # only the window is evaluated
+    assert again == calibrated(predictor)
