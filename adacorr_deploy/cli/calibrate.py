@@ -91,21 +91,22 @@ def calibrate_bundle(
 ) -> Path:
     """Calibrate a bundle on disk, store the result in it, and return its path; `adacorr-build` does so too.
 
+    What an interrupted calibration for the same has measured is taken up.
+
     Raises:
         RequestError: If an option is out of range.
         CalibrationError: If the sampler can't be calibrated.
         BundleError: If the bundle is altered or can't be written.
     """
     from adacorr_deploy.core.bundle import CALIBRATION_DIR, store_in_bundle
-    from adacorr_deploy.quality.calibrate import calibrate
-    from adacorr_deploy.runtime import Pipeline, SampleRequest, check_request
+    from adacorr_deploy.quality.calibrate import calibrate, check_calibration, partials_for
+    from adacorr_deploy.runtime import Pipeline
 
     with Pipeline.open(bundle, backend=backend) as pipeline:
-        request = SampleRequest(
-            labels=(0,) * options.images, steps=options.steps, guidance=options.guidance, sampler=options.sampler
-        )
-        check_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
-        calibration = calibrate(pipeline, options, advance)
+        check_calibration(pipeline, options)  # before anything is written
+        partials = partials_for(pipeline, options)
+        calibration = calibrate(pipeline, options, advance, partials)
         relative = f"{CALIBRATION_DIR}/{calibration.file_name}"
         _, stored = store_in_bundle(pipeline.bundle, relative, calibration.model_dump_json().encode())
+        partials.discard()
         return stored

@@ -237,6 +237,11 @@ def _identity(manifest: Manifest) -> tuple[object, ...]:
     return manifest.checkpoint_sha256, manifest.model, manifest.schedule, manifest.backend, files
 
 
+def measured_identity(bundle: Bundle) -> str:
+    """Return the SHA-256 of all that a measurement on a bundle depends on, whatever was stored in it since."""
+    return hashlib.sha256(repr(_identity(bundle.manifest)).encode()).hexdigest()
+
+
 def _remove_unlisted(path: Path, names: Iterable[str]) -> None:
     """Remove those files that the manifest doesn't list; one that stays behind is never read."""
     with suppress(OSError, BundleError):

@@ -28,6 +28,7 @@ from adacorr_deploy.caching.calibration import (
 from adacorr_deploy.caching.controllers import paper_score, robust_score
 from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS, UNCALIBRATED
 from adacorr_deploy.caching.predictors import Predictor
+from adacorr_deploy.core.bundle import CALIBRATION_DIR, measured_identity
 from adacorr_deploy.core.errors import CalibrationError, EngineError
 from adacorr_deploy.core.progress import Progress
 from adacorr_deploy.core.samplers import Sampler, sampler_table
@@ -54,6 +55,7 @@ from adacorr_deploy.runtime.workspace import workspace_bytes
 CALIBRATION_SEED: Final = 20_260_213  # apart from the small seeds that people use
 _GAIN_STRIDE: Final = 3  # at least; no more than _GAINS in all
 _GAINS: Final = 17
+_VERSION: Final = 1  # of the measurement: another one's partial results are not taken up
 _STORED: Final = 50  # times that partial results are stored, about
 _TYPICAL: Final = 2  # distance and gap at which gains and difficulties are measured
 
@@ -95,9 +97,27 @@ def calibrate(
         RequestError: If an option is out of range, or this machine has not the memory for so many images.
         EngineError: If an engine fails or the latents become NaN.
     """
-    request = _request(pipeline, options)
+    request, size = check_calibration(pipeline, options)
     table = sampler_table(pipeline.manifest.schedule, options.sampler, options.steps)
-    if table.needs_noise:
+    with pipeline.lease(size, keeps_reference=lambda block: True) as (space, slots):
+        latents = NoiseStream(request, pipeline.manifest.model.latent_shape).at(0)
+        space.prepare(request, table, latents)
+        replay = Replay(space=space, slots=slots, predictor=options.predictor)
+        study = _Study(replay, request, progress or (lambda phase, done, total: None), partials)
+        study.record(latents)
+        study.measure()
+    return study.calibration(calibration_key(pipeline, request), options.predictor)
+
+
+def check_calibration(pipeline: Pipeline, options: CalibrationOptions) -> tuple[SampleRequest, RunSize]:
+    """Return the request that a calibration runs, and its size.
+
+    Raises:
+        CalibrationError: If the sampler adds noise, or there are fewer than 4 steps.
+        RequestError: If an option is out of range, or this machine has not the memory.
+    """
+    request = _request(pipeline, options)
+    if sampler_table(pipeline.manifest.schedule, options.sampler, options.steps).needs_noise:
         raise CalibrationError(
             f"sampler {options.sampler.value} adds noise at every step, which calibration can't follow. "
             f"Calibrated policies work with --sampler ddim; these need no calibration: {UNCALIBRATED}."
@@ -110,14 +130,26 @@ def calibrate(
         what=f"Calibrating {options.steps} steps on {options.images} images with predictor {options.predictor.label}",
         lower="--images",
     )
-    with pipeline.lease(size, keeps_reference=lambda block: True) as (space, slots):
-        latents = NoiseStream(request, pipeline.manifest.model.latent_shape).at(0)
-        space.prepare(request, table, latents)
-        replay = Replay(space=space, slots=slots, predictor=options.predictor)
-        study = _Study(replay, request, progress or (lambda phase, done, total: None), partials)
-        study.record(latents)
-        study.measure()
-    return study.calibration(calibration_key(pipeline, request), options.predictor)
+    return request, size
+
+
+def partials_for(pipeline: Pipeline, options: CalibrationOptions) -> Partials:
+    """Return where a calibration's finished steps are kept: in the bundle, until it is complete.
+
+    Raises:
+        BundleError: If the bundle can't be written.
+    """
+    key = calibration_key(pipeline, _request(pipeline, options))
+    name = f"{key.sampler}-{key.steps}-{key.guidance!r}-{options.predictor.label}"
+    identity = {
+        "measurement": _VERSION,
+        "bundle": measured_identity(pipeline.bundle),
+        "backend": pipeline.backend.name,
+        "key": key.model_dump(mode="json"),
+        "predictor": options.predictor.model_dump(mode="json"),
+        "images": options.images,
+    }
+    return Partials(pipeline.bundle.file(f"{CALIBRATION_DIR}/.unfinished-{name}"), identity)
 
 
 def _request(pipeline: Pipeline, options: CalibrationOptions) -> SampleRequest:

@@ -11,6 +11,7 @@ import pytest
 
 from adacorr_deploy.cli.calibrate import calibrate
 from adacorr_deploy.core.bundle import open_bundle
+from adacorr_deploy.core.errors import EngineError
 from adacorr_deploy.quality.calibrate import CalibrationOptions
 from tests.cli.conftest import STEPS, Command
 from tests.cli.full_disk import small_files_only
@@ -88,5 +89,26 @@ def test_a_failed_write_keeps_the_earlier_calibration(command: Command, own_bund
     before = calibrations(own_bundle)
     with small_files_only(1000):
         error = command("calibrate", own_bundle, "--steps", STEPS, "--images", 1).error
-    assert re.search("own.bundle can't be written: .*File too large", error)
+    assert re.search("own.bundle.* can't be written: .*File too large", error)
     assert calibrations(own_bundle) == before
+
+
+def test_an_interrupted_calibration_is_taken_up_and_leaves_nothing_behind(
+    command: Command, own_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise EngineError("the machine was switched off")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("adacorr_deploy.quality.calibrate._Study.calibration", fail)
+        assert "switched off" in command("calibrate", own_bundle, "--steps", 6, "--images", 1).error
+    (unfinished,) = (own_bundle / "calibration").glob(".unfinished-*")
+    assert {file.name for file in unfinished.iterdir()} == {"identity.json", "trajectory.npz", "measured.npz"}
+    open_bundle(own_bundle)  # what is unfinished is no part of it
+    recorded: list[str] = []
+    monkeypatch.setattr(
+        "adacorr_deploy.quality.replay.Replay.evaluated_run", lambda *arguments: recorded.append("measured again")
+    )
+    assert command("calibrate", own_bundle, "--steps", 6, "--images", 1).code == 0
+    assert recorded == []
+    assert list((own_bundle / "calibration").glob(".unfinished-*")) == []
