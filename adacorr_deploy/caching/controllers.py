@@ -22,7 +22,7 @@ from adacorr_deploy.caching.decisions import (
     unit_spans,
     whole_step_spans,
 )
-from adacorr_deploy.caching.guards import doubtful
+from adacorr_deploy.caching.guards import BEYOND_CALIBRATION, NOT_FINITE, doubtful
 from adacorr_deploy.caching.planner import planner_for
 from adacorr_deploy.caching.policy import (
     AdaCorrectionGate,
@@ -136,7 +136,7 @@ class PaperController:
     def decide(self, step: int, block: int, history: SlotHistory, signals: Sequence[Signals] | None) -> Decision:
         guard = guard_reason(self._policy, self._run, step, block, history)
         if guard or signals is None or doubtful(signals):
-            return Decision(action=Action.EVALUATE, reason=guard or "signals not finite")
+            return Decision(action=Action.EVALUATE, reason=guard or NOT_FINITE)
         score = max(paper_score(branch, self._gate.lambda_) for branch in signals)
         floor = self._floors[block] if self._floors is not None else 0.0
         thresholds = (floor, floor + 1.0, self._gate.gamma)
@@ -226,12 +226,12 @@ class AdaCorrectionController:
     def _decide_step(self, step: int, history: SlotHistory, signals: Sequence[Signals] | None) -> Decision:
         guard = self._step_guard(step)
         if guard or (signals is None and not self.lags) or (signals is not None and doubtful(signals)):
-            return Decision(action=Action.EVALUATE, reason=guard or "signals not finite")
+            return Decision(action=Action.EVALUATE, reason=guard or NOT_FINITE)
         age, gap = step - self._steps.steps[0], _gap(self._steps)
         if signals is not None:
             offset = max(robust_score(branch) for branch in signals)
             if offset > self._offset_limit(step - self.lags, (history.age(step) or 1) - self.lags):
-                return Decision(action=Action.EVALUATE, reason="offset beyond calibration", score=offset, weight=1.0)
+                return Decision(action=Action.EVALUATE, reason=BEYOND_CALIBRATION, score=offset, weight=1.0)
         plan = self._planner.plan(self._price / self.difficulty)
         estimate = self._planner.costs.added(step, gap, age - 1) * self.difficulty
         allowance = plan.allowance(step, gap, age - 1) * self.difficulty

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from adacorr_deploy.caching.decisions import Signals
+
+NOT_FINITE: Final = "signals not finite"
+BEYOND_CALIBRATION: Final = "offset beyond calibration"
+TRIPS: Final = frozenset({NOT_FINITE, BEYOND_CALIBRATION})  # reasons that only a measurement gives: an operator's alarm
 
 
 class Guards(BaseModel):

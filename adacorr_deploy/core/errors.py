@@ -49,3 +49,19 @@ class OutputError(AdaCorrError):
 
 class SamplingCancelledError(AdaCorrError):
     """The caller cancelled the request between two parts. Nothing of it is kept."""
+
+
+class DeadlineExceededError(AdaCorrError):
+    """A request's deadline passed before it was finished. Nothing of it is kept."""
+
+
+class QueueFullError(AdaCorrError):
+    """The queue takes no further request now."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__(f"{depth} requests are waiting already, as many as the queue takes. Try again later.")
+        self.depth = depth
+
+
+class ClosedError(AdaCorrError):
+    """What should serve a request was closed before or while it ran."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from adacorr_deploy.runtime.batch_stats import EngineStats
+from adacorr_deploy.runtime.batch_ticket import Ending, Outcome, Ticket
+from adacorr_deploy.runtime.batching import BatchingEngine
 from adacorr_deploy.runtime.buffers import MAX_HISTORY
 from adacorr_deploy.runtime.denoise import Progress
 from adacorr_deploy.runtime.pipeline import Pipeline, SampleResult
@@ -18,6 +21,12 @@ __all__ = [  # noqa: RUF022 (grouped by what they are for)
     "check_request",
     "controller_for_request",
     "sample_with_policy",
+    # Many requests at once
+    "BatchingEngine",
+    "Ending",
+    "EngineStats",
+    "Outcome",
+    "Ticket",
     # Limits
     "MAX_HISTORY",
     "MAX_SEED",

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from adacorr_deploy.caching.decisions import Controller
 from adacorr_deploy.core.bundle import Bundle, open_bundle
+from adacorr_deploy.core.engine_build import Range
 from adacorr_deploy.core.errors import BundleError, EngineError
 from adacorr_deploy.core.manifest import Manifest
 from adacorr_deploy.engines import backend_by_name
@@ -100,6 +101,11 @@ class Pipeline:
     @property
     def backend(self) -> Backend:
         return self._backend
+
+    @property
+    def compiled_axes(self) -> Mapping[str, Range] | None:
+        """Smallest, tuned and largest size of every named axis; None where engines take any."""
+        return self._limits.axes() if self._limits is not None else None
 
     def session(self, part: str) -> Session:
         """Return a part's open session, to run the part alone; it is closed with the pipeline."""

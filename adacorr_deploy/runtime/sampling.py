@@ -23,6 +23,7 @@ from adacorr_deploy.core.errors import CalibrationError, PolicyError
 from adacorr_deploy.core.untrusted import clipped
 from adacorr_deploy.runtime.denoise import LatentsObserver, Progress
 from adacorr_deploy.runtime.pipeline import Pipeline, SampleResult
+from adacorr_deploy.runtime.planned_run import PlannedRun, planned_run
 from adacorr_deploy.runtime.request import SampleRequest, check_request
 
 _MAX_FILE_BYTES: Final = 16 << 20  # of a calibration: eight times one of 1000 steps
@@ -62,9 +63,23 @@ def sample_with_policy(
         cancelled=cancelled,
         on_latents=on_latents,
     )
-    if result.steps == request.steps:
+    return of_asked_steps(result, request.steps)
+
+
+def of_asked_steps(result: SampleResult, steps: int) -> SampleResult:
+    """Return a result with the ρ of the asked steps: those that the sampler did not take are skipped too."""
+    if result.steps == steps:
         return result
-    return replace(result, rho=1 - (1 - result.rho) * result.steps / request.steps)  # steps not taken are skipped too
+    return replace(result, rho=1 - (1 - result.rho) * result.steps / steps)
+
+
+def planned_with_policy(pipeline: Pipeline, request: SampleRequest, policy: Policy) -> PlannedRun:
+    """Check a request and a policy against a bundle, and plan the run; arguments and errors as `sample_with_policy`."""
+    controller = controller_for_request(pipeline, request, policy)
+    sampled = replace(request, steps=policy.sampled_steps(request.steps))
+    run = planned_run(pipeline.manifest, sampled, controller, history=policy.history)
+    pipeline.check_size(run.size)
+    return run
 
 
 def controller_for_request(pipeline: Pipeline, request: SampleRequest, policy: Policy) -> Controller:

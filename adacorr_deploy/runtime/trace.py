@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -49,6 +49,15 @@ class Trace:
     def launches(self) -> int:
         """Block launches that the decisions so far ask for; the engines' own counters must say the same."""
         return len(self._entries) - self._reused
+
+    @property
+    def reuses(self) -> int:
+        """Block launches that the decisions so far skipped."""
+        return self._reused
+
+    def steps_decided_by(self, reasons: Collection[str]) -> int:
+        """Return at how many steps a decision was taken for one of these reasons."""
+        return len({step for step, _, decision, _ in self._entries if decision.reason in reasons})
 
     @property
     def rho(self) -> float:

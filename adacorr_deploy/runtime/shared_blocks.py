@@ -1,0 +1,208 @@
+"""Block launches over the rows of many requests: rows are copied together, the engine runs once, rows are copied back.
+
+Blocks know nothing of requests, steps or guidance: a row is N tokens, and its own step's modulation. So rows of any
+requests go into one launch; each row's modulation is copied out of its request's table into a table of one step.
+Where copies are queued on a GPU's stream, they are in order with the launches.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from adacorr_deploy.core.errors import RequestError
+from adacorr_deploy.core.shapes import ROWS, STEPS
+from adacorr_deploy.core.specs import MODULATIONS_PER_BLOCK, DType, unit_names
+from adacorr_deploy.engines.backend import Buffer, Launch
+from adacorr_deploy.runtime.batch_buckets import MAX_BUCKET_ROWS, Buckets, BucketTrial, agreeing_buckets
+from adacorr_deploy.runtime.denoise import BlockWork
+from adacorr_deploy.runtime.pipeline import Pipeline
+from adacorr_deploy.runtime.request import check_integer
+
+_ROUNDS: Final = 5  # of timed launches, each over all buckets; the fastest of a bucket counts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seat:
+    """Some of a request's rows in a launch."""
+
+    work: BlockWork
+    first: int  # of the request's R rows
+    rows: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _RowBuffers:
+    """What every launch reads and writes; a smaller bucket takes the first rows."""
+
+    tokens: Buffer  # (R, N, D)
+    tokens_out: Buffer  # (R, N, D)
+    units: tuple[Buffer, ...]  # (R, N, D) each, as many as the largest part has
+    step: Buffer  # (1,) int64, always 0
+
+
+class SharedBlocks:
+    """The block parts of a pipeline, bound to buffers of their own for every bucket."""
+
+    def __init__(self, pipeline: Pipeline, sizes: Sequence[int]) -> None:
+        """Allocate the buffers, and try every bucket.
+
+        Args:
+            pipeline: Held by the caller.
+            sizes: Rows of a launch, 1 … 4096 each; those that the engines were not compiled for are left out.
+
+        Raises:
+            RequestError: If a size is out of range, or the engines take none of them.
+            EngineError: If there is no memory for the buffers, or an engine fails.
+        """
+        self._pipeline = pipeline
+        self._model = pipeline.manifest.model
+        self._launches: dict[tuple[int, int], Launch] = {}
+        axes = pipeline.compiled_axes
+        sizes = _launchable(sizes, axes[ROWS] if axes is not None else None)
+        self._table_steps = axes[STEPS][0] if axes is not None else 1
+        self._buffers = self._allocate(max(sizes))
+        self._modulation = {  # by rows, and by transformer blocks of a part: (1, R, 6n, D)
+            (rows, blocks): self._allocate_modulation(rows, blocks)
+            for rows in sizes
+            for blocks in {*self._model.blocks}
+        }
+        self.buckets = self._tried(sizes)
+
+    def run(self, block: int, seats: Sequence[Seat], *, bucket: int) -> None:
+        """Evaluate a block for the rows of all seats, at most `bucket`, in one launch.
+
+        Raises:
+            EngineError: If the engine fails; no seat then holds anything new that its request would read.
+        """
+        modulation = self._modulation[bucket, self._model.blocks[block]][0]
+        for place, seat in _placed(seats):
+            _part(self._buffers.tokens, place).copy_from(_part(seat.work.space.block_input(block), _rows(seat)))
+            table = seat.work.space.blocks.modulation[block][seat.work.step]
+            _part(modulation, place).copy_from(_part(table, _rows(seat)))
+        self._launch(block, bucket).run()
+        for place, seat in _placed(seats):
+            self._give_back(block, seat, place)
+
+    def _give_back(self, block: int, seat: Seat, place: slice) -> None:
+        work, rows = seat.work, _rows(seat)
+        output = work.space.blocks.fresh if work.aside else work.space.block_output(block)
+        _part(output, rows).copy_from(_part(self._buffers.tokens_out, place))
+        slot = work.slots[block - work.first]
+        if slot.history.capacity:  # in a run that keeps no units, nobody reads them
+            entry = slot.ring[slot.next_entry]
+            for unit in range(entry.shape[0]):
+                _part(entry[unit], rows).copy_from(_part(self._buffers.units[unit], place))
+
+    # --- Buffers and launches ------------------------------------------------------------------------------------
+
+    def _allocate(self, rows: int) -> _RowBuffers:
+        model, backend = self._model, self._pipeline.backend
+        tokens = (rows, model.tokens, model.width)
+        return _RowBuffers(
+            tokens=backend.allocate(tokens, model.precision),
+            tokens_out=backend.allocate(tokens, model.precision),
+            units=tuple(backend.allocate(tokens, model.precision) for _ in unit_names(max(model.blocks))),
+            step=backend.allocate((1,), DType.INT64),
+        )
+
+    def _allocate_modulation(self, rows: int, blocks: int) -> Buffer:
+        shape = (self._table_steps, rows, MODULATIONS_PER_BLOCK * blocks, self._model.width)
+        return self._pipeline.backend.allocate(shape, self._model.precision)
+
+    def _launch(self, block: int, bucket: int) -> Launch:
+        launch = self._launches.get((block, bucket))
+        if launch is None:
+            buffers, blocks, rows = self._buffers, self._model.blocks[block], slice(0, bucket)
+            units = zip(unit_names(blocks), buffers.units, strict=False)
+            launch = self._launches[block, bucket] = self._pipeline.session(self._model.block_names[block]).bind(
+                {
+                    "tokens": _part(buffers.tokens, rows),
+                    "modulation": self._modulation[bucket, blocks],
+                    "step": buffers.step,
+                    "tokens_out": _part(buffers.tokens_out, rows),
+                    **{name: _part(unit, rows) for name, unit in units},
+                }
+            )
+        return launch
+
+    # --- Trials --------------------------------------------------------------------------------------------------
+
+    def _tried(self, sizes: Sequence[int]) -> Buckets:
+        """Launch one block of each structure with every bucket, its rows all the same, and compare what comes out."""
+        random = np.random.default_rng(0)
+        blocks = [self._model.blocks.index(count) for count in sorted({*self._model.blocks})]
+        numpy_type = self._model.precision.numpy
+        tokens = random.standard_normal(self._buffers.tokens.shape[1:]).astype(numpy_type)
+        tables = {
+            block: random.standard_normal(self._modulation[sizes[0], self._model.blocks[block]].shape[2:]) / 4
+            for block in blocks
+        }
+        self._buffers.tokens.write(np.repeat(tokens[None], max(sizes), axis=0))
+        for rows, block in itertools.product(sizes, blocks):
+            modulation = self._modulation[rows, self._model.blocks[block]]
+            modulation.write(np.broadcast_to(tables[block].astype(numpy_type), modulation.shape).copy())
+        results = {rows: self._result(rows, blocks) for rows in sizes}
+        rounds = [{rows: sum(self._timed(block, rows) for block in blocks) for rows in sizes} for _ in range(_ROUNDS)]
+        return agreeing_buckets(
+            {
+                rows: BucketTrial(seconds=min(seconds[rows] for seconds in rounds), result=results[rows])
+                for rows in sizes
+            }
+        )
+
+    def _result(self, rows: int, blocks: Sequence[int]) -> bytes | None:
+        """Return what all rows of a launch come to, for each of the blocks; None if it is not the same for all."""
+        results = []
+        for block in blocks:
+            self._launch(block, rows).run()
+            outputs = (self._buffers.tokens_out, *self._buffers.units[: len(unit_names(self._model.blocks[block]))])
+            for output in outputs:
+                first, *others = (row.tobytes() for row in _part(output, slice(0, rows)).read())
+                if any(other != first for other in others):
+                    return None
+                results.append(first)
+        return b"".join(results)
+
+    def _timed(self, block: int, rows: int) -> float:
+        self._pipeline.backend.synchronize()
+        started = time.perf_counter()
+        self._launch(block, rows).run()
+        self._pipeline.backend.synchronize()
+        return time.perf_counter() - started
+
+
+def _launchable(sizes: Sequence[int], limits: tuple[int, int, int] | None) -> tuple[int, ...]:
+    if not sizes:
+        raise RequestError("buckets is empty. Give the numbers of rows that a launch may have, as 2, 4, 8.")
+    for size in sizes:
+        check_integer("bucket", size, 1, MAX_BUCKET_ROWS)
+    low, high = (limits[0], limits[2]) if limits is not None else (1, MAX_BUCKET_ROWS)
+    kept = tuple(sorted({size for size in sizes if low <= size <= high}))
+    if not kept:
+        raise RequestError(
+            f"buckets is {tuple(sizes)}, the bundle's engines were compiled for launches of {low} … {high} rows. "
+            "Choose some of these, or rebuild the bundle with adacorr-build --batch."
+        )
+    return kept
+
+
+def _placed(seats: Sequence[Seat]) -> Iterator[tuple[slice, Seat]]:
+    """Yield each seat with its place in the launch."""
+    first = 0
+    for seat in seats:
+        yield slice(first, first + seat.rows), seat
+        first += seat.rows
+
+
+def _rows(seat: Seat) -> slice:
+    return slice(seat.first, seat.first + seat.rows)
+
+
+def _part(buffer: Buffer, rows: slice) -> Buffer:
+    return buffer if rows == slice(0, buffer.shape[0]) else buffer[rows]
