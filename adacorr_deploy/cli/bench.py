@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 
@@ -33,11 +33,14 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from adacorr_deploy.caching.policy import Policy
-    from adacorr_deploy.quality.bench import BenchOptions, BenchRow
-    from adacorr_deploy.runtime import Pipeline
+    from adacorr_deploy.quality.bench import Bench
+    from adacorr_deploy.quality.bench_options import BenchOptions
 
 _POLICIES: Final = "none,fewer-steps@2,fora,scheduled@2,robust@2"
-_COLUMNS: Final = ("policy", "steps", "seconds", "speedup", "rho", "efficiency", "psnr_db", "ssim")
+_SHOWN: Final = ("policy", "steps", "seconds", "speedup", "rho", "efficiency", "psnr_db", "ssim", "gain_db", "baseline")
+_SHOWN_OF_SETS: Final = ("frechet", "frechet_ratio", "frechet_uncached", "precision", "recall")
+
+POLICY_FAILED: Final = 1  # exit code of a table in which a policy's numbers are missing; 2 is for what could not begin
 
 app = command_app()
 
@@ -53,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     "adacorr-bench demo.bundle",
     "adacorr-bench demo.bundle --policies fewer-steps@2.5,robust@2.5,mine.toml --images 32",
     "adacorr-bench demo.bundle --rounds 5 --csv results.csv",
+    "adacorr-bench demo.bundle --samples 5000 --results build/bench",
+    "adacorr-bench my.bundle --samples 5000 --features inception.onnx --reference-features real.safetensors",
 )
 def bench(  # noqa: PLR0913, PLR0917  one parameter is one option
     bundle: Annotated[
@@ -69,7 +74,12 @@ def bench(  # noqa: PLR0913, PLR0917  one parameter is one option
             help=f"With commas between, each: {POLICY_NAMES} none is always run.",
         ),
     ] = _POLICIES,
-    images: Annotated[int, typer.Option("--images", metavar="N", min=1, max=10_000, help="Images per policy.")] = 16,
+    images: Annotated[
+        int,
+        typer.Option(
+            "--images", metavar="N", min=1, max=10_000, help="Images per policy, each compared with the uncached one."
+        ),
+    ] = 16,
     batch: Annotated[int, typer.Option("--batch", metavar="N", min=1, max=MAX_IMAGES, help="Images per request.")] = 8,
     rounds: Annotated[
         int, typer.Option("--rounds", metavar="N", min=1, max=1000, help="Timed runs; the medians count.")
@@ -78,6 +88,50 @@ def bench(  # noqa: PLR0913, PLR0917  one parameter is one option
     guidance: Guidance = 4.0,
     seed: Seed = 0,
     sampler: SamplerName = Sampler.DDIM,
+    samples: Annotated[
+        int,
+        typer.Option(
+            "--samples",
+            metavar="N",
+            min=0,
+            max=1_000_000,
+            help="Images per policy whose features are compared as sets: Fréchet distance, precision and recall. "
+            "Thousands are needed; 0 leaves it out.",
+        ),
+    ] = 0,
+    features: Annotated[
+        Path | None,
+        typer.Option(
+            "--features",
+            metavar="NET.onnx",
+            parser=path_from_text,
+            help="Network whose features are compared: one float32 input (images, channels, height, width) in [-1, 1], "
+            "one float32 output. The demo has its own.",
+            show_default=False,
+        ),
+    ] = None,
+    reference_features: Annotated[
+        Path | None,
+        typer.Option(
+            "--reference-features",
+            metavar="FILE",
+            parser=path_from_text,
+            help="That network's features of real images: safetensors with features (N, F), or with mean, covariance "
+            "and a count. The demo has its own.",
+            show_default=False,
+        ),
+    ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            "--results",
+            metavar="DIR",
+            parser=path_from_text,
+            help="Folder for what is finished: after an interruption, or for more images, rounds, samples or policies, "
+            "the same command goes on from there.",
+            show_default=False,
+        ),
+    ] = None,
     csv_file: Annotated[
         Path | None,
         typer.Option(
@@ -89,79 +143,110 @@ def bench(  # noqa: PLR0913, PLR0917  one parameter is one option
         bool, typer.Option("--list", metavar="", help="Show the preset policies, and stop.")
     ] = False,
     as_json: Json = False,
-) -> None:
+) -> int:
     """Compare policies on a bundle: time, share of block launches skipped, and closeness to the uncached images.
 
     All policies take turns in each round, so that a drift of the machine's speed touches all alike. speedup is the
     median over the rounds of none's time ÷ the policy's in the same round; rho is the share of block launches skipped,
     of those that the asked steps would take; efficiency is speedup ÷ the ideal one at that rho; psnr_db and ssim are
     against none's images (– where they are identical, or too small for SSIM), for values from -1 to 1: for a model of
-    latents too, whatever range they really have.
+    latents too, whatever range they really have. baseline is the row of fewer-steps with as many steps as take the same
+    time; gain_db is how far the policy's PSNR is above that one's. JSON and CSV hold more: FLOPs, distances of
+    features, 95 % intervals.
+
+    Exit code 0, 1 if a policy failed on its way (its row says why), 2 if nothing could begin.
     """
     if list_presets:
         _show_presets(as_json)
-        return
+        return 0
     if bundle is None:
         raise typer.BadParameter("it is missing. Give a bundle's folder, or --list.", param_hint="BUNDLE")
-    from adacorr_deploy.quality.bench import BenchOptions
+    from adacorr_deploy.quality.bench_options import BenchOptions
+    from adacorr_deploy.quality.bench_rows import cells_of_row
 
     options = BenchOptions(
-        images=images, batch=batch, rounds=rounds, steps=steps, guidance=guidance, seed=seed, sampler=sampler
+        images=images,
+        batch=batch,
+        rounds=rounds,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        sampler=sampler,
+        samples=samples,
     )
-    rows = [_cells(row) for row in _measured(bundle, policies, options, csv_file, backend)]
+    files = Files(features=features, real=reference_features, results=results, csv=csv_file)
+    measured = _measured(bundle, policies, options, files, backend)
+    rows = [cells_of_row(row) for row in measured.rows]
     if csv_file is not None:
         _write_csv(csv_file, rows)
     if as_json:
         show_json(rows)
     else:
-        show_table(_COLUMNS, [tuple(row.values()) for row in rows])
-        show_lines(*([f"rows: {csv_file}"] if csv_file is not None else []))
+        _show_rows(rows, files)
+    return POLICY_FAILED if measured.failed else 0
 
 
-def _measured(
-    bundle: Path, policies: str, options: BenchOptions, csv_file: Path | None, backend: str | None
-) -> list[BenchRow]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Files:
+    """What is read beside the bundle, and where the results go."""
+
+    features: Path | None
+    real: Path | None
+    results: Path | None
+    csv: Path | None
+
+    def check(self, bundle: Path, policies: Sequence[str]) -> None:
+        """Refuse what can't be written, before anything is measured.
+
+        Raises:
+            OutputError: See `check_outputs`.
+        """
+        from adacorr_deploy.cli.output_files import check_outputs
+
+        results = self.results / "run.json" if self.results is not None else None
+        inputs = [*map(Path, policies), *(path for path in (self.features, self.real) if path is not None)]
+        outputs = [path for path in (self.csv, results) if path is not None]
+        check_outputs(outputs, bundle=bundle, inputs=inputs)
+
+
+def _measured(bundle: Path, policies: str, options: BenchOptions, files: Files, backend: str | None) -> Bench:
     """Measure, after checking everything that could spoil it later."""
     from adacorr_deploy.caching.policy import policy_named
-    from adacorr_deploy.cli.output_files import check_outputs
-    from adacorr_deploy.quality.bench import bench
+    from adacorr_deploy.cli.errors import needs_build_packages
+    from adacorr_deploy.quality.bench import bench, check_runs
+    from adacorr_deploy.quality.bench_store import ResultStore, RunKey
+    from adacorr_deploy.quality.features import feature_source
     from adacorr_deploy.runtime import Pipeline
 
     names = dict.fromkeys(name.strip() for name in policies.split(",") if name.strip())
     if not names:
         raise RequestError("policies is empty. Give at least one name; adacorr-bench --list shows them.")
-    if csv_file is not None:
-        check_outputs([csv_file], bundle=bundle, inputs=[Path(name) for name in names])
+    files.check(bundle, list(names))
     chosen = [policy_named(name) for name in names]
     with Pipeline.open(bundle, backend=backend) as pipeline:
-        _check_runs(pipeline, chosen, options)
+        check_runs(pipeline, chosen, options)
+        with needs_build_packages("adacorr-bench"):
+            source = feature_source(pipeline.manifest, files.features, files.real)
+        key = RunKey.of(pipeline, options, source.identity if source is not None else "")
+        store = ResultStore.open(files.results, key)
         with progress_bar() as advance:
-            return bench(pipeline, chosen, options, advance)
+            return bench(pipeline, chosen, options, advance, store=store, source=source)
 
 
-def _check_runs(pipeline: Pipeline, policies: Sequence[Policy], options: BenchOptions) -> None:
-    """Refuse before anything is timed what a policy would refuse in its turn."""
-    from adacorr_deploy.quality.bench import requests
-    from adacorr_deploy.runtime import check_request, controller_for_request
-
-    first, *others = requests(pipeline, options)
-    for request in others:
-        check_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
-    for policy in policies:
-        controller_for_request(pipeline, first, policy)
-
-
-def _cells(row: BenchRow) -> dict[str, Cell]:
-    """Return a row by column; what has no finite value (the PSNR of identical images) is None."""
-    cells: dict[str, Cell] = {name: getattr(row, name) for name in _COLUMNS}
-    return {name: None if isinstance(cell, float) and not math.isfinite(cell) else cell for name, cell in cells.items()}
+def _show_rows(rows: Sequence[Mapping[str, Cell]], files: Files) -> None:
+    columns = [*_SHOWN, *(name for name in _SHOWN_OF_SETS if any(row[name] is not None for row in rows))]
+    show_table(columns, [[row[name] for name in columns] for row in rows])
+    show_lines(
+        *(f"{row['policy']} could not be measured: {row['error']}" for row in rows if row["error"]),
+        *([f"rows: {files.csv}"] if files.csv is not None else []),
+    )
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Cell]]) -> None:
     from adacorr_deploy.cli.output_files import write_files
 
     text = io.StringIO()
-    writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_files({path: text.getvalue().encode()})

@@ -1,7 +1,6 @@
 """A small Fashion-MNIST classifier whose features serve a Fréchet distance; the demo's stand-in for Inception.
 
-Any other feature network fits through `FeatureNetwork`: an ONNX model for real images, say, with reference statistics
-of its own.
+It is a `FeatureNetwork` of `quality.features`: any other comes from an ONNX file there.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import json
 from collections.abc import Callable
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Final, Protocol, runtime_checkable
+from typing import Final
 
 import numpy as np
 import torch
@@ -28,18 +27,6 @@ _SIDE: Final = 28
 _BATCH: Final = 500  # bounds the activations to some 50 MB
 _WEIGHTS_NAME: Final = "classifier.safetensors"
 _STATISTICS_NAME: Final = "reference_features.safetensors"
-
-
-@runtime_checkable
-class FeatureNetwork(Protocol):
-    """What a Fréchet distance needs to know of a network."""
-
-    def features(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return one feature vector per image: (N, C, H, W) float32 → (N, F) float32.
-
-        Samples may leave [−1, 1]; they are clipped first, since a Fréchet distance is one of pictures.
-        """
-        ...
 
 
 class ClassifierNet(nn.Module):

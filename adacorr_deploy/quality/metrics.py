@@ -1,6 +1,7 @@
 """How far images are from others: NumPy in, plain numbers out.
 
-Pairs of images: PSNR, SSIM, relative L2, largest difference. Sets of images: the Fréchet distance of their features.
+Pairs of images: PSNR, SSIM, relative L2, largest difference, distance of features. Sets of images: the Fréchet distance
+of their features (precision and recall: `manifold`).
 """
 
 from __future__ import annotations
@@ -276,6 +277,39 @@ def bootstrap_frechet_ratio(
     value = ratio(np.arange(len(features)))
     draws = _resampled_indices(len(features), labels, resamples, seed)
     return _interval(value, np.array([ratio(draw) for draw in draws]), confidence)
+
+
+def bootstrap_mean(
+    values: NDArray[np.float64],
+    *,
+    labels: NDArray[np.int64] | None = None,
+    resamples: int = 200,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> BootstrapInterval:
+    """Return the mean of (N,) values with its bootstrap interval; `labels` and the rest as in `bootstrap_frechet`."""
+    draws = _resampled_indices(len(values), labels, resamples, seed)
+    return _interval(float(values.mean()), np.array([values[draw].mean() for draw in draws]), confidence)
+
+
+def feature_distance_per_image(actual: Floats, expected: Floats) -> NDArray[np.float64]:
+    """Return ‖a/‖a‖ − e/‖e‖‖² of each pair of feature vectors, in [0, 4]: (N, F) → (N,); 0 for the same image.
+
+    The shape of LPIPS (Zhang et al. 2018, arXiv 1801.03924): features scaled to unit length, squared differences. LPIPS
+    adds learned weights and sums over a network's layers; here it is the one layer that the network gives.
+
+    Raises:
+        RequestError: If the shapes differ or the arrays are empty.
+    """
+    _check_same_shape(actual, expected)
+    apart: NDArray[np.float64] = np.square(_unit_length(actual) - _unit_length(expected)).sum(axis=1)
+    return apart
+
+
+def _unit_length(features: Floats) -> NDArray[np.float64]:
+    wide = np.asarray(features, np.float64)
+    length: NDArray[np.float64] = wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)
+    return length
 
 
 def _resampled_indices(

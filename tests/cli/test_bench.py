@@ -9,11 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from adacorr_deploy.caching.policy import PRESETS
+from adacorr_deploy.caching.policy import PRESETS, Policy
+from adacorr_deploy.quality import bench_sampling
+from adacorr_deploy.quality.bench_rows import COLUMNS
+from adacorr_deploy.quality.bench_sampling import Sampler
+from adacorr_deploy.runtime import Pipeline, SampleRequest, SampleResult, sample_with_policy
+from adacorr_deploy.runtime.denoise import LatentsObserver
 from tests.cli.conftest import STEPS, Command
 
 QUICK = ("--steps", STEPS, "--images", 3, "--batch", 2, "--rounds", 1)
-COLUMNS = ["policy", "steps", "seconds", "speedup", "rho", "efficiency", "psnr_db", "ssim"]
+CONTRACT = ["policy", "steps", "seconds", "speedup", "rho", "efficiency", "psnr_db", "ssim"]
+SHOWN = [*CONTRACT, "gain_db", "baseline"]
 
 
 def test_rows_of_json_and_csv_are_the_same(command: Command, bundle: Path, tmp_path: Path) -> None:
@@ -21,10 +27,15 @@ def test_rows_of_json_and_csv_are_the_same(command: Command, bundle: Path, tmp_p
     found = command("bench", bundle, "--policies", "fora, robust@2,fewer-steps@2", *QUICK, "--json", "--csv", path)
     assert found.code == 0, found.stderr
     rows = json.loads(found.stdout)
-    assert [list(row) for row in rows] == [COLUMNS] * 4
-    assert [row["policy"] for row in rows] == ["none", "fora", "robust@2", "fewer-steps@2"]
-    assert [row["steps"] for row in rows] == [STEPS, STEPS, STEPS, STEPS // 2]
+    assert [list(row) for row in rows] == [list(COLUMNS)] * len(rows)
+    assert list(COLUMNS[: len(CONTRACT)]) == CONTRACT
+    assert [row["policy"] for row in rows[:4]] == ["none", "fora", "robust@2", "fewer-steps@2"]
+    assert [row["steps"] for row in rows[:4]] == [STEPS, STEPS, STEPS, STEPS // 2]
     none, fora, *_ = rows
+    by_name = {row["policy"]: row for row in rows}
+    assert fora["policy"] in by_name[fora["baseline"]]["pairs_with"].split(", ")
+    assert fora["flops"] == pytest.approx((1 - fora["flops_saved"]) * none["flops"])
+    assert 0 < fora["flops_saved"] < fora["rho"]  # embedding and head are launched at every step
     assert (none["psnr_db"], none["rho"], none["speedup"]) == (None, 0.0, 1.0)  # identical: an infinite PSNR is null
     assert none["ssim"] == pytest.approx(1)
     assert fora["rho"] > 0
@@ -36,8 +47,38 @@ def test_rows_of_json_and_csv_are_the_same(command: Command, bundle: Path, tmp_p
 
 def test_without_json_a_person_reads_a_table(command: Command, bundle: Path) -> None:
     shown = command("bench", bundle, "--policies", "none", *QUICK).stdout
-    assert shown.split()[: len(COLUMNS)] == COLUMNS
-    assert re.search(r"^ none +8 +0\.\d+ +1\.000 +0\.000 +\d\.\d+ +– +1\.000$", shown, re.MULTILINE)
+    assert shown.split()[: len(SHOWN)] == SHOWN
+    assert re.search(r"^ none +8 +0\.\d+ +1\.000 +0\.000 +\d\.\d+ +– +1\.000 +– +–$", shown, re.MULTILINE)
+
+
+def test_an_interrupted_bench_goes_on_where_it_was_and_another_run_is_refused(
+    command: Command, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was finished is neither sampled nor timed again, and gives the same rows."""
+    arguments = (bundle, "--policies", "fora", *QUICK, "--results", tmp_path / "kept", "--json")
+    asked: list[str] = []
+
+    def counted(
+        pipeline: Pipeline, request: SampleRequest, policy: Policy, *, on_latents: LatentsObserver | None = None
+    ) -> SampleResult:
+        asked.append(policy.name)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return sample_with_policy(pipeline, request, policy, on_latents=on_latents)
+
+    monkeypatch.setattr(bench_sampling, "sample_with_policy", counted)
+    assert command("bench", *arguments).code == 130
+    first = json.loads(command("bench", *arguments).stdout)
+    assert asked[:4] == ["none", "none", "fora", "fora"]  # the uncached images were kept
+    finished = len(asked)
+    again = json.loads(command("bench", *arguments).stdout)
+    assert len(asked) == finished
+    changing = {"efficiency"}  # the blocks' share of the time is measured anew
+    assert [{name: cell for name, cell in row.items() if name not in changing} for row in again] == [
+        {name: cell for name, cell in row.items() if name not in changing} for row in first
+    ]
+    other = command("bench", *arguments, "--seed", 1)
+    assert "holds the results of another run (seed 0, not 1). Choose another folder" in other.error
 
 
 def test_list_shows_every_preset_without_a_bundle(command: Command) -> None:
@@ -68,13 +109,18 @@ def test_list_shows_every_preset_without_a_bundle(command: Command) -> None:
         (["--policies", "none", "--steps", STEPS, "--seed", 2**64 - 1], "seed is 18446744073709551623, allowed"),
         (["--csv", "/dev/null/rows.csv"], "/dev/null is a file, not a folder"),
         (["--csv", "BUNDLE/manifest.json"], "lies in the bundle"),
+        (["--results", "BUNDLE/results"], "lies in the bundle"),
+        (["--policies", "fora", "--samples", "100"], "no network for their features"),
+        (["--policies", "fora", "--samples", "5"], "samples is 5, allowed are 0"),
+        (["--policies", "fora", "--features", "BUNDLE/manifest.json"], "feature network .* can't be opened"),
+        (["--policies", "fora", "--reference-features", "real.safetensors"], "no network is given"),
         (["--csv", ""], "Invalid value for '--csv': it is empty"),
     ],
 )
 def test_bad_options_are_one_line_before_anything_is_timed(
     command: Command, bundle: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[object], message: str
 ) -> None:
-    monkeypatch.setattr("adacorr_deploy.quality.bench.bench", None)  # calling it would be a TypeError
+    monkeypatch.setattr(Sampler, "sampled", None)  # calling it would be a TypeError
     given = [str(word).replace("BUNDLE", str(bundle)) for word in arguments]
     assert re.search(message, command("bench", bundle, *given).error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,15 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from adacorr_deploy.caching.policy import PRESETS, IntervalGate, Policy, policy_named
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
-from adacorr_deploy.core.errors import CalibrationError, RequestError
+from adacorr_deploy.core.errors import CalibrationError, EngineError, RequestError
 from adacorr_deploy.core.samplers import Sampler
 from adacorr_deploy.quality import bench as module
-from adacorr_deploy.quality import memory_need
-from adacorr_deploy.quality.bench import BenchOptions, BenchRow, bench, requests
+from adacorr_deploy.quality import bench_sampling, memory_need
+from adacorr_deploy.quality.bench import bench, equal_latency_steps, fewer_steps_policy
+from adacorr_deploy.quality.bench_options import BenchOptions, requests
+from adacorr_deploy.quality.bench_rows import BenchRow, best_by_speed
 from adacorr_deploy.runtime import MAX_SEED, Pipeline, SampleRequest, SampleResult, sample_with_policy
+from adacorr_deploy.runtime.denoise import LatentsObserver
 from tests.runtime.conftest import write_bundle
 from tests.runtime.fake_backend import FakeBackend
 from tests.runtime.tiny_dit import TinyDiT
@@ -44,11 +50,24 @@ def pipeline(tiny: Path, backend: FakeBackend) -> Iterator[Pipeline]:
 
 
 def rows_by_policy(pipeline: Pipeline, *names: str, options: BenchOptions = OPTIONS) -> dict[str, BenchRow]:
-    return {row.policy: row for row in bench(pipeline, [policy_named(name) for name in names], options)}
+    return {row.policy: row for row in bench(pipeline, [policy_named(name) for name in names], options).rows}
+
+
+def taking(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, list[float]], *, others: float = 1.0) -> None:
+    """Let each policy's rounds take these seconds, one after the other; the last is repeated."""
+    calls: dict[str, int] = {}
+
+    def timed(opened: Pipeline, policy: Policy, options: BenchOptions) -> float:
+        given = seconds.get(policy.name, [others])
+        calls[policy.name] = calls.get(policy.name, 0) + 1
+        return given[min(calls[policy.name], len(given)) - 1]
+
+    monkeypatch.setattr(module, "_seconds_for_all", timed)
+    monkeypatch.setattr(module, "_block_share", lambda opened, options: 0.75)
 
 
 def test_the_uncached_run_is_compared_with_itself(pipeline: Pipeline) -> None:
-    (row,) = bench(pipeline, [], replace(OPTIONS, rounds=3))
+    (row,) = bench(pipeline, [], replace(OPTIONS, rounds=3)).rows
     assert (row.policy, row.steps) == ("none", STEPS)
     assert (row.speedup, row.rho, row.efficiency) == (1.0, 0.0, 1.0)
     assert (row.psnr_db, row.psnr_worst_db) == (math.inf, math.inf)
@@ -90,11 +109,14 @@ def test_an_image_that_did_not_change_does_not_hide_those_that_did(
 ) -> None:
     """A request whose every block was evaluated has no finite PSNR: the mean must still be that of the others."""
 
-    def first_is_exact(opened: Pipeline, request: SampleRequest, policy: Policy) -> SampleResult:
-        return sample_with_policy(opened, request, PRESETS["none"] if request.seed == OPTIONS.seed else policy)
+    def first_is_exact(
+        opened: Pipeline, request: SampleRequest, policy: Policy, *, on_latents: LatentsObserver | None = None
+    ) -> SampleResult:
+        chosen = PRESETS["none"] if request.seed == OPTIONS.seed else policy
+        return sample_with_policy(opened, request, chosen, on_latents=on_latents)
 
     cached = rows_by_policy(pipeline, "fora")["fora"]
-    monkeypatch.setattr(module, "sample_with_policy", first_is_exact)
+    monkeypatch.setattr(bench_sampling, "sample_with_policy", first_is_exact)
     row = rows_by_policy(pipeline, "fora")["fora"]
     assert math.isfinite(row.psnr_db)
     assert row.psnr_worst_db <= row.psnr_db
@@ -110,36 +132,103 @@ def test_requests_make_every_image_once_with_its_own_seed_and_class(pipeline: Pi
     assert {(request.steps, request.guidance, request.sampler) for request in made} == {(STEPS, 3.0, Sampler.DDIM)}
 
 
-def test_every_round_runs_each_policy_in_turn_and_the_last_call_is_whole(pipeline: Pipeline) -> None:
+def test_every_round_runs_each_policy_in_turn_and_progress_ends_whole(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taking(monkeypatch, {"none": [2.0], "fora": [1.0]})
     told: list[tuple[str, int, int]] = []
-    bench(
-        pipeline,
-        [FORA, policy_named("fewer-steps")],
-        replace(OPTIONS, rounds=2),
-        lambda policy, done, total: told.append((policy, done, total)),
-    )
-    assert [policy for policy, *_ in told] == ["none", "fora", "fewer-steps"] * 3 + [""]
-    assert [(done, total) for _, done, total in told] == [(done, 9) for done in range(10)]
+    options = replace(OPTIONS, rounds=2)
+    bench(pipeline, [FORA, policy_named("fewer-steps")], options, lambda *said: told.append(said))
+    rounds = [text for text, *_ in told if "round" in text and "found" not in text]
+    assert rounds == [f"{name}, round {k} of 2" for k in (1, 2) for name in ("none", "fora", "fewer-steps")]
+    assert all(before[1] <= after[1] and before[2] <= after[2] for before, after in itertools.pairwise(told))
+    assert told[-1] == ("", 3 * 3 * (1 + 2), 3 * 3 * (1 + 2))  # three policies, three requests, images and two rounds
 
 
 def test_speedup_is_the_median_of_paired_rounds(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine slows down tenfold in one round: a ratio of medians of unpaired rounds would show it."""
-    elapsed = {"none": [7.0, 4.0, 40.0, 2.0], "fora": [7.0, 2.0, 10.0, 2.0]}  # the first, uncounted
-
-    def timed(opened: Pipeline, policy: Policy, options: BenchOptions) -> tuple[list[SampleResult], float]:
-        results = [sample_with_policy(opened, request, policy) for request in requests(opened, options)]
-        return results, elapsed[policy.name].pop(0)
-
-    monkeypatch.setattr(module, "_sample_all", timed)
-    monkeypatch.setattr(module, "_block_share", lambda opened, options: 0.75)
+    taking(monkeypatch, {"none": [4.0, 40.0, 2.0], "fora": [2.0, 10.0, 2.0]})
     row = rows_by_policy(pipeline, "fora", options=replace(OPTIONS, rounds=3))["fora"]
     assert (row.seconds, row.speedup) == (2.0, 2.0)  # ratios 2, 4, 1
     assert row.efficiency == pytest.approx(2.0 * (1 - row.rho * 0.75))
 
 
+def test_every_policy_is_paired_with_as_many_steps_as_take_its_time(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that the user gave serves; policies of the same time share theirs; what saves nothing is paired with none."""
+    taking(
+        monkeypatch, {"none": [6.0], "fora": [3.0], "fora@2": [4.1], "fora@4": [4.4], "paper-exact": [7.0]}, others=3.1
+    )
+    names = ("fora", "fora@2", "fora@4", "paper-exact", "fewer-steps@2")
+    rows = rows_by_policy(pipeline, *names)
+    assert rows["fora"].baseline == "fewer-steps@2"
+    assert rows["fora@2"].baseline == rows["fora@4"].baseline == "fewer-steps@1.3"
+    assert rows["fewer-steps@1.3"].steps == 9  # 12 · 4.1 ÷ 6 = 8.2: at least as long, and not a step more
+    assert rows["fewer-steps@1.3"].pairs_with == "fora@2, fora@4"
+    assert rows["fewer-steps@2"].pairs_with == "fora"
+    assert rows["paper-exact"].baseline == "none"
+    assert rows["fora"].gain_db == pytest.approx(rows["fora"].psnr_db - rows["fewer-steps@2"].psnr_db)
+    assert math.isnan(rows["fewer-steps@2"].gain_db)
+
+
+@given(st.integers(1, 1000), st.floats(0.5, 40))
+def test_a_baseline_takes_at_least_as_long_and_not_a_step_more(steps: int, speedup: float) -> None:
+    taken = equal_latency_steps(steps, speedup)
+    assert 1 <= taken <= steps
+    assert taken >= min(steps, steps / speedup - 1e-6)
+    assert taken - 1 < max(steps / speedup, -(-steps // 20))
+    assert fewer_steps_policy(steps, taken).sampled_steps(steps) == taken
+
+
+def test_a_policy_whose_engine_fails_is_a_row_that_says_so_and_the_others_are_measured(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(
+        opened: Pipeline, request: SampleRequest, policy: Policy, *, on_latents: LatentsObserver | None = None
+    ) -> SampleResult:
+        if policy.name == "fora":
+            raise EngineError("block_01 failed")
+        return sample_with_policy(opened, request, policy, on_latents=on_latents)
+
+    monkeypatch.setattr(bench_sampling, "sample_with_policy", failing)
+    measured = bench(pipeline, [FORA, policy_named("fora@2")], OPTIONS)
+    rows = {row.policy: row for row in measured.rows}
+    assert measured.failed == ["fora"]
+    assert rows["fora"].error == "block_01 failed"
+    assert math.isnan(rows["fora"].psnr_db)
+    assert math.isfinite(rows["fora@2"].psnr_db)
+
+
+def test_the_error_grows_from_nothing_to_that_of_the_images(pipeline: Pipeline) -> None:
+    """Step by step as an observer sees it: no error while everything is evaluated, and at the end the images' own."""
+    measured = bench(pipeline, [FORA, policy_named("fewer-steps")], OPTIONS)
+    fora, none = measured.runs["fora"].sampled, measured.runs["none"].sampled
+    assert fora is not None and none is not None and fora.growth is not None
+    evaluated = (fora.trajectory.decisions.actions == "evaluate").all(axis=1)
+    first_skip = int(np.flatnonzero(~evaluated)[0])
+    assert first_skip > 0
+    np.testing.assert_array_equal(fora.growth[:first_skip], 0.0)
+    assert (fora.growth[first_skip:] > 0).all()
+    expected, mine = none.latents[:2].reshape(2, -1), fora.latents[:2].reshape(2, -1)
+    relative = np.linalg.norm(mine - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    assert fora.growth[-1] == pytest.approx(np.sqrt(np.square(relative).mean()), rel=1e-5)
+    np.testing.assert_array_equal(none.growth, 0.0)
+    fewer = measured.runs["fewer-steps"].sampled
+    assert fewer is not None and fewer.growth is None  # its latents stand at other noise levels
+
+
+def test_the_front_holds_what_nothing_else_beats_in_both() -> None:
+    def row(name: str, speedup: float, psnr: float) -> BenchRow:
+        return BenchRow(policy=name, steps=1, speedup=speedup, psnr_db=psnr)
+
+    rows = [row("slow", 1, math.inf), row("a", 2, 40), row("b", 2, 41), row("c", 1.5, 39), row("d", 3, 30)]
+    assert [found.policy for found in best_by_speed([*rows, row("failed", math.nan, math.nan)])] == ["slow", "b", "d"]
+
+
 def test_a_policy_given_twice_is_measured_once(pipeline: Pipeline) -> None:
-    rows = bench(pipeline, [FORA, PRESETS["none"], FORA], OPTIONS)
-    assert [row.policy for row in rows] == ["none", "fora"]
+    rows = bench(pipeline, [FORA, PRESETS["none"], FORA], OPTIONS).rows
+    assert [row.policy for row in rows if not row.policy.startswith("fewer-steps")] == ["none", "fora"]
 
 
 @pytest.mark.parametrize("name", ["none", "fora"])
@@ -149,6 +238,14 @@ def test_two_policies_of_one_name_are_refused_before_anything_runs(
     other = Policy(name=name, gate=IntervalGate(interval=7), predictor=Predictor(kind=PredictorKind.HOLD))
     with pytest.raises(RequestError, match=f"two different policies are named {name}"):
         bench(pipeline, [FORA, other], OPTIONS)
+    assert backend.order == []
+
+
+def test_samples_without_a_network_for_their_features_are_refused(pipeline: Pipeline, backend: FakeBackend) -> None:
+    with pytest.raises(RequestError, match=r"samples is 100, and there is no network.*--features"):
+        bench(pipeline, [FORA], replace(OPTIONS, samples=100))
+    with pytest.raises(RequestError, match=r"samples is 3, allowed are 0 .* and from 16 up"):
+        replace(OPTIONS, samples=3)
     assert backend.order == []
 
 
@@ -205,11 +302,13 @@ def test_other_bad_options_and_missing_calibrations_are_the_runtimes_own_errors(
 def test_structural_similarity_is_one_for_the_same_image_and_less_for_others(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def enlarged(opened: Pipeline, request: SampleRequest, policy: Policy) -> SampleResult:
-        result = sample_with_policy(opened, request, policy)
+    def enlarged(
+        opened: Pipeline, request: SampleRequest, policy: Policy, *, on_latents: LatentsObserver | None = None
+    ) -> SampleResult:
+        result = sample_with_policy(opened, request, policy, on_latents=on_latents)
         return replace(result, latents=np.kron(result.latents, np.ones((4, 4), np.float32)))
 
-    monkeypatch.setattr(module, "sample_with_policy", enlarged)
+    monkeypatch.setattr(bench_sampling, "sample_with_policy", enlarged)
     rows = rows_by_policy(pipeline, "fora")
     assert rows["none"].ssim == pytest.approx(1.0, abs=1e-12)
     assert -1 <= rows["fora"].ssim < 1 - 1e-9

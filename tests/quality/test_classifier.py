@@ -15,10 +15,10 @@ from adacorr_deploy.quality.classifier import (
     CLASSES,
     FEATURES,
     ClassifierNet,
-    FeatureNetwork,
     load_classifier,
     load_reference_statistics,
 )
+from adacorr_deploy.quality.features import FeatureNetwork
 from adacorr_deploy.quality.metrics import feature_statistics, frechet_distance
 
 TEST_IMAGES = Path("/usr/share/datasets/fashion-mnist/t10k-images-idx3-ubyte.gz")
