@@ -27,7 +27,9 @@ TARGETS: Final = (
 )  # GPUs that the kernels are compiled for in CI
 NVRTC_VERSION: Final = (13, 0)
 
-_PROGRAM: Final = "kernels.cu"
+KERNELS_PROGRAM: Final = "kernels.cu"  # what the service parts are computed by
+DECISIONS_PROGRAM: Final = "decisions.cu"  # what decides within a graph
+
 # Products and sums are fused where the source says so and nowhere else: a CPU then gives the same bits.
 _OPTIONS: Final = ("--std=c++17", "--fmad=false", "--ptxas-options=--verbose", f"--include-path={SOURCES}")
 
@@ -40,36 +42,37 @@ class CompiledKernels:
     log: str
 
 
-def compile_kernels(arch: str = PORTABLE) -> bytes:
-    """Return the PTX of every kernel.
+def compile_kernels(arch: str = PORTABLE, program: str = KERNELS_PROGRAM) -> bytes:
+    """Return the PTX of every kernel of a program.
 
     Args:
         arch: `compute_80` (portable), or a GPU as `sm_86`: the kernels are then also assembled for it, as a check.
+        program: One of the two above.
 
     Raises:
         BackendUnavailableError: If NVRTC 13.0 is not installed.
         EngineError: If the target is unknown, or the kernels don't compile for it.
     """
-    return compiled_kernels(arch).ptx
+    return compiled_kernels(arch, program).ptx
 
 
 @functools.cache
-def compiled_kernels(arch: str) -> CompiledKernels:
-    """Compile the kernels once per process; see `compile_kernels`."""
+def compiled_kernels(arch: str, program: str = KERNELS_PROGRAM) -> CompiledKernels:
+    """Compile a program once per process; see `compile_kernels`."""
     nvrtc = _nvrtc()
     if not re.fullmatch(r"(sm|compute)_[0-9]{2,3}", arch):
         raise EngineError(f"GPU {arch[:40]!r} is not a target; allowed are {PORTABLE}, {', '.join(TARGETS)}.")
-    source = (SOURCES / _PROGRAM).read_bytes()
-    program = _checked(nvrtc, nvrtc.nvrtcCreateProgram(source, _PROGRAM.encode(), 0, [], []))
+    source = (SOURCES / program).read_bytes()
+    handle = _checked(nvrtc, nvrtc.nvrtcCreateProgram(source, program.encode(), 0, [], []))
     try:
         options = [option.encode() for option in (f"--gpu-architecture={arch}", *_OPTIONS)]
-        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-        log = _text(nvrtc, program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
+        (status,) = nvrtc.nvrtcCompileProgram(handle, len(options), options)
+        log = _text(nvrtc, handle, "ProgramLog").rstrip(b"\0").decode(errors="replace")
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise EngineError(_refusal(arch, status.name, log))
-        return CompiledKernels(ptx=_text(nvrtc, program, "PTX").rstrip(b"\0"), log=log)
+        return CompiledKernels(ptx=_text(nvrtc, handle, "PTX").rstrip(b"\0"), log=log)
     finally:
-        nvrtc.nvrtcDestroyProgram(program)
+        nvrtc.nvrtcDestroyProgram(handle)
 
 
 def _refusal(arch: str, status: str, log: str) -> str:

@@ -75,7 +75,7 @@ class HostKernels:
         grid: Sequence[int],
         block: Sequence[int],
         shared_bytes: int,
-        arguments: Sequence[ctypes.c_void_p | ctypes.c_int],
+        arguments: Sequence[ctypes.c_void_p | ctypes.c_int | ctypes.c_ulonglong],
         *,
         seed: int = 0,
     ) -> None:
@@ -97,6 +97,14 @@ class HostKernels:
         failed = self._library.run_kernel(entry.encode(), *sizes, shared_bytes, pointers, ctypes.c_ulonglong(seed))
         if failed:
             raise RuntimeError(f"{entry}: {self._library.last_error().decode()}")
+
+    def conditions_set(self) -> list[tuple[int, int]]:
+        """Return which conditions of graph nodes the last kernel set, handle and value, in order."""
+        found: list[tuple[int, int]] = []
+        handle, value = ctypes.c_ulonglong(), ctypes.c_uint()
+        while self._library.condition_set(len(found), ctypes.byref(handle), ctypes.byref(value)):
+            found.append((handle.value, value.value))
+        return found
 
     def half_to_float(self, bits: int) -> float:
         """Return the value of a float16."""

@@ -7,6 +7,7 @@ import ctypes
 import numpy as np
 import pytest
 
+from adacorr_deploy.plugins.decision_kernels import DECIDE_KERNEL, NOTE_KERNEL
 from adacorr_deploy.plugins.kernels import ELEMENT_BYTES, KERNELS
 from tests.plugins.host_kernels import FLOAT32, GuardedBuffer, encoded, host_kernels, needs_compiler
 
@@ -33,6 +34,7 @@ def test_it_has_every_kernel_with_the_arguments_of_its_spec() -> None:
         for kernel in KERNELS.values()
         for precision in ELEMENT_BYTES
     }
+    expected |= {DECIDE_KERNEL: 12, NOTE_KERNEL: 3}
     names = [name for name in host_kernels().names if name.startswith("adacorr_")]
     assert {name: host_kernels().argument_count(name) for name in names} == expected
 

@@ -11,7 +11,16 @@ import pytest
 
 from adacorr_deploy.core.errors import BackendUnavailableError, EngineError
 from adacorr_deploy.plugins import kernel_compiler
-from adacorr_deploy.plugins.kernel_compiler import PORTABLE, SOURCES, TARGETS, compile_kernels, compiled_kernels
+from adacorr_deploy.plugins.decision_kernels import DECIDE_KERNEL, NOTE_KERNEL
+from adacorr_deploy.plugins.kernel_compiler import (
+    DECISIONS_PROGRAM,
+    KERNELS_PROGRAM,
+    PORTABLE,
+    SOURCES,
+    TARGETS,
+    compile_kernels,
+    compiled_kernels,
+)
 from adacorr_deploy.plugins.kernels import ELEMENT_BYTES, KERNELS
 
 
@@ -28,8 +37,10 @@ needs_nvrtc = pytest.mark.skipif(
 )
 
 
-def expected_parameters() -> dict[str, list[str]]:
+def expected_parameters(program: str = KERNELS_PROGRAM) -> dict[str, list[str]]:
     """Return each entry's parameters by its spec: addresses, 32-bit sizes, addresses."""
+    if program == DECISIONS_PROGRAM:  # the decision ends with the condition of its switch, a handle of 64 bits
+        return {DECIDE_KERNEL: ["u64"] * 4 + ["u32"] * 5 + ["u64"] * 3, NOTE_KERNEL: ["u64"] * 3}
     return {
         kernel.entry(precision): ["u64"] * len(kernel.inputs)
         + ["u32"] * len(kernel.sizes)
@@ -39,27 +50,44 @@ def expected_parameters() -> dict[str, list[str]]:
     }
 
 
+both_programs = pytest.mark.parametrize("program", [KERNELS_PROGRAM, DECISIONS_PROGRAM])
+
+
 @needs_nvrtc
-def test_the_ptx_has_every_kernel_with_the_arguments_of_its_spec() -> None:
-    text = compile_kernels().decode()
+@both_programs
+def test_the_ptx_has_every_kernel_with_the_arguments_of_its_spec(program: str) -> None:
+    text = compile_kernels(program=program).decode()
     entries = dict(re.findall(r"\.visible \.entry (\w+)\((.*?)\)", text, re.DOTALL))
-    assert {name: re.findall(r"\.param \.(u\d+)", found) for name, found in entries.items()} == expected_parameters()
+    found = {name: re.findall(r"\.param \.(u\d+)", parameters) for name, parameters in entries.items()}
+    assert found == expected_parameters(program)
 
 
 @needs_nvrtc
-def test_the_portable_ptx_is_for_compute_capability_8_0_in_the_version_that_drivers_take() -> None:
-    text = compile_kernels(PORTABLE).decode()
+def test_only_decisions_need_a_function_of_the_driver() -> None:
+    """CUDA's own linker leaves it open, with its device library or without: it is resolved when a driver loads it."""
+    found = {
+        program: re.findall(r"\.extern \.func (\w+)", compile_kernels(program=program).decode())
+        for program in (KERNELS_PROGRAM, DECISIONS_PROGRAM)
+    }
+    assert found == {KERNELS_PROGRAM: [], DECISIONS_PROGRAM: ["cudaGraphSetConditional"]}
+
+
+@needs_nvrtc
+@both_programs
+def test_the_portable_ptx_is_for_compute_capability_8_0_in_the_version_that_drivers_take(program: str) -> None:
+    text = compile_kernels(PORTABLE, program).decode()
     assert re.findall(r"^\.(version|target) (\S+)$", text, re.MULTILINE) == [("version", "9.0"), ("target", "sm_80")]
 
 
 @needs_nvrtc
+@both_programs
 @pytest.mark.parametrize("target", TARGETS)
-def test_they_assemble_for_every_target_with_no_register_spilled(target: str) -> None:
-    compiled = compiled_kernels(target)
+def test_they_assemble_for_every_target_with_no_register_spilled(target: str, program: str) -> None:
+    compiled = compiled_kernels(target, program)
     assert f".target {target}".encode() in compiled.ptx
     names = re.findall(r"Compiling entry function '(\w+)'", compiled.log)
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled.log)
-    assert sorted(names) == sorted(expected_parameters())
+    assert sorted(names) == sorted(expected_parameters(program))
     assert len(spills) == len(names) and set(spills) == {("0", "0", "0")}
 
 

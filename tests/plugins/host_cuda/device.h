@@ -41,6 +41,22 @@ inline float __uint_as_float(unsigned bits) {
     return value;
 }
 
+inline double __longlong_as_double(long long bits) {
+    double value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+inline long long __double_as_longlong(double value) {
+    long long bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+// Of the device's runtime: chooses a case of the conditional graph node that a handle stands for.
+inline void cudaGraphSetConditional(unsigned long long condition, unsigned value) {
+    host_cuda::set_condition(condition, value);
+}
+
 inline float4 __ldcg(const float4* address) { return *address; }
 inline void __threadfence() {}
 inline unsigned atomicInc(unsigned* address, unsigned limit) {

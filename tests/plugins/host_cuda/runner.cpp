@@ -7,6 +7,8 @@
 
 #include "kernels.cu"
 
+#include "decisions.cu"
+
 #include "faulty.cu"
 
 namespace {
@@ -39,6 +41,7 @@ constexpr int argument_count(void (*)(Arguments...)) {
 constexpr Entry KERNELS[] = {
     ENTRIES(adacorr_signals),   ENTRIES(adacorr_predict),    ENTRIES(adacorr_blend),
     ENTRY(adacorr_extrapolate), ENTRY(adacorr_output_error), ENTRY(adacorr_philox_normal),
+    ENTRY(adacorr_decide),      ENTRY(adacorr_note_evaluation),
     ENTRY(faulty_barrier),      ENTRY(faulty_shuffle),       ENTRY(faulty_write),
     ENTRY(faulty_read),         ENTRY(faulty_race),
 };
@@ -81,6 +84,15 @@ int run_kernel(const char* name, const unsigned grid[3], const unsigned block[3]
         entry->kernel, arguments, dim3{grid[0], grid[1], grid[2]}, dim3{block[0], block[1], block[2]}, seed);
     if (error != nullptr) error_text = error;
     return error != nullptr;
+}
+
+// Whether the last run told more than `number` conditions something, and what the next of them was told, in their order.
+int condition_set(unsigned number, unsigned long long* handle, unsigned* value) {
+    const auto& all = host_cuda::conditions();
+    if (number >= all.size()) return 0;
+    *handle = all[number].handle;
+    *value = all[number].value;
+    return 1;
 }
 
 const char* last_error() { return error_text; }

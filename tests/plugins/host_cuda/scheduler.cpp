@@ -30,6 +30,7 @@ struct Fibre {
 
 std::vector<Fibre> fibres;  // kept from launch to launch; a fibre that has finished a block's thread waits for the next
 Fibre* current = nullptr;
+std::vector<Condition> conditions_set;
 jmp_buf scheduler;
 ucontext_t scheduler_context;
 Kernel kernel_now = nullptr;
@@ -171,11 +172,16 @@ unsigned exchange_in_warp(unsigned lanes, unsigned value, unsigned mask) {
     return current->value;
 }
 
+void set_condition(unsigned long long handle, unsigned value) { conditions_set.push_back({handle, value}); }
+
+const std::vector<Condition>& conditions() { return conditions_set; }
+
 const char* run_grid(Kernel kernel, void** arguments, dim3 grid, dim3 block, unsigned long long seed) {
     const unsigned long long threads = 1ull * block.x * block.y * block.z;
     if (threads == 0 || threads > MOST_THREADS || threads % WARP_SIZE != 0) return "a block is 1 to 32 whole warps";
     if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) return "the grid's size";
     if (fibres.empty()) fibres = std::vector<Fibre>(MOST_THREADS);
+    conditions_set.clear();
     kernel_now = kernel;
     arguments_now = arguments;
     gridDim = grid;

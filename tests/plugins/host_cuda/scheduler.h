@@ -1,6 +1,8 @@
 // Runs a grid on the CPU: one block at a time, its threads as fibres that change places at barriers and shuffles.
 #pragma once
 
+#include <vector>
+
 struct dim3 {
     unsigned x, y, z;
 };
@@ -13,6 +15,14 @@ constexpr unsigned WARP_SIZE = 32;
 // Called by kernels, in a fibre.
 int wait_for_block(bool predicate);  // the number of threads whose predicate is true, once all have come
 unsigned exchange_in_warp(unsigned lanes, unsigned value, unsigned mask);  // the value of lane number ^ mask
+
+// What cudaGraphSetConditional was told in the last run, in order; the driver's stand-in acts on it after the kernel.
+struct Condition {
+    unsigned long long handle;
+    unsigned value;
+};
+void set_condition(unsigned long long handle, unsigned value);
+const std::vector<Condition>& conditions();
 
 using Kernel = void (*)(void** arguments);
 
