@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from adacorr_deploy.core.engine_build import EngineBuild
 from adacorr_deploy.core.specs import DType, PartSpec
+from adacorr_deploy.engines.decision_graphs import DecisionGraphs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,5 +181,13 @@ class Backend(Protocol):
         """Return one launch that runs these in order, each counted by its session, or None if that saves nothing.
 
         On a GPU it is a graph. The launches must have run once each before.
+        """
+        ...
+
+    def decision_graphs(self) -> DecisionGraphs:
+        """Return what makes graphs that decide while they run; ask when the bundle's parts are open.
+
+        Raises:
+            EngineError: If this backend, machine or bundle has none; the message says why, and what to do.
         """
         ...

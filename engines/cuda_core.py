@@ -67,6 +67,13 @@ class CudaGraphDefinition(Protocol):
     def handle(self) -> SupportsInt: ...
 
 
+class CudaCondition(Protocol):
+    """`cuda.core.graph.GraphCondition`: what chooses a case. `int(handle)` is a cudaGraphConditionalHandle."""
+
+    @property
+    def handle(self) -> SupportsInt: ...
+
+
 class CudaGraphBuilder(Protocol):
     """`cuda.core.graph.GraphBuilder`: what is put on its stream while it builds is recorded instead of run."""
 
@@ -79,6 +86,10 @@ class CudaGraphBuilder(Protocol):
     def begin_building(self, mode: str) -> CudaGraphBuilder: ...
 
     def end_building(self) -> CudaGraphBuilder: ...
+
+    def create_condition(self, default_value: int) -> CudaCondition: ...
+
+    def switch(self, condition: CudaCondition, count: int) -> tuple[CudaGraphBuilder, ...]: ...
 
     def complete(self) -> CudaGraph: ...
 

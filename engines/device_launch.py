@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # A capture must not hide what it can't record: in this mode the driver ends it when this thread calls something that
 # is not put on the stream (an allocation, a blocking copy).
-_CAPTURE_MODE = "thread_local"
+CAPTURE_MODE = "thread_local"
 
 
 class DeviceLaunch:
@@ -92,6 +92,23 @@ class DeviceLaunch:
             self.device.graph_launches += 1
         self.count()
 
+    def warm_up(self) -> None:
+        """Run it once if it has not run: what captures it elsewhere needs that done.
+
+        Raises:
+            EngineError: If it is refused.
+        """
+        if not self._has_run:
+            self.run()
+
+    def record(self, builder: CudaGraphBuilder) -> None:
+        """Put the work on the stream of a recorder, as a part of a larger graph.
+
+        Raises:
+            EngineError: If it is refused.
+        """
+        self.enqueue(builder.stream)
+
     def enqueue(self, stream: CudaStream) -> None:
         """Put the work on a stream as it is; `run` is the way in.
 
@@ -110,14 +127,14 @@ class DeviceLaunch:
 
     def _try_capture(self) -> None:
         try:
-            self._graph = capture(self.device, self.name, self.enqueue)
+            self._graph = capture(self.device, self.name, self.record)
         except EngineError as error:
             self.capture_failure = str(error)
             self.capturable = False
 
 
-def capture(device: Device, name: str, enqueue: Callable[[CudaStream], None]) -> CudaGraph:
-    """Record what `enqueue` puts on a stream.
+def capture(device: Device, name: str, build: Callable[[CudaGraphBuilder], None]) -> CudaGraph:
+    """Record what `build` puts on the stream of a recorder.
 
     The stream is one of its own, so that memory which is freed meanwhile is not recorded.
 
@@ -127,8 +144,8 @@ def capture(device: Device, name: str, enqueue: Callable[[CudaStream], None]) ->
     with device.errors(f"{name}: can't be captured"):
         builder: CudaGraphBuilder = device.graph_builder()
         try:
-            builder.begin_building(_CAPTURE_MODE)
-            enqueue(builder.stream)
+            builder.begin_building(CAPTURE_MODE)
+            build(builder)
             builder.end_building()
             if not device.cuda.node_count(builder.graph_definition):
                 raise EngineError(f"{name}: can't be captured: it put nothing on the stream that it was given.")

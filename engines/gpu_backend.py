@@ -10,13 +10,16 @@ from typing import Final
 from adacorr_deploy.core.errors import EngineError
 from adacorr_deploy.core.specs import DType, PartSpec
 from adacorr_deploy.engines.backend import Artefact, Launch
+from adacorr_deploy.engines.decision_graphs import DECIDE_ON_HOST
 from adacorr_deploy.engines.device import Device, gpu_is_available
+from adacorr_deploy.engines.device_decisions import DeviceDecisions
 from adacorr_deploy.engines.device_launch import DeviceLaunch
 from adacorr_deploy.engines.device_memory import DeviceBuffer
 from adacorr_deploy.engines.kernel_session import KernelLibrary, KernelSession
 from adacorr_deploy.plugins.kernels import kernel_of_part
 
 _KERNELS_FILE: Final = "kernels.ptx"
+_DECISIONS_FILE: Final = "decisions.ptx"  # beside it
 
 
 class GpuBackend:
@@ -26,6 +29,7 @@ class GpuBackend:
 
     def __init__(self) -> None:
         self._libraries: dict[Path, KernelLibrary] = {}
+        self._decisions: DeviceDecisions | None = None
 
     def is_available(self) -> bool:
         """Whether there is a GPU."""
@@ -47,6 +51,8 @@ class GpuBackend:
     def build_service_part(self, spec: PartSpec, directory: Path) -> Artefact | None:
         """Write the kernels that compute a service part, one file for all such parts; None for any other part.
 
+        Beside it go the kernels that decide within graphs, which no part names.
+
         Raises:
             BackendUnavailableError: If the kernels' compiler is not installed.
             OSError: If the file can't be written.
@@ -55,11 +61,13 @@ class GpuBackend:
             return None
         path = directory / _KERNELS_FILE
         if not path.exists():
-            from adacorr_deploy.plugins.kernel_compiler import compile_kernels
+            from adacorr_deploy.plugins.kernel_compiler import DECISIONS_PROGRAM, KERNELS_PROGRAM, compile_kernels
 
-            ptx = compile_kernels()
+            programs = {_DECISIONS_FILE: DECISIONS_PROGRAM, _KERNELS_FILE: KERNELS_PROGRAM}
+            texts = {name: compile_kernels(program=program) for name, program in programs.items()}
             directory.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(ptx)
+            for name, ptx in texts.items():
+                (directory / name).write_bytes(ptx)
         return Artefact(path=path)
 
     def open_service_part(self, artefact: Artefact, spec: PartSpec) -> KernelSession | None:
@@ -103,8 +111,26 @@ class GpuBackend:
         """Return one launch that replays these as a graph, or None if that saves nothing or can't be."""
         return self.device.fuse(launches)
 
+    def decision_graphs(self) -> DeviceDecisions:
+        """Return what makes graphs that decide while they run.
+
+        Raises:
+            EngineError: If the bundle brought no kernels for it, or the driver can't take them.
+        """
+        if self._decisions is None:
+            kernels = next(iter(self._libraries), None)
+            path = kernels.with_name(_DECISIONS_FILE) if kernels is not None else None
+            if path is None or not path.is_file():
+                raise EngineError(
+                    f"The bundle holds no {_DECISIONS_FILE}, the kernels that decide on the device. Rebuild it with "
+                    f"adacorr-build. {DECIDE_ON_HOST}"
+                )
+            self._decisions = DeviceDecisions(self.device, path.read_bytes())
+        return self._decisions
+
     def close(self) -> None:
         """Free everything on the GPU."""
         self._libraries.clear()
+        self._decisions = None
         if "device" in vars(self):
             self.device.close()

@@ -21,7 +21,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_native
@@ -31,6 +31,7 @@ from adacorr_deploy.core.errors import EngineError
 from adacorr_deploy.core.specs import DType, PartSpec, TensorSpec
 from adacorr_deploy.engines.backend import Artefact, Buffer, Launch
 from adacorr_deploy.engines.binding import check_binding
+from adacorr_deploy.engines.decision_graphs import no_decisions
 from adacorr_deploy.engines.host_memory import HostBuffer, host_array
 
 _PROVIDERS: Final = ["CPUExecutionProvider"]
@@ -108,6 +109,14 @@ class OnnxRuntimeBackend:
 
     def fuse(self, launches: Sequence[Launch]) -> None:
         """Return None: there is nothing to save."""
+
+    def decision_graphs(self) -> NoReturn:
+        """Refuse.
+
+        Raises:
+            EngineError: Always: there are no graphs on a CPU.
+        """
+        raise no_decisions(self.name, "it runs on the CPU")
 
     def _options(self) -> ort.SessionOptions:
         _register_shared_arena()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 import onnxruntime as ort
 
@@ -18,6 +18,7 @@ from adacorr_deploy.core.engine_build import EngineBuild
 from adacorr_deploy.core.errors import BackendUnavailableError, EngineError
 from adacorr_deploy.core.specs import DType, PartSpec, TensorSpec
 from adacorr_deploy.engines.backend import Artefact, Buffer, Launch, Session
+from adacorr_deploy.engines.decision_graphs import no_decisions
 from adacorr_deploy.engines.device_memory import device_buffer
 from adacorr_deploy.engines.gpu_backend import GpuBackend
 from adacorr_deploy.engines.onnxruntime_cpu import (
@@ -89,6 +90,14 @@ class OnnxRuntimeCudaBackend(GpuBackend):
 
     def fuse(self, launches: Sequence[Launch]) -> None:
         """Return None: these launches can't be captured."""
+
+    def decision_graphs(self) -> NoReturn:
+        """Refuse.
+
+        Raises:
+            EngineError: Always: these launches can't be captured.
+        """
+        raise no_decisions(self.name, "ONNX Runtime may allocate while it runs, so its launches can't be in a graph")
 
     def _place(self, tensor: TensorSpec, buffer: Buffer) -> Place:
         placed = device_buffer(buffer, self.device)

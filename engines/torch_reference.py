@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from adacorr_deploy.core.engine_build import EngineBuild
 from adacorr_deploy.core.errors import BackendUnavailableError, EngineError
 from adacorr_deploy.core.specs import DType, PartSpec
 from adacorr_deploy.engines.backend import Artefact, Buffer, Launch
 from adacorr_deploy.engines.binding import check_binding
+from adacorr_deploy.engines.decision_graphs import no_decisions
 from adacorr_deploy.engines.host_memory import HostBuffer, host_array
 
 if TYPE_CHECKING:
@@ -76,6 +77,14 @@ class TorchBackend:
 
     def fuse(self, launches: Sequence[Launch]) -> None:
         """Return None: there is nothing to save."""
+
+    def decision_graphs(self) -> NoReturn:
+        """Refuse.
+
+        Raises:
+            EngineError: Always: there are no graphs on a CPU.
+        """
+        raise no_decisions(self.name, "it runs on the host")
 
     def _module(self, spec: PartSpec) -> torch.nn.Module:
         try:

@@ -12,6 +12,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from adacorr_deploy.caching.block_rules import BlockRule
+
 DECIDE_KERNEL: Final = "adacorr_decide"
 NOTE_KERNEL: Final = "adacorr_note_evaluation"
 THREADS: Final = 32  # of either kernel: one block of one warp
@@ -30,49 +32,25 @@ REASONS: Final = (
     "weight above epsilon",
     "paper: always evaluated",
 )
+RULE_COLUMNS: Final = (
+    "lambda",
+    "gamma",
+    "epsilon",
+    "floor",
+    "lazy",
+    "warmup_steps",
+    "final_steps",
+    "max_age_steps",
+    "is_protected",
+)
 RECORD_COLUMNS: Final = ("action", "reason", "age", "score", "weight")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockRule:
-    """How one block is decided by the paper's score: `caching.policy.PaperGate` and `caching.guards.Guards` as numbers.
-
-    Attributes:
-        lambda_: λ of S = Δ_temp² + λ·Δ_spatial.
-        gamma: γ of w = clip(γ·(S − floor), 0, 1).
-        epsilon: A lazy block is reused where w is at most this.
-        floor: What is subtracted from S.
-        lazy: Whether a block may be reused at all; without it, it is evaluated and blended at every step.
-        warmup_steps: First steps of a run that are evaluated.
-        final_steps: Last steps of a run that are evaluated.
-        max_age_steps: Steps after an evaluation in which it may stand for the block.
-        protected: Whether the block is evaluated at every step.
-    """
-
-    lambda_: float
-    gamma: float
-    epsilon: float
-    floor: float
-    lazy: bool
-    warmup_steps: int
-    final_steps: int
-    max_age_steps: int
-    protected: bool
-
-    @property
-    def row(self) -> NDArray[np.int64]:
-        """The rule as decisions.cu reads it, (9,)."""
-        floats = np.array([self.lambda_, self.gamma, self.epsilon, self.floor], dtype=np.float64)
-        integers = (self.lazy, self.warmup_steps, self.final_steps, self.max_age_steps, self.protected)
-        return np.concatenate([floats.view(np.int64), np.array(integers, dtype=np.int64)])
-
-    @property
-    def thresholds(self) -> tuple[float, float, float]:
-        """τ_reuse, τ_recompute and γ of the blend that a correction ends with."""
-        return self.floor, self.floor + 1.0, self.gamma
-
-
-RULE_COLUMNS: Final = 9
+def rule_row(rule: BlockRule) -> NDArray[np.int64]:
+    """Return a rule as decisions.cu reads it, (9,)."""
+    floats = np.array([rule.lambda_, rule.gamma, rule.epsilon, rule.floor], dtype=np.float64)
+    integers = (rule.lazy, rule.warmup_steps, rule.final_steps, rule.max_age_steps, rule.protected)
+    return np.concatenate([floats.view(np.int64), np.array(integers, dtype=np.int64)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from adacorr_deploy.plugins.decision_kernels import CASES, NEVER, REASONS, BlockRule, Verdict
+from adacorr_deploy.caching.block_rules import BlockRule
+from adacorr_deploy.plugins.decision_kernels import CASES, NEVER, REASONS, Verdict
 
 _CHECKED: Final = [0, 2, 3, 4]  # columns of the signals that must be finite: all but the 95th percentile
 
@@ -71,7 +72,5 @@ def _weight(rule: BlockRule, score: float) -> float:
     return min(1.0, max(0.0, gamma * (score - reuse) / (recompute - reuse)))
 
 
-def _verdict(
-    case: str, reason: str, age: int, score: float | None = None, weight: float | None = None
-) -> Verdict:
+def _verdict(case: str, reason: str, age: int, score: float | None = None, weight: float | None = None) -> Verdict:
     return Verdict(action=CASES.index(case), reason=REASONS.index(reason), age=age, score=score, weight=weight)

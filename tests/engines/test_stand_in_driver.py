@@ -13,6 +13,7 @@ pytestmark = [
 ]
 _TESTS = (
     "test_device.py",
+    "test_device_decisions.py",
     "test_device_launch.py",
     "test_device_memory.py",
     "test_kernel_session.py",
@@ -88,3 +89,52 @@ def test_a_function_that_is_not_there_says_its_name() -> None:
 def test_a_machine_with_a_driver_and_no_gpu_is_told_so() -> None:
     status, output = _run("", STAND_IN_DEVICES="0")
     assert status == 1 and "No GPU can be used here (cuInit failed: CUDA_ERROR_NO_DEVICE)" in output
+
+
+def test_a_driver_without_switches_in_graphs_is_told_to_be_updated() -> None:
+    script = """
+from adacorr_deploy.engines.device_decisions import DeviceDecisions
+DeviceDecisions(device, b"")
+"""
+    status, output = _run(script, STAND_IN_DRIVER_VERSION="12070")
+    expected = "has a driver for CUDA 12.7, and graphs that decide need one for 12.8 or later. Update the driver."
+    assert status == 1 and expected in output
+
+
+_SWITCH = """
+device.synchronize()
+from adacorr_deploy.engines.cuda_core import load_cuda
+builder = device.graph_builder()
+builder.begin_building("thread_local")
+device.cuda.call("cuMemcpyAsync", buffer.address, buffer.address + 200, 4, builder.stream.handle)
+condition = builder.create_condition(default_value=DEFAULT)
+bodies = builder.switch(condition, 1)
+bodies[0].begin_building("thread_local")
+device.cuda.call("cuMemcpyAsync", buffer.address, buffer.address + 200, 4, bodies[0].stream.handle)
+bodies[0].end_building()
+builder.end_building()
+count = ctypes.CDLL("libcuda.so.1").stand_in_count
+builder.complete().launch(device.stream)
+before = count(b"operations")
+try:
+    device.synchronize()
+finally:
+    print("operations", count(b"operations") - before)
+"""
+
+
+@pytest.mark.parametrize(("default", "operations"), [("0", 3), ("1", 2), ("77", 2)])
+def test_a_switch_runs_the_case_of_its_default_or_none(default: str, operations: int) -> None:
+    status, output = _run(_SWITCH.replace("DEFAULT", default))
+    assert status == 0 and f"operations {operations}" in output, output
+
+
+def test_a_condition_that_nothing_sets_fails_the_launch() -> None:
+    status, output = _run(_SWITCH.replace("default_value=DEFAULT", ""))
+    assert status == 1 and "a conditional node runs before anything has set its condition" in output
+
+
+def test_a_condition_serves_one_node() -> None:
+    again = "bodies = builder.switch(condition, 1)\n"
+    status, output = _run(_SWITCH.replace("DEFAULT", "0").replace(again, again * 2))
+    assert status == 1 and "with a new condition of that graph" in output

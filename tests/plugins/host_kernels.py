@@ -28,6 +28,7 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason=NO_COMPILER)
 
 Array = Any  # of several dtypes
 Arrays = Mapping[str, Array]
+KernelArgument = ctypes.c_void_p | ctypes.c_int | ctypes.c_ulonglong
 Outputs = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
 FLOAT32 = np.dtype(np.float32)
 PRECISIONS = tuple(ELEMENT_BYTES)
@@ -75,7 +76,7 @@ class HostKernels:
         grid: Sequence[int],
         block: Sequence[int],
         shared_bytes: int,
-        arguments: Sequence[ctypes.c_void_p | ctypes.c_int | ctypes.c_ulonglong],
+        arguments: Sequence[KernelArgument],
         *,
         seed: int = 0,
     ) -> None:

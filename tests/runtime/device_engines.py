@@ -20,7 +20,7 @@ from adacorr_deploy.engines.cuda_core import CudaStream
 from adacorr_deploy.engines.device_launch import DeviceLaunch
 from adacorr_deploy.engines.device_memory import DeviceBuffer, device_buffer
 from adacorr_deploy.engines.gpu_backend import GpuBackend
-from adacorr_deploy.plugins.kernel_compiler import compile_kernels
+from adacorr_deploy.plugins.kernel_compiler import DECISIONS_PROGRAM, compile_kernels
 from adacorr_deploy.plugins.kernels import kernel_of_part
 from tests.runtime.tiny_dit import Part, TinyDiT
 
@@ -40,6 +40,7 @@ class DeviceEngines(GpuBackend):
         self._kernels = kernels / "kernels.ptx"
         if not self._kernels.exists():
             self._kernels.write_bytes(compile_kernels())
+            self._kernels.with_name("decisions.ptx").write_bytes(compile_kernels(program=DECISIONS_PROGRAM))
 
     def build(self, onnx_path: Path, spec: PartSpec, artefact_dir: Path) -> Artefact:
         return Artefact(path=onnx_path)
@@ -78,7 +79,7 @@ class FunctionSession:
         driver = ctypes.CDLL("libcuda.so.1")
 
         def enqueue(stream: CudaStream) -> None:
-            assert driver.cuLaunchHostFunc(ctypes.c_void_p(int(stream.handle)), callback, None) == 0
+            assert driver.stand_in_launch(ctypes.c_void_p(int(stream.handle)), callback, None) == 0
 
         return DeviceLaunch(device, self.spec.name, enqueue, on_run=self._count, keeps=(callback, *bound.values()))
 

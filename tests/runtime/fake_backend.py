@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from adacorr_deploy.core.engine_build import EngineBuild
 from adacorr_deploy.core.errors import EngineError
 from adacorr_deploy.core.specs import DType, PartSpec
 from adacorr_deploy.engines.backend import Artefact, Buffer, Launch
+from adacorr_deploy.engines.decision_graphs import no_decisions
 from tests.runtime.tiny_dit import Part, TinyDiT
 
 
@@ -152,3 +154,6 @@ class FakeBackend:
 
     def fuse(self, launches: Sequence[Launch]) -> None:
         """Return None: there is nothing to save."""
+
+    def decision_graphs(self) -> NoReturn:
+        raise no_decisions(self.name, "it runs on the CPU")

@@ -15,7 +15,7 @@ thread_local int* current = nullptr;
 Result cuInit(unsigned) { return setting("STAND_IN_DEVICES", 1) ? SUCCESS : NO_DEVICE; }
 
 Result cuDriverGetVersion(int* version) {
-    *version = 13000;
+    *version = static_cast<int>(setting("STAND_IN_DRIVER_VERSION", 13000));
     return SUCCESS;
 }
 
@@ -157,7 +157,8 @@ void* function_named(const std::string& name, int version) {
     void* best = nullptr;
     int best_version = -1;
     for (const auto* entries :
-         {&device_entries(), &memory_entries(), &stream_entries(), &graph_entries(), &kernel_entries()}) {
+         {&device_entries(), &memory_entries(), &stream_entries(), &graph_entries(), &kernel_entries(),
+          &condition_entries()}) {
         for (const Entry& entry : *entries) {
             if (name == entry.name && entry.version <= version && entry.version > best_version) {
                 best = entry.function;

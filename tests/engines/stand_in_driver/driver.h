@@ -31,13 +31,30 @@ enum Result : int {  // CUresult
     CAPTURE_INVALIDATED = 901,
 };
 
-enum NodeKind : int { KERNEL = 0, COPY = 1, SET = 2, HOST = 3, MARKER = -1, MEMORY = -2 };  // CUgraphNodeType where ≥ 0
+enum NodeKind : int {  // CUgraphNodeType where ≥ 0
+    KERNEL = 0,
+    COPY = 1,
+    SET = 2,
+    HOST = 3,
+    CONDITIONAL = 13,
+    MARKER = -1,
+    MEMORY = -2
+};
 enum CaptureMode : int { GLOBAL = 0, THREAD_LOCAL = 1, RELAXED = 2 };
 enum CaptureStatus : int { NONE = 0, ACTIVE = 1, INVALIDATED = 2 };
+
+struct Graph;
+
+struct Conditional {  // a node's choice among graphs
+    uint64_t handle;
+    int type;
+    std::vector<Graph*> bodies;
+};
 
 struct Op {
     NodeKind kind;
     std::function<void()> run;
+    std::shared_ptr<Conditional> conditional = nullptr;
 };
 
 struct UserObject {
@@ -47,13 +64,15 @@ struct UserObject {
 };
 
 struct Graph {
-    std::vector<std::shared_ptr<Op>> nodes;  // in the order of their capture: a chain
-    std::vector<UserObject*> objects;
+    std::vector<std::shared_ptr<Op>> nodes = {};  // in the order of their capture: a chain
+    std::vector<UserObject*> objects = {};
+    bool is_body = false;  // of a conditional node, which owns it
 };
 
 struct GraphExec {
     std::vector<std::shared_ptr<Op>> nodes;
     std::vector<UserObject*> objects;
+    std::vector<uint64_t> handles;  // of the conditions in it
 };
 
 // Work waits here until something needs its result.
@@ -62,6 +81,7 @@ struct Stream {
     Graph* capture = nullptr;
     CaptureStatus status = NONE;
     CaptureMode mode = RELAXED;
+    Op* last = nullptr;  // what the next captured work comes after
     std::thread::id thread;
 };
 
@@ -104,6 +124,18 @@ size_t total_memory();
 // graphs.cpp
 void release(UserObject* object);
 
+// conditions.cpp
+struct Condition {
+    Graph* graph;  // that holds its node
+    unsigned otherwise;  // its value when a graph is launched, where it has one
+    bool has_default;
+    bool is_used = false;  // by a node
+    unsigned value = 0;
+};
+void set_condition(uint64_t handle, unsigned value);  // by the kernel that is running
+std::vector<std::shared_ptr<Op>> snapshot(const Graph& graph, std::vector<uint64_t>& handles, Result& result);
+void launch_with_conditions(const std::vector<std::shared_ptr<Op>>& nodes, const std::vector<uint64_t>& handles);
+
 // The functions that cuGetProcAddress gives out.
 struct Entry {
     const char* name;
@@ -115,5 +147,6 @@ const std::vector<Entry>& memory_entries();
 const std::vector<Entry>& stream_entries();
 const std::vector<Entry>& graph_entries();
 const std::vector<Entry>& kernel_entries();
+const std::vector<Entry>& condition_entries();
 
 #define ENTRY(name, version, function) Entry{name, version, reinterpret_cast<void*>(function)}

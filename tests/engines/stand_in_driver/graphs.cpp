@@ -13,6 +13,20 @@ Result cuStreamBeginCapture(Stream* stream, CaptureMode mode) {
     stream->status = ACTIVE;
     stream->mode = mode;
     stream->thread = std::this_thread::get_id();
+    stream->last = nullptr;
+    return SUCCESS;
+}
+
+// Into the body of a conditional node: the only graph that anything is added to by capture.
+Result cuStreamBeginCaptureToGraph(Stream* stream, Graph* graph, Op* const*, const void*, size_t dependencies,
+                                   CaptureMode mode) {
+    auto lock = locked();
+    if (stream->status != NONE || !graph->is_body || !graph->nodes.empty() || dependencies) return INVALID_VALUE;
+    stream->capture = graph;
+    stream->status = ACTIVE;
+    stream->mode = mode;
+    stream->thread = std::this_thread::get_id();
+    stream->last = nullptr;
     return SUCCESS;
 }
 
@@ -26,15 +40,28 @@ Result cuStreamEndCapture(Stream* stream, Graph** out) {
     return valid ? SUCCESS : CAPTURE_INVALIDATED;
 }
 
-Result cuStreamGetCaptureInfo(Stream* stream, int* status, uint64_t* id, Graph** graph, const void** dependencies,
+Result cuStreamGetCaptureInfo(Stream* stream, int* status, uint64_t* id, Graph** graph, Op* const** dependencies,
                               const void** edges, size_t* count) {
     auto lock = locked();
     *status = stream->status;
     if (id) *id = reinterpret_cast<uint64_t>(stream->capture);
     if (graph) *graph = stream->capture;
-    if (dependencies) *dependencies = nullptr;
+    if (dependencies) *dependencies = &stream->last;
     if (edges) *edges = nullptr;
-    if (count) *count = 0;
+    if (count) *count = stream->last ? 1 : 0;
+    return SUCCESS;
+}
+
+Result cuStreamUpdateCaptureDependencies(Stream* stream, Op** nodes, const void*, size_t count, unsigned flags) {
+    auto lock = locked();
+    constexpr unsigned SET = 1;
+    const bool in_order = stream->status == ACTIVE && flags == SET && count == 1 && !stream->capture->nodes.empty() &&
+                          nodes[0] == stream->capture->nodes.back().get();
+    if (!in_order) {
+        complain("captured work may only come after all that was captured before");
+        return INVALID_VALUE;
+    }
+    stream->last = nodes[0];
     return SUCCESS;
 }
 
@@ -63,9 +90,13 @@ struct InstantiateParams {  // CUDA_GRAPH_INSTANTIATE_PARAMS
 
 Result cuGraphInstantiateWithParams(GraphExec** out, Graph* graph, InstantiateParams* params) {
     auto lock = locked();
-    *out = new GraphExec{graph->nodes, graph->objects};
+    std::vector<uint64_t> handles;
+    Result result = SUCCESS;
+    auto nodes = snapshot(*graph, handles, result);
+    params->result = result == SUCCESS ? 0 : 1;
+    if (result != SUCCESS) return result;
+    *out = new GraphExec{std::move(nodes), graph->objects, std::move(handles)};
     for (UserObject* object : graph->objects) ++object->references;
-    params->result = 0;
     count("live_executables");
     count("instantiations");
     return SUCCESS;
@@ -76,12 +107,8 @@ Result cuGraphLaunch(GraphExec* executable, Stream* stream) {
     if (stream->status != NONE) return NOT_SUPPORTED;
     count("graph_launches");
     auto nodes = executable->nodes;  // an executable may be destroyed while it is queued
-    return submit(stream, MARKER, [nodes] {
-        for (const auto& node : nodes) {
-            node->run();
-            count("operations");
-        }
-    });
+    auto handles = executable->handles;
+    return submit(stream, MARKER, [nodes, handles] { launch_with_conditions(nodes, handles); });
 }
 
 Result cuGraphUpload(GraphExec*, Stream*) { return SUCCESS; }
@@ -96,6 +123,7 @@ Result cuGraphExecDestroy(GraphExec* executable) {
 
 Result cuGraphDestroy(Graph* graph) {
     auto lock = locked();
+    if (graph->is_body) return INVALID_VALUE;  // its node owns it
     for (UserObject* object : graph->objects) release(object);
     delete graph;
     count("live_graphs", -1);
@@ -146,6 +174,8 @@ void release(UserObject* object) {
 const std::vector<Entry>& graph_entries() {
     static const std::vector<Entry> entries{
         ENTRY("cuStreamBeginCapture", 10010, cuStreamBeginCapture),
+        ENTRY("cuStreamBeginCaptureToGraph", 12030, cuStreamBeginCaptureToGraph),
+        ENTRY("cuStreamUpdateCaptureDependencies", 12030, cuStreamUpdateCaptureDependencies),
         ENTRY("cuStreamEndCapture", 10000, cuStreamEndCapture),
         ENTRY("cuStreamGetCaptureInfo", 12030, cuStreamGetCaptureInfo),
         ENTRY("cuThreadExchangeStreamCaptureMode", 10010, cuThreadExchangeStreamCaptureMode),

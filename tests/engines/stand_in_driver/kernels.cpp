@@ -24,12 +24,21 @@ struct Library {
 using RunKernel = int (*)(const char* name, const unsigned* grid, const unsigned* block, unsigned shared_bytes,
                           void** arguments, unsigned long long seed);
 
-RunKernel runner() {
-    static const RunKernel found = [] {
+using ConditionSet = int (*)(unsigned number, unsigned long long* handle, unsigned* value);
+
+struct Runner {
+    RunKernel run;
+    ConditionSet condition_set;
+};
+
+Runner runner() {
+    static const Runner found = [] {
         const char* const path = getenv("STAND_IN_KERNELS");
         void* const library = path ? dlopen(path, RTLD_NOW) : nullptr;
         if (!library) complain("STAND_IN_KERNELS=%s can't be loaded: %s", path ? path : "", path ? dlerror() : "unset");
-        return library ? reinterpret_cast<RunKernel>(dlsym(library, "run_kernel")) : nullptr;
+        if (!library) return Runner{};
+        return Runner{reinterpret_cast<RunKernel>(dlsym(library, "run_kernel")),
+                      reinterpret_cast<ConditionSet>(dlsym(library, "condition_set"))};
     }();
     return found;
 }
@@ -120,12 +129,18 @@ struct Call {  // with the arguments as they are now: the caller's memory is its
     void run() {
         std::vector<void*> arguments;
         for (auto& value : values) arguments.push_back(value.data());
-        const RunKernel run_kernel = runner();
+        const auto [run_kernel, condition_set] = runner();
         count("kernels");  // also the seed, so that no two launches run in the same order
         const auto seed = static_cast<unsigned long long>(device().counts["kernels"]);
         if (!run_kernel || run_kernel(kernel.name.c_str(), config.grid, config.block, config.shared_bytes,
                                       arguments.data(), seed)) {
-            fail(LAUNCH_FAILED, "kernel %s did not run", kernel.name.c_str());
+            return fail(LAUNCH_FAILED, "kernel %s did not run", kernel.name.c_str());
+        }
+        unsigned long long handle;
+        unsigned value;
+        for (unsigned number = 0; condition_set(number, &handle, &value); ++number) {
+            if (number) return fail(LAUNCH_FAILED, "threads of kernel %s race to set a condition", kernel.name.c_str());
+            set_condition(handle, value);
         }
     }
 };
