@@ -10,12 +10,14 @@ from typing import Final, Protocol
 from adacorr_deploy.core.errors import (
     AdaCorrError,
     CalibrationError,
+    ClosedError,
+    DeadlineExceededError,
     PolicyError,
+    QueueFullError,
     RequestError,
     SamplingCancelledError,
 )
 from adacorr_deploy.serving.metrics import Outcome
-from adacorr_deploy.serving.one_at_a_time import ClosedError, QueueFullError
 from adacorr_deploy.serving.tensors import Tensors
 
 
@@ -77,6 +79,8 @@ def outcome_of(error: AdaCorrError) -> Outcome:
             return Outcome.REJECTED
         case SamplingCancelledError():
             return Outcome.CANCELLED
+        case DeadlineExceededError():
+            return Outcome.TIMED_OUT
         case _:
             return Outcome.FAILED
 

@@ -12,12 +12,12 @@ from adacorr_deploy.core.errors import BundleError
 from adacorr_deploy.core.manifest import PlainText, PresetName
 from adacorr_deploy.core.samplers import MAX_GUIDANCE, Sampler
 from adacorr_deploy.core.untrusted import bounded_file, first_fault
+from adacorr_deploy.runtime.batching import DEFAULT_BUCKETS
 
 SETTINGS_NAME: Final = "serving.json"
 BUNDLE_NAME: Final = "model.bundle"
 POLICIES_DIR: Final = "policies"
 
-DEFAULT_ROWS: Final = (1, 2, 4, 6, 8, 12, 16, 24)
 _MAX_BYTES: Final = 1 << 20
 _MAX_ROWS: Final = 4096
 
@@ -47,7 +47,7 @@ class Limits(_Frozen):
 
     max_images: Annotated[int, Field(ge=1, le=_MAX_ROWS)] = 16  # of one request
     max_queue: Annotated[int, Field(ge=1, le=100_000)] = 64  # requests that wait; one more is refused
-    batch_rows: Annotated[tuple[Annotated[int, Field(ge=1, le=_MAX_ROWS)], ...], Field(min_length=1)] = DEFAULT_ROWS
+    batch_rows: Annotated[tuple[Annotated[int, Field(ge=1, le=_MAX_ROWS)], ...], Field(min_length=1)] = DEFAULT_BUCKETS
 
 
 class ServingSettings(_Frozen):

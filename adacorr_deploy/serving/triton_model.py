@@ -19,6 +19,7 @@ import numpy as np
 from adacorr_deploy.caching.policy import PRESETS
 from adacorr_deploy.core.errors import AdaCorrError, EngineError
 from adacorr_deploy.runtime import Pipeline, SampleRequest, sample_with_policy
+from adacorr_deploy.runtime.batching import BatchingEngine
 from adacorr_deploy.runtime.self_test import self_test
 from adacorr_deploy.serving.engine import Engine
 from adacorr_deploy.serving.logs import JsonLog, Level, trace_id
@@ -39,6 +40,10 @@ else:
         pb_utils = None
 
 _WARM_UP_STEPS: Final = 2
+_NOT_IDENTICAL: Final = (
+    "On this machine a row's result depends on how many others its launch has: what else is sampled at the time shows in "
+    "an image's last bits."
+)
 
 
 class TritonPythonModel:
@@ -60,7 +65,7 @@ class TritonPythonModel:
                 pipeline = resources.enter_context(_opened(folder / BUNDLE_NAME, backend))
                 book = OrderBook.of_repository(pipeline.manifest, settings, folder)
                 warm_up(pipeline, settings)
-                engine = engine_of(pipeline, settings)
+                engine = engine_of(pipeline, settings, log)
             except AdaCorrError as error:
                 log.write(Level.ERROR, "load", {"message": str(error)})
                 _stop_load(str(error))
@@ -110,11 +115,13 @@ def warm_up(pipeline: Pipeline, settings: ServingSettings) -> None:
     sample_with_policy(pipeline, request, PRESETS["none"])
 
 
-def engine_of(pipeline: Pipeline, settings: ServingSettings) -> Engine:
+def engine_of(pipeline: Pipeline, settings: ServingSettings, log: JsonLog) -> Engine:
     """Return the engine that samples for all clients."""
-    from adacorr_deploy.serving.one_at_a_time import OneAtATime
-
-    return OneAtATime(pipeline, settings.limits.max_queue)
+    limits = settings.limits
+    engine = BatchingEngine(pipeline, buckets=limits.batch_rows, max_queue=limits.max_queue)
+    if not engine.buckets.identical:
+        log.write(Level.WARNING, "buckets", {"message": _NOT_IDENTICAL})
+    return engine
 
 
 def _stop_load(message: str) -> NoReturn:

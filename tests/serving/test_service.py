@@ -13,7 +13,9 @@ import pytest
 from adacorr_deploy.core.errors import (
     AdaCorrError,
     CalibrationError,
+    DeadlineExceededError,
     EngineError,
+    QueueFullError,
     SamplingCancelledError,
 )
 from adacorr_deploy.serving.logs import JsonLog
@@ -27,7 +29,6 @@ from adacorr_deploy.serving.metrics import (
     Metric,
     Recorder,
 )
-from adacorr_deploy.serving.one_at_a_time import QueueFullError
 from adacorr_deploy.serving.orders import OrderBook
 from adacorr_deploy.serving.replies import Incoming, Status
 from adacorr_deploy.serving.service import SamplingService
@@ -122,6 +123,7 @@ def test_a_result_comes_with_what_it_took(bench: Bench) -> None:
     [
         (EngineError("The latents hold NaN."), Status.INTERNAL, "failed"),
         (SamplingCancelledError("Cancelled."), Status.CANCELLED, "cancelled"),
+        (DeadlineExceededError("Too late."), Status.CANCELLED, "timed_out"),
         (CalibrationError("None for 7 steps."), Status.INVALID, "refused"),
     ],
 )
