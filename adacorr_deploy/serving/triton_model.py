@@ -41,8 +41,8 @@ else:
 
 _WARM_UP_STEPS: Final = 2
 _NOT_IDENTICAL: Final = (
-    "On this machine a row's result depends on how many others its launch has: what else is sampled at the time shows in "
-    "an image's last bits."
+    "On this machine a row's result depends on how many others its launch has: what else is sampled at the time shows "
+    "in an image's last bits."
 )
 
 
