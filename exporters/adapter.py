@@ -8,7 +8,7 @@ from typing import Final, Protocol
 from torch import Tensor, nn
 
 from adacorr_deploy.core.errors import UnsupportedModelError
-from adacorr_deploy.core.samplers import NoiseSchedule
+from adacorr_deploy.core.schedules import Schedule
 from adacorr_deploy.core.specs import DType, ModelSpec
 from adacorr_deploy.exporters.dit_adapter import DiTAdapter
 from adacorr_deploy.exporters.part import Part
@@ -36,7 +36,7 @@ class ExportableModel(Protocol):
     @property
     def learned_variance(self) -> bool: ...
 
-    def training_schedule(self) -> NoiseSchedule:
+    def training_schedule(self) -> Schedule:
         """The schedule that checkpoints in the family's original layout were trained with."""
         ...
 

@@ -10,7 +10,8 @@ from typing import Final
 
 from adacorr_deploy.core.errors import AdaCorrError, CheckpointError, SchedulerError, UnsupportedModelError
 from adacorr_deploy.core.manifest import plain_text
-from adacorr_deploy.core.samplers import NoiseSchedule, schedule_from_config
+from adacorr_deploy.core.scheduler_config import schedule_from_config
+from adacorr_deploy.core.schedules import NoiseSchedule, Schedule
 from adacorr_deploy.core.specs import DType
 from adacorr_deploy.core.untrusted import clipped
 from adacorr_deploy.exporters.adapter import EXPORTERS, ExportableModel, adapter_for
@@ -31,7 +32,7 @@ class LoadedModel:
 
     name: str  # of the file or folder
     model: ExportableModel
-    schedule: NoiseSchedule
+    schedule: Schedule
     checkpoint_sha256: str  # of the weight files
     class_names: tuple[str, ...] | None  # by label, where the pipeline has them
 
@@ -140,13 +141,15 @@ def _weight_files(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder} holds no {_WEIGHTS}.safetensors. Copy the checkpoint again, with all its files.")
 
 
-def _schedule(path: Path, model: ExportableModel) -> NoiseSchedule:
+def _schedule(path: Path, model: ExportableModel) -> Schedule:
     file = path / "scheduler_config.json" if path.is_dir() else path
     config = _json(file, SchedulerError)
     try:
         schedule = schedule_from_config(config)
     except SchedulerError as error:
         raise SchedulerError(f"{file}: {error}") from error
+    if not isinstance(schedule, NoiseSchedule):
+        return schedule
     if model.learned_variance and "variance_type" not in config:
         # Many DiT pipelines ship a DDIM configuration, which has no such field: their DDPM is the original's.
         return replace(schedule, variance_type="learned_range")

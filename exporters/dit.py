@@ -11,9 +11,9 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adacorr_deploy.core.samplers import COLUMNS
 from adacorr_deploy.core.specs import MODULATIONS_PER_BLOCK
 from adacorr_deploy.exporters.fused_attention import fused_self_attention
+from adacorr_deploy.exporters.sampler_update import sampler_update
 
 if TYPE_CHECKING:
     from diffusers.models.attention import BasicTransformerBlock
@@ -129,8 +129,9 @@ class HeadPart(nn.Module):
         guidance: Tensor,
         coefficients: Tensor,
         noise: Tensor,
+        carried: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Return the next latents and the guided model output, both (B, C, H, W) float32.
+        """Return the next latents, the guided model output and what the next step is given, (B, C, H, W) float32 each.
 
         Args:
             tokens: (R, N, D).
@@ -138,20 +139,19 @@ class HeadPart(nn.Module):
             step: (1,) int64, the row of `modulation` and `coefficients` to use.
             latents: (B, C, H, W) float32.
             guidance: (K, B) float32, weights of the branches.
-            coefficients: (S, 5) float32, a sampler's table.
+            coefficients: (S, 8) float32, a sampler's table.
             noise: (B, C, H, W) float32.
+            carried: (B, C, H, W) float32, from the step before.
         """
         shift, scale = modulation.index_select(0, step).squeeze(0).chunk(2, dim=1)
         patches = self.proj_out(self.norm_out(tokens) * (1 + scale) + shift)
         output = self._unpatchify(patches).float().reshape(*guidance.shape, self.out_channels, *latents.shape[2:])
         guided = (guidance[:, :, None, None, None] * output[:, :, : self.channels]).sum(dim=0)
-        table = coefficients.index_select(0, step)
-        of_latents, of_output, of_noise, low, high = table.chunk(len(COLUMNS), dim=1)
-        noise = of_noise * noise
-        if self.out_channels > self.channels:
-            share = (output[0, :, self.channels :] + 1) / 2  # of the conditional rows, which come first
-            noise = noise * torch.exp(0.5 * (low + share * (high - low)))
-        return of_latents * latents + of_output * guided + noise, guided
+        # The variance is that of the conditional rows, which come first.
+        variance = output[0, :, self.channels :] if self.out_channels > self.channels else None
+        row = coefficients.index_select(0, step)
+        latents_out, carried_out = sampler_update(row, latents, guided, noise, carried, variance)
+        return latents_out, guided, carried_out
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
         grid, patch, side = self.grid, self.patch, self.grid * self.patch
@@ -176,14 +176,15 @@ class StepPart(nn.Module):
         guidance: Tensor,
         coefficients: Tensor,
         noise: Tensor,
+        carried: Tensor,
         **modulations: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Return the next latents and the guided model output; arguments as those of the parts."""
+        """Return the next latents, the guided model output and what is carried; arguments as those of the parts."""
         (tokens,) = self.embed(latents, branches)
         for index, part in enumerate(self.blocks):
             (tokens,) = part(tokens, modulations[f"modulation_{index:02d}"], step)
         outputs: tuple[Tensor, ...] = self.head(
-            tokens, modulations["modulation_head"], step, latents, guidance, coefficients, noise
+            tokens, modulations["modulation_head"], step, latents, guidance, coefficients, noise, carried
         )
         return outputs
 

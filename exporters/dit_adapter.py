@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
-from adacorr_deploy.core.samplers import COLUMNS, NoiseSchedule
+from adacorr_deploy.core.sampler_rows import COLUMNS
+from adacorr_deploy.core.schedules import NoiseSchedule
 from adacorr_deploy.core.shapes import BATCH, BRANCHES, ROWS, STEPS
 from adacorr_deploy.core.specs import (
     MODULATIONS_PER_BLOCK,
@@ -146,10 +147,10 @@ class _Tensors:
     def _update(self) -> tuple[TensorSpec, ...]:
         guidance = TensorSpec(name="guidance", dtype=DType.FLOAT32, shape=(BRANCHES, BATCH))
         coefficients = TensorSpec(name="coefficients", dtype=DType.FLOAT32, shape=(STEPS, len(COLUMNS)))
-        return guidance, coefficients, self._image("noise")
+        return guidance, coefficients, self._image("noise"), self._image("carried")
 
     def _results(self) -> tuple[TensorSpec, ...]:
-        return self._image("latents_out"), self._image("model_output")
+        return self._image("latents_out"), self._image("model_output"), self._image("carried_out")
 
     def _tokens(self, name: str) -> TensorSpec:
         shape: tuple[Dim, ...] = (ROWS, self.model.tokens, self.model.width)

@@ -16,7 +16,7 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
 from adacorr_deploy.core.errors import CheckpointError, UnsupportedModelError
-from adacorr_deploy.core.samplers import NoiseSchedule
+from adacorr_deploy.core.schedules import NoiseSchedule
 from adacorr_deploy.exporters.dit_config import DiTConfig, empty_dit
 from adacorr_deploy.exporters.weight_files import StateDict, require_tensors
 

@@ -210,9 +210,9 @@ _SPECS: Final = (
     KernelSpec(
         name="extrapolate",
         typed=False,
-        inputs=("latents", "history", "factors", "step", "coefficients", "noise"),
+        inputs=("latents", "history", "factors", "step", "coefficients", "noise", "carried"),
         sizes=(_elements("latents"), Size(tensor="history", axes=(0,))),
-        outputs=("latents_out", "model_output"),
+        outputs=("latents_out", "model_output", "carried_out"),
         rows="latents",
         blocks_of_row=lambda sizes, _: _blocks(sizes[0], 256),
         threads=256,

@@ -33,7 +33,7 @@ from typing import Final
 import onnx
 from onnx import parser
 
-from adacorr_deploy.core.samplers import COLUMNS
+from adacorr_deploy.core.sampler_rows import COLUMNS
 from adacorr_deploy.core.specs import DType, ModelSpec, PartSpec, TensorSpec
 from adacorr_deploy.plugins.oracle import EPSILON, gate_rows, p95_rank
 from adacorr_deploy.plugins.service_parts import (
@@ -254,16 +254,19 @@ def extrapolate_part(model: ModelSpec, *, evaluations: int) -> tuple[PartSpec, o
             summed = Constant <value_ints = [0, 1]> ()
             model_output = ReduceSum <keepdims = 0> (weighted, summed)
             row = Gather <axis = 0> (coefficients, step)
-            of_latents, of_output, of_noise, low, high = Split <axis = 1, num_outputs = {len(COLUMNS)}> (row)
-            column = Constant <value_ints = [1, 1, 1, 1]> ()
-            of_latents_4d = Reshape (of_latents, column)
-            of_output_4d = Reshape (of_output, column)
-            of_noise_4d = Reshape (of_noise, column)
-            kept = Mul (of_latents_4d, latents)
-            moved = Mul (of_output_4d, model_output)
+            image_axes = Constant <value_ints = [2, 3]> ()
+            row_4d = Unsqueeze (row, image_axes)
+            {", ".join(f"of_{name}" for name in COLUMNS)} = Split <axis = 1, num_outputs = {len(COLUMNS)}> (row_4d)
+            kept = Mul (of_latents, latents)
+            moved = Mul (of_output, model_output)
             mean = Add (kept, moved)
-            shaken = Mul (of_noise_4d, noise)
-            latents_out = Add (mean, shaken)""",
+            corrected = Mul (of_carried, carried)
+            multistep = Add (mean, corrected)
+            shaken = Mul (of_noise, noise)
+            latents_out = Add (multistep, shaken)
+            carried_kept = Mul (of_carried_of_latents, latents)
+            carried_moved = Mul (of_carried_of_output, model_output)
+            carried_out = Add (carried_kept, carried_moved)""",
     )
 
 

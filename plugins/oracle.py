@@ -11,6 +11,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from adacorr_deploy.core.sampler_rows import COLUMNS
 from adacorr_deploy.core.specs import MODULATIONS_PER_BLOCK
 from adacorr_deploy.plugins.service_parts import GATE_ROWS
 
@@ -120,20 +121,24 @@ def extrapolate(
     factors: NDArray[np.float32],
     sampler_row: NDArray[np.float32],
     noise: Floats,
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return the next latents and the predicted model output, both (B, C, H, W), from (T, 1, B, C, H, W) outputs.
+    carried: Floats,
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+    """Return the next latents, the predicted model output and what the next step is given, (B, C, H, W) each.
 
     Args:
         latents: (B, C, H, W).
-        history: The model's last outputs.
+        history: The model's last outputs, (T, 1, B, C, H, W).
         factors: (T,), their weights.
-        sampler_row: (5,), the step's row of the sampler's table.
+        sampler_row: (8,), the step's row of the sampler's table.
         noise: (B, C, H, W).
+        carried: (B, C, H, W), from the step before.
     """
     output = np.einsum("t,tubchw->bchw", factors.astype(np.float64), history.astype(np.float64))
-    of_latents, of_output, of_noise = (float(value) for value in sampler_row[:3])
-    mean = of_latents * latents.astype(np.float64) + of_output * output
-    return (mean + of_noise * noise).astype(np.float32), output.astype(np.float32)
+    of = dict(zip(COLUMNS, sampler_row.astype(np.float64).tolist(), strict=True))
+    wide = latents.astype(np.float64)
+    mean = of["latents"] * wide + of["output"] * output + of["carried"] * carried
+    carried_out = of["carried_of_latents"] * wide + of["carried_of_output"] * output
+    return (mean + of["noise"] * noise).astype(np.float32), output.astype(np.float32), carried_out.astype(np.float32)
 
 
 def output_error(predicted: Floats, fresh: Floats) -> NDArray[np.float32]:

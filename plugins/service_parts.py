@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Final
 
-from adacorr_deploy.core.samplers import COLUMNS
+from adacorr_deploy.core.sampler_rows import COLUMNS
 from adacorr_deploy.core.shapes import BATCH, ROWS, STEPS
 from adacorr_deploy.core.specs import MODULATIONS_PER_BLOCK, Dim, DType, ModelSpec, PartSpec, TensorSpec
 
@@ -106,8 +106,9 @@ def extrapolate_spec(model: ModelSpec, *, evaluations: int) -> PartSpec:
             TensorSpec(name="step", dtype=DType.INT64, shape=(1,)),
             TensorSpec(name="coefficients", dtype=DType.FLOAT32, shape=(STEPS, len(COLUMNS))),
             _image("noise", model),
+            _image("carried", model),
         ),
-        outputs=(_image("latents_out", model), _image("model_output", model)),
+        outputs=(_image("latents_out", model), _image("model_output", model), _image("carried_out", model)),
     )
 
 

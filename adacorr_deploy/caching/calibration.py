@@ -17,7 +17,7 @@ from adacorr_deploy.caching.policy import UNCALIBRATED
 from adacorr_deploy.caching.predictors import Predictor
 from adacorr_deploy.core.errors import CalibrationError
 from adacorr_deploy.core.manifest import Sha256
-from adacorr_deploy.core.samplers import MAX_GUIDANCE, Sampler
+from adacorr_deploy.core.samplers import MAX_GUIDANCE
 from adacorr_deploy.core.shapes import MAX_BATCH
 from adacorr_deploy.core.specs import ModelSpec
 from adacorr_deploy.core.untrusted import clipped, first_fault
@@ -213,11 +213,6 @@ def calibration_for_run(
     """
     found = list(calibrations)
     matching = [calibration for calibration in found if calibration.key == key]
-    if key.sampler == Sampler.DDPM.value:
-        raise CalibrationError(
-            f"policy {policy} needs a calibration, and the run's sampler is ddpm, whose noise none can follow. "
-            f"Calibrated policies work with --sampler ddim; these need no calibration: {UNCALIBRATED}."
-        )
     for calibration in matching:
         if predictor is None or calibration.predictor == predictor:
             return calibration

@@ -27,7 +27,6 @@ from adacorr_deploy.cli.options import (
     path_from_text,
 )
 from adacorr_deploy.core.errors import RequestError
-from adacorr_deploy.core.samplers import Sampler
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -87,7 +86,7 @@ def bench(  # noqa: PLR0913, PLR0917  one parameter is one option
     steps: Steps = 50,
     guidance: Guidance = 4.0,
     seed: Seed = 0,
-    sampler: SamplerName = Sampler.DDIM,
+    sampler: SamplerName = None,
     samples: Annotated[
         int,
         typer.Option(

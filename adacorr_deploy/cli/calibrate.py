@@ -24,9 +24,9 @@ from adacorr_deploy.cli.options import (
     command_app,
     documented,
 )
-from adacorr_deploy.core.samplers import Sampler
 
 if TYPE_CHECKING:
+    from adacorr_deploy.caching.calibration import CalibrationKey
     from adacorr_deploy.quality.calibrate import CalibrationOptions
 
 _PREDICTOR: Final = PRESETS[DEFAULT_POLICY].predictor
@@ -49,7 +49,7 @@ def calibrate(  # noqa: PLR0913, PLR0917  one parameter is one option
     bundle: Bundle,
     steps: Steps = 50,
     guidance: Guidance = 4.0,
-    sampler: SamplerName = Sampler.DDIM,
+    sampler: SamplerName = None,
     images: Annotated[
         int, typer.Option("--images", metavar="N", min=1, max=MAX_IMAGES, help="Images to measure on.")
     ] = 16,
@@ -78,18 +78,18 @@ def calibrate(  # noqa: PLR0913, PLR0917  one parameter is one option
     )
     started = time.perf_counter()
     with progress_bar() as advance:
-        stored = calibrate_bundle(bundle, options, advance, backend=backend)
+        stored, key = calibrate_bundle(bundle, options, advance, backend=backend)
     seconds = time.perf_counter() - started
     if as_json:
         show_json({"calibration": str(stored), "steps": steps, "guidance": guidance, "seconds": seconds})
     else:
-        show_lines(f"{stored}: {sampler.value}, {steps} steps, guidance {guidance:g}, in {seconds:.1f} s")
+        show_lines(f"{stored}: {key.sampler}, {steps} steps, guidance {guidance:g}, in {seconds:.1f} s")
 
 
 def calibrate_bundle(
     bundle: Path, options: CalibrationOptions, advance: Advance, *, backend: str | None = None
-) -> Path:
-    """Calibrate a bundle on disk, store the result in it, and return its path; `adacorr-build` does so too.
+) -> tuple[Path, CalibrationKey]:
+    """Calibrate a bundle on disk, store the result in it, and return where and for what; `adacorr-build` does so too.
 
     What an interrupted calibration for the same has measured is taken up.
 
@@ -109,4 +109,4 @@ def calibrate_bundle(
         relative = f"{CALIBRATION_DIR}/{calibration.file_name}"
         _, stored = store_in_bundle(pipeline.bundle, relative, calibration.model_dump_json().encode())
         partials.discard()
-        return stored
+        return stored, calibration.key

@@ -71,7 +71,17 @@ Guidance = Annotated[
     float, typer.Option("--guidance", metavar="G", help="Classifier-free guidance, from 1; 1 turns it off.")
 ]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Same seed and bundle, same images.")]
-SamplerName = Annotated[Sampler, typer.Option("--sampler", help="ddpm adds noise at each step; ddim adds none.")]
+SamplerName = Annotated[
+    Sampler | None,
+    typer.Option(
+        "--sampler",
+        help="ddpm, dpmpp-2m-sde and lcm add noise at each step, the others none. dpmpp-2m (DPM-Solver++ 2M) needs the "
+        "fewest steps; flow-euler is for flow-matching models, lcm for those distilled to it.  Default: the model's "
+        "own: ddim, flow-euler or lcm.",
+        show_default=False,
+    ),
+]
+Eta = Annotated[float, typer.Option("--eta", metavar="E", help="Noise of ddim's steps, from 0 (none) to 1 (ddpm's).")]
 Scheduler = Annotated[
     Path | None,
     typer.Option(

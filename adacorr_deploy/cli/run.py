@@ -14,6 +14,7 @@ from adacorr_deploy.cli.errors import run_app
 from adacorr_deploy.cli.options import (
     POLICY_NAMES,
     Bundle,
+    Eta,
     Guidance,
     Json,
     RunBackend,
@@ -25,7 +26,6 @@ from adacorr_deploy.cli.options import (
     path_from_text,
 )
 from adacorr_deploy.core.errors import RequestError
-from adacorr_deploy.core.samplers import Sampler
 
 if TYPE_CHECKING:
     from adacorr_deploy.caching.policy import Policy
@@ -107,7 +107,8 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
     steps: Steps = 50,
     guidance: Guidance = 4.0,
     seed: Seed = 0,
-    sampler: SamplerName = Sampler.DDIM,
+    sampler: SamplerName = None,
+    eta: Eta = 0.0,
     policy: Annotated[
         str | None,
         typer.Option(
@@ -167,6 +168,7 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
     from adacorr_deploy.cli.image_files import GRID_NAME
     from adacorr_deploy.cli.labels import labels_from_text
     from adacorr_deploy.cli.latents_file import latents_from_npy
+    from adacorr_deploy.core.samplers import default_sampler
     from adacorr_deploy.runtime import Pipeline, SampleRequest, check_request, sample_with_policy
     from adacorr_deploy.runtime.self_test import self_test as test_engines
 
@@ -193,7 +195,8 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
             steps=steps,
             guidance=guidance,
             seed=seed,
-            sampler=sampler,
+            sampler=sampler or default_sampler(manifest.schedule),
+            eta=eta,
             latents=latents_from_npy(latents, shape) if latents is not None else None,
         )
         check_request(request, manifest.model, manifest.schedule)
@@ -238,7 +241,7 @@ def _show_self_test(tested: SelfTestResult) -> None:
 
 
 def _check_pixels(model: ModelSpec, outputs: Outputs) -> None:
-    from adacorr_deploy.runtime.images import PIXEL_CHANNELS
+    from adacorr_deploy.cli.image_files import PIXEL_CHANNELS
 
     channels = model.latent_shape[0]
     if channels not in PIXEL_CHANNELS and outputs.latents is None:
@@ -258,10 +261,9 @@ def _write(
     outputs: Outputs, manifest: Manifest, request: SampleRequest, policy: Policy, result: SampleResult
 ) -> list[Path]:
     """Write every output, and return the images' paths."""
-    from adacorr_deploy.cli.image_files import GRID_NAME, Sampled, png_files
+    from adacorr_deploy.cli.image_files import GRID_NAME, PIXEL_CHANNELS, Sampled, png_files
     from adacorr_deploy.cli.latents_file import npy_from_latents
     from adacorr_deploy.cli.output_files import write_files
-    from adacorr_deploy.runtime.images import PIXEL_CHANNELS
 
     files = {}
     if outputs.directory is not None and manifest.model.latent_shape[0] in PIXEL_CHANNELS:

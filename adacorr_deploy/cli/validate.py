@@ -13,6 +13,7 @@ from adacorr_deploy.cli.model_source import path_from_model
 from adacorr_deploy.cli.options import (
     MAX_IMAGES,
     Bundle,
+    Eta,
     Guidance,
     Heads,
     Json,
@@ -24,7 +25,6 @@ from adacorr_deploy.cli.options import (
     command_app,
     documented,
 )
-from adacorr_deploy.core.samplers import Sampler
 
 if TYPE_CHECKING:
     from adacorr_deploy.quality.validate import TrajectoryError, Validation
@@ -55,7 +55,8 @@ def validate(  # noqa: PLR0913, PLR0917  one parameter is one option
     heads: Heads = None,
     steps: Steps = 50,
     guidance: Guidance = 4.0,
-    sampler: SamplerName = Sampler.DDIM,
+    sampler: SamplerName = None,
+    eta: Eta = 0.0,
     images: Annotated[
         int, typer.Option("--images", metavar="N", min=1, max=MAX_IMAGES, help="Images sampled together.")
     ] = 2,
@@ -78,7 +79,7 @@ def validate(  # noqa: PLR0913, PLR0917  one parameter is one option
         from adacorr_deploy.quality.validate import ValidateOptions, validate_bundle
 
         options = ValidateOptions(
-            steps=steps, guidance=guidance, sampler=sampler, images=images, seed=seed, policy=chosen
+            steps=steps, guidance=guidance, sampler=sampler, eta=eta, images=images, seed=seed, policy=chosen
         )
         loaded = load_checkpoint(path_from_model(reference), scheduler, heads=heads)
         validation = validate_bundle(bundle, loaded, options, advance, backend=backend)

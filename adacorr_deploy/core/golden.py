@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from adacorr_deploy.core.engine_build import Size
-from adacorr_deploy.core.samplers import MAX_GUIDANCE
+from adacorr_deploy.core.samplers import MAX_GUIDANCE, Sampler
 from adacorr_deploy.core.specs import ModelSpec
 
 GOLDEN_DIR: Final = "golden"
@@ -44,9 +44,10 @@ Latents = Annotated[NDArray[np.float32], BeforeValidator(_latents_from_text), Pl
 
 
 class GoldenSample(BaseModel):
-    """One image, sampled with DDIM, which adds no noise, by the original PyTorch modules in float32.
+    """One image, sampled without noise by the original PyTorch modules in float32.
 
     Attributes:
+        sampler: One whose steps add no noise.
         initial: Where it starts.
         final: Where it ends.
         tolerance: By how much engines of the bundle's precision may miss `final`, as a relative L2 error.
@@ -56,6 +57,7 @@ class GoldenSample(BaseModel):
 
     schema_version: Literal[1] = 1
     label: Annotated[int, Field(ge=0)]
+    sampler: Sampler = Sampler.DDIM
     steps: Size
     guidance: Annotated[float, Field(ge=1, le=MAX_GUIDANCE, allow_inf_nan=False)]
     tolerance: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]

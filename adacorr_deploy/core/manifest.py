@@ -9,15 +9,24 @@ import hashlib
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Final
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from adacorr_deploy.core.engine_build import EngineBuild
 from adacorr_deploy.core.errors import BundleError, SchedulerError
-from adacorr_deploy.core.samplers import NoiseSchedule
+from adacorr_deploy.core.schedules import FlowSchedule, NoiseSchedule
 from adacorr_deploy.core.specs import ModelSpec, PartSpec
 from adacorr_deploy.core.untrusted import clipped, first_fault, value_from_json
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 MANIFEST_NAME: Final = "manifest.json"
 MAX_TEXT: Final = 256  # characters of a name
 _MAX_PATH: Final = 1024
@@ -60,6 +69,16 @@ PRESET_PATTERN: Final = r"^[a-z][a-z-]*(@[0-9.]+)?$"  # no path: a bundle names 
 PresetName = Annotated[str, Field(pattern=PRESET_PATTERN)]
 
 
+def _kind_of_schedule(schedule: object) -> str:
+    flow = "flow_steps" in schedule if isinstance(schedule, dict) else isinstance(schedule, FlowSchedule)
+    return "flow" if flow else "noise"
+
+
+TrainingSchedule = Annotated[
+    Annotated[NoiseSchedule, Tag("noise")] | Annotated[FlowSchedule, Tag("flow")], Discriminator(_kind_of_schedule)
+]
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -89,7 +108,7 @@ class Manifest(_Frozen):
     model_name: PlainText
     model: ModelSpec
     checkpoint_sha256: Sha256
-    schedule: NoiseSchedule
+    schedule: TrainingSchedule
     backend: PlainText
     export_seconds: Annotated[float, Field(ge=0)] = 0.0  # of all parts; what compiling took stands with each
     engine_build: EngineBuild | None = None  # None where the backend opens the ONNX files themselves

@@ -1,73 +1,58 @@
-"""Samplers as tables: one step of DDIM or DDPM is a linear combination whose coefficients are known before the run.
+"""Samplers as tables: one step is a linear combination whose coefficients are known before the run.
 
-    latents' = LATENTS · latents + OUTPUT · model output + NOISE · exp(½ · log variance) · noise
+    latents' = LATENTS · latents + OUTPUT · model output + CARRIED · carried + NOISE · exp(½ · log variance) · noise
+    carried' = CARRIED_OF_LATENTS · latents + CARRIED_OF_OUTPUT · model output
 
 The log variance interpolates between two columns by the model's own variance output where it has one
 (`v` in [−1, 1], arXiv 2102.09672 eq. 15) and is 0 elsewhere, so that NOISE is then the standard deviation itself.
+What is carried from one step to the next, at first 0, is a multistep solver's: its last estimate of the clean image.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final, Literal, cast, get_args
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from adacorr_deploy.core.errors import RequestError, SchedulerError
-
-COLUMNS: Final = ("latents", "output", "noise", "log_variance_min", "log_variance_max")
-MAX_GUIDANCE: Final = 100.0  # far beyond any use (DiT's papers: 1.5 to 4), and far from overflow
-
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
-TimestepSpacing = Literal["leading", "linspace", "trailing"]
-VarianceType = Literal["fixed_small", "fixed_large", "learned_range"]
-
-_MAX_TRAINING_STEPS: Final = (
-    100_000  # a config is untrusted: no schedule is this long, and one that is would fill memory
+from adacorr_deploy.core.errors import RequestError
+from adacorr_deploy.core.sampler_rows import (
+    COLUMNS,
+    ImageEstimate,
+    NoiseLevels,
+    ddim_rows,
+    ddpm_rows,
+    dpmpp_2m_rows,
+    lcm_rows,
 )
-_VARIANCE_FLOOR: Final = 1e-20  # diffusers' own, so that the logarithm of a vanishing variance exists
+from adacorr_deploy.core.schedules import Distillation, FlowSchedule, NoiseSchedule, Schedule
+from adacorr_deploy.core.untrusted import clipped
+
+MAX_GUIDANCE: Final = 100.0  # far beyond any use (DiT's papers: 1.5 to 4), and far from overflow
 
 
 class Sampler(str, Enum):
     DDIM = "ddim"
     DDPM = "ddpm"
+    DPMPP_2M = "dpmpp-2m"
+    DPMPP_2M_SDE = "dpmpp-2m-sde"
+    FLOW_EULER = "flow-euler"
+    LCM = "lcm"
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NoiseSchedule:
-    """The training schedule of a model and how its inference timesteps are spaced; the fields are diffusers' own.
-
-    Raises:
-        SchedulerError: If there are no betas, or one lies outside (0, 1).
-    """
-
-    betas: tuple[float, ...]  # one per training step, each in (0, 1)
-    prediction_type: PredictionType = "epsilon"
-    timestep_spacing: TimestepSpacing = "leading"
-    steps_offset: int = 0
-    set_alpha_to_one: bool = True
-    variance_type: VarianceType = "fixed_small"
-
-    def __post_init__(self) -> None:
-        if not 0 < len(self.betas) <= _MAX_TRAINING_STEPS:
-            raise SchedulerError(f"betas: got {len(self.betas)} values, allowed are 1 … {_MAX_TRAINING_STEPS}.")
-        for step, beta in enumerate(self.betas):
-            if not 0.0 < beta < 1.0:
-                raise SchedulerError(f"betas[{step}] is {beta}, allowed is 0 < beta < 1. Check the scheduler's config.")
-        if not 0 <= self.steps_offset < len(self.betas):
-            raise SchedulerError(f"steps_offset is {self.steps_offset}, allowed are 0 … {len(self.betas) - 1}.")
+    def adds_noise(self, eta: float) -> bool:
+        """Say whether its steps add noise: then two runs that differ can't be compared step by step."""
+        return self in {Sampler.DDPM, Sampler.DPMPP_2M_SDE, Sampler.LCM} or (self is Sampler.DDIM and eta > 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplerTable:
     """A sampler's coefficients for a run of S steps."""
 
-    timesteps: NDArray[np.float32]  # (S,), descending, in training steps
-    coefficients: NDArray[np.float32]  # (S, 5), columns as COLUMNS
+    timesteps: NDArray[np.float32]  # (S,), descending, in training steps; whole numbers but for flow matching
+    coefficients: NDArray[np.float32]  # (S, 8), columns as COLUMNS
 
     @property
     def noisy_steps(self) -> tuple[bool, ...]:
@@ -78,176 +63,151 @@ class SamplerTable:
     def needs_noise(self) -> bool:
         return any(self.noisy_steps)
 
-
-# --- A diffusers config → the schedule ---------------------------------------------------------------------------
-
-# The schedulers whose training schedule is DDIM's, with the values that differ where a config leaves the key out.
-_CLASS_DEFAULTS: Final[Mapping[str, Mapping[str, object]]] = {
-    "DDIMScheduler": {"clip_sample": True},
-    "DDPMScheduler": {"clip_sample": True},
-    "DEISMultistepScheduler": {"timestep_spacing": "linspace"},
-    "DPMSolverMultistepScheduler": {"timestep_spacing": "linspace"},
-    "EulerAncestralDiscreteScheduler": {"timestep_spacing": "linspace"},
-    "EulerDiscreteScheduler": {"timestep_spacing": "linspace"},
-    "PNDMScheduler": {"set_alpha_to_one": False},
-    "UniPCMultistepScheduler": {"timestep_spacing": "linspace"},
-}
-_DEFAULTS: Final[Mapping[str, object]] = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "trained_betas": None,
-    "clip_sample": False,
-    "thresholding": False,
-    "rescale_betas_zero_snr": False,
-    "use_flow_sigmas": False,
-    "set_alpha_to_one": True,
-    "steps_offset": 0,
-    "prediction_type": "epsilon",
-    "timestep_spacing": "leading",
-    "variance_type": "fixed_small",
-}
-# null: DPM-Solver's way of saying that the model predicts none. The other: the same variance, by way of its logarithm.
-_ALSO_FIXED_SMALL: Final = (None, "fixed_small_log")
-# What a config may not ask for, and why. All are false or absent in DiT's own pipelines.
-_REFUSED: Final[Mapping[str, str]] = {
-    "clip_sample": "clips the predicted image at every step, which no linear table can do",
-    "thresholding": "rescales the predicted image by its own percentile, which no linear table can do",
-    "rescale_betas_zero_snr": "makes the last beta 1, where a noise prediction says nothing about the image",
-    "use_flow_sigmas": "is flow matching, whose schedule has no betas",
-}
+    @property
+    def needs_variance(self) -> bool:
+        """Say whether the noise is as strong as the model's own variance output says."""
+        return bool(self.coefficients[:, COLUMNS.index("log_variance_min") : COLUMNS.index("carried")].any())
 
 
-def schedule_from_config(config: Mapping[str, object]) -> NoiseSchedule:
-    """Read a diffusers `scheduler_config.json`.
+def allowed_samplers(schedule: Schedule) -> tuple[Sampler, ...]:
+    """Return the samplers that a model of this schedule can be run with, the one that is its own first."""
+    if isinstance(schedule, FlowSchedule):
+        return (Sampler.FLOW_EULER,)
+    return (*_LCM, *_OF_NOISE) if schedule.distillation is not None else tuple(_OF_NOISE)
 
-    Only the training schedule and the timestep spacing are taken; which solver runs on them is the request's choice.
-    Keys that the config lacks get the defaults of its class (DDIMScheduler and DDPMScheduler clip by default).
+
+def default_sampler(schedule: Schedule) -> Sampler:
+    """Return the sampler of runs that name none."""
+    return allowed_samplers(schedule)[0]
+
+
+def quiet_samplers(schedule: Schedule) -> tuple[Sampler, ...]:
+    """Return those of a schedule's samplers whose steps add no noise, at least one: what can be calibrated."""
+    return tuple(sampler for sampler in allowed_samplers(schedule) if not sampler.adds_noise(0.0))
+
+
+def check_sampler(schedule: Schedule, sampler: object, *, steps: object = 1, eta: object = 0.0) -> None:
+    """Refuse what `sampler_table` can't make a table of.
 
     Raises:
-        SchedulerError: If a value is missing or out of range, or the scheduler does something that is not linear in the
-            model's output (clipping, thresholding).
+        RequestError: If the sampler is none of the model's, or `steps` or `eta` is out of its range.
     """
-    name = config.get("_class_name")
-    if not isinstance(name, str) or name not in _CLASS_DEFAULTS:
-        raise SchedulerError(
-            f"Scheduler class {name!r} is not known. Known: {', '.join(_CLASS_DEFAULTS)}. "
-            "Pass the config that the model was trained with by --scheduler."
+    allowed = allowed_samplers(schedule)
+    if not isinstance(sampler, Sampler):
+        raise RequestError(f"sampler is {clipped(sampler)}, allowed for this model are {', '.join(allowed)}.")
+    if sampler not in allowed:
+        raise RequestError(
+            f"sampler is {sampler.value}, allowed for this model are {', '.join(allowed)}.{_WHY_NOT.get(sampler, '')}"
         )
-    values = {**_DEFAULTS, **_CLASS_DEFAULTS[name], **config}
-    for key, why in _REFUSED.items():
-        if _flag(values, key):
-            absent = "" if key in config else f" (absent in the config, and true is {name}'s default)"
-            raise SchedulerError(f'{key} is true{absent}: it {why}. Set "{key}": false if the model allows it.')
-    if values["variance_type"] in _ALSO_FIXED_SMALL:
-        values["variance_type"] = "fixed_small"
-    return NoiseSchedule(
-        betas=_betas(values),
-        prediction_type=cast(PredictionType, _choice(values, "prediction_type", get_args(PredictionType))),
-        timestep_spacing=cast(
-            TimestepSpacing,
-            _choice(values, "timestep_spacing", get_args(TimestepSpacing)),
-        ),
-        steps_offset=_integer(values, "steps_offset"),
-        set_alpha_to_one=_flag(values, "set_alpha_to_one"),
-        variance_type=cast(VarianceType, _choice(values, "variance_type", get_args(VarianceType))),
-    )
+    most = _most_steps(schedule, sampler)
+    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= most:
+        raise RequestError(
+            f"steps is {clipped(steps)}, allowed are whole numbers from 1 to {most} (the model's training steps, and "
+            f"what {sampler.value} takes of them)."
+        )
+    if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0.0 <= eta <= 1.0:
+        raise RequestError(f"eta is {clipped(eta)}, allowed are 0 … 1.")
+    if eta and sampler is not Sampler.DDIM:
+        raise RequestError(f"eta is {eta}, and sampler is {sampler.value}: only ddim takes it. Leave it at 0.")
 
 
-def _flag(values: Mapping[str, object], key: str) -> bool:
-    value = values[key]
-    if not isinstance(value, bool):
-        raise SchedulerError(f"{key} is {value!r}, allowed are true and false.")
-    return value
-
-
-def _integer(values: Mapping[str, object], key: str) -> int:
-    value = values[key]
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise SchedulerError(f"{key} is {value!r}, allowed is a whole number.")
-    return value
-
-
-def _number(value: object, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise SchedulerError(f"{where} is {value!r}, allowed is a finite number.")
-    return float(value)
-
-
-def _choice(values: Mapping[str, object], key: str, allowed: Sequence[str]) -> str:
-    value = values[key]
-    if not isinstance(value, str) or value not in allowed:
-        raise SchedulerError(f"{key} is {value!r}, allowed are {', '.join(allowed)}.")
-    return value
-
-
-def _linear_betas(steps: int, start: float, end: float) -> NDArray[np.float64]:
-    return np.linspace(start, end, steps)
-
-
-def _scaled_linear_betas(steps: int, start: float, end: float) -> NDArray[np.float64]:
-    return np.square(np.linspace(math.sqrt(start), math.sqrt(end), steps))
-
-
-def _squared_cosine_betas(steps: int, start: float, end: float) -> NDArray[np.float64]:
-    del start, end  # the cosine schedule has no other parameter than its length
-    alpha_bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
-    betas: NDArray[np.float64] = np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
-    return betas
-
-
-_BETA_SCHEDULES: Final[Mapping[str, Callable[[int, float, float], NDArray[np.float64]]]] = {
-    "linear": _linear_betas,
-    "scaled_linear": _scaled_linear_betas,
-    "squaredcos_cap_v2": _squared_cosine_betas,
-}
-
-
-def _betas(values: Mapping[str, object]) -> tuple[float, ...]:
-    trained = values["trained_betas"]
-    if trained is not None:
-        if not isinstance(trained, Sequence) or isinstance(trained, str):
-            raise SchedulerError(f"trained_betas is a {type(trained).__name__}, allowed is a list of numbers or null.")
-        return tuple(_number(beta, f"trained_betas[{step}]") for step, beta in enumerate(trained))
-    steps = _integer(values, "num_train_timesteps")
-    if not 0 < steps <= _MAX_TRAINING_STEPS:
-        raise SchedulerError(f"num_train_timesteps is {steps}, allowed are 1 … {_MAX_TRAINING_STEPS}.")
-    start, end = (_number(values[key], key) for key in ("beta_start", "beta_end"))
-    if not (0.0 < start < 1.0 and 0.0 < end < 1.0):
-        raise SchedulerError(f"beta_start is {start} and beta_end is {end}, allowed is 0 < beta < 1.")
-    schedule = _choice(values, "beta_schedule", tuple(_BETA_SCHEDULES))
-    return tuple(_BETA_SCHEDULES[schedule](steps, start, end).tolist())
-
-
-# --- The schedule → a table --------------------------------------------------------------------------------------
-
-
-def sampler_table(schedule: NoiseSchedule, sampler: Sampler, steps: int, *, eta: float = 0.0) -> SamplerTable:
-    """Return the table of `steps` steps (1 … training steps) of a sampler, computed in float64.
+def sampler_table(
+    schedule: Schedule, sampler: Sampler, steps: int, *, eta: float = 0.0, tokens: int = 256
+) -> SamplerTable:
+    """Return the table of `steps` steps of a sampler, computed in float64.
 
     Args:
         schedule: The model's training schedule.
-        sampler: DDIM (arXiv 2010.02502, eq. 12) or DDPM (arXiv 2006.11239, eq. 7).
+        sampler: One of `allowed_samplers(schedule)`.
         steps: Denoising steps, S.
-        eta: Noise of DDIM, 0 (deterministic) … 1; DDPM has none and ignores it.
+        eta: Noise of DDIM, 0 (deterministic) … 1.
+        tokens: Of an image, N: a flow-matching model's dynamic shift depends on it.
 
     Raises:
-        RequestError: If `steps` or `eta` is out of range.
+        RequestError: If the sampler is none of the model's, or `steps` or `eta` is out of its range.
     """
-    training_steps = len(schedule.betas)
-    if isinstance(steps, bool) or not 1 <= steps <= training_steps:
-        raise RequestError(f"steps is {steps}, allowed are 1 … {training_steps} (the model's training steps).")
-    if not 0.0 <= eta <= 1.0:
-        raise RequestError(f"eta is {eta}, allowed are 0 … 1.")
-    timesteps = _timesteps(schedule, steps)
-    if timesteps[0] >= training_steps:
-        raise RequestError(
-            f"steps is {steps}: with the model's steps_offset of {schedule.steps_offset} the first timestep would be "
-            f"{timesteps[0]}, beyond its {training_steps} training steps. Take fewer steps."
-        )
-    rows = _ddim_rows(schedule, timesteps, eta) if sampler is Sampler.DDIM else _ddpm_rows(schedule, timesteps)
+    check_sampler(schedule, sampler, steps=steps, eta=eta)
+    if isinstance(schedule, FlowSchedule):
+        timesteps, rows = _flow_euler(schedule, steps, tokens)
+    else:
+        timesteps, rows = {**_OF_NOISE, **_LCM}[sampler](schedule, steps, eta)
+    if not np.isfinite(rows).all():
+        raise RequestError(f"steps is {steps}, for which this model's schedule gives no {sampler.value} table.")
     return SamplerTable(timesteps=timesteps.astype(np.float32), coefficients=rows.astype(np.float32))
+
+
+_WHY_NOT: Final[Mapping[Sampler, str]] = {
+    Sampler.LCM: " lcm is for models distilled to it, whose scheduler is an LCMScheduler.",
+    Sampler.FLOW_EULER: " flow-euler is for flow matching, whose scheduler is a FlowMatchEulerDiscreteScheduler.",
+}
+
+
+def _most_steps(schedule: Schedule, sampler: Sampler) -> int:
+    if sampler in {Sampler.DPMPP_2M, Sampler.DPMPP_2M_SDE}:
+        return max(1, schedule.training_steps - 1)  # no two timesteps may be equal, and the last is above 0
+    if sampler is Sampler.LCM and isinstance(schedule, NoiseSchedule) and schedule.distillation is not None:
+        return schedule.distillation.steps
+    return schedule.training_steps
+
+
+# --- Diffusion ---------------------------------------------------------------------------------------------------
+
+
+def _ddim(schedule: NoiseSchedule, steps: int, eta: float) -> _Steps:
+    timesteps = _timesteps(schedule, steps)
+    # DDIM steps to t − ⌊T/S⌋, which is not always the next timestep of the run: diffusers does it so, and we follow it.
+    final = 1.0 if schedule.set_alpha_to_one else 1.0 - schedule.betas[0]
+    levels = _levels(
+        _squared_signal(schedule, timesteps), _squared_signal(schedule, timesteps - len(schedule.betas) // steps, final)
+    )
+    return timesteps, ddim_rows(levels, _image_estimate(schedule, levels), eta)
+
+
+def _ddpm(schedule: NoiseSchedule, steps: int, eta: float) -> _Steps:
+    del eta
+    timesteps = _timesteps(schedule, steps)
+    levels = _levels_in_turn(schedule, timesteps, final=1.0)
+    noisy = (timesteps > 0).astype(np.float64)  # the step from timestep 0 adds none
+    return timesteps, ddpm_rows(levels, _image_estimate(schedule, levels), noisy, schedule.variance_type)
+
+
+def _dpmpp_2m(schedule: NoiseSchedule, steps: int, eta: float) -> _Steps:
+    del eta
+    return _dpmpp(schedule, steps, stochastic=False)
+
+
+def _dpmpp_2m_sde(schedule: NoiseSchedule, steps: int, eta: float) -> _Steps:
+    del eta
+    return _dpmpp(schedule, steps, stochastic=True)
+
+
+def _dpmpp(schedule: NoiseSchedule, steps: int, *, stochastic: bool) -> _Steps:
+    timesteps = _solver_timesteps(schedule, steps)
+    final = 1.0 if schedule.final_steps.sigma == "zero" else 1.0 - schedule.betas[0]
+    levels = _levels_in_turn(schedule, timesteps, final=final)
+    image = _image_estimate(schedule, levels)
+    return timesteps, dpmpp_2m_rows(levels, image, schedule.final_steps, stochastic=stochastic)
+
+
+def _lcm(schedule: NoiseSchedule, steps: int, eta: float) -> _Steps:
+    del eta
+    distillation = schedule.distillation or Distillation()
+    stride = len(schedule.betas) // distillation.steps
+    distilled = np.arange(distillation.steps, 0, -1) * stride - 1
+    timesteps = distilled[np.floor(np.linspace(0, distillation.steps, steps, endpoint=False)).astype(np.int64)]
+    levels = _levels_in_turn(schedule, timesteps, final=1.0)
+    return timesteps, lcm_rows(levels, _image_estimate(schedule, levels), timesteps, distillation)
+
+
+_Steps = tuple[NDArray[np.floating] | NDArray[np.int64], NDArray[np.float64]]  # timesteps (S,), rows (S, 8)
+_Solver = Callable[[NoiseSchedule, int, float], _Steps]
+_OF_NOISE: Final[Mapping[Sampler, _Solver]] = {
+    Sampler.DDIM: _ddim,
+    Sampler.DDPM: _ddpm,
+    Sampler.DPMPP_2M: _dpmpp_2m,
+    Sampler.DPMPP_2M_SDE: _dpmpp_2m_sde,
+}
+_LCM: Final[Mapping[Sampler, _Solver]] = {Sampler.LCM: _lcm}
 
 
 def _timesteps(schedule: NoiseSchedule, steps: int) -> NDArray[np.int64]:
@@ -255,71 +215,86 @@ def _timesteps(schedule: NoiseSchedule, steps: int) -> NDArray[np.int64]:
     if schedule.timestep_spacing == "linspace":
         return np.linspace(0, total - 1, steps).round()[::-1].astype(np.int64)
     if schedule.timestep_spacing == "trailing":
-        # Counted from the end by index: arange with a fractional stride may yield one step too many.
-        return np.round(total - np.arange(steps) * (total / steps)).astype(np.int64) - 1
-    return (np.arange(steps)[::-1] * (total // steps) + schedule.steps_offset).astype(np.int64)
+        return _trailing(total, steps)
+    return _offset(schedule, np.arange(steps)[::-1] * (total // steps))
 
 
-def _signal_levels(schedule: NoiseSchedule, timesteps: NDArray[np.int64], final: float) -> NDArray[np.float64]:
+def _solver_timesteps(schedule: NoiseSchedule, steps: int) -> NDArray[np.int64]:
+    """Return DPM-Solver's timesteps: those of one step more, without the last, which is 0."""
+    total = len(schedule.betas)
+    if schedule.timestep_spacing == "linspace":
+        return np.linspace(0, total - 1, steps + 1).round()[:0:-1].astype(np.int64)
+    if schedule.timestep_spacing == "trailing":
+        return _trailing(total, steps)
+    return _offset(schedule, np.arange(steps + 1)[:0:-1] * (total // (steps + 1)))
+
+
+def _trailing(total: int, steps: int) -> NDArray[np.int64]:
+    # Counted from the end by index: arange with a fractional stride may yield one step too many.
+    return np.round(total - np.arange(steps) * (total / steps)).astype(np.int64) - 1
+
+
+def _offset(schedule: NoiseSchedule, timesteps: NDArray[np.int64]) -> NDArray[np.int64]:
+    moved = timesteps + schedule.steps_offset
+    if moved[0] >= len(schedule.betas):
+        raise RequestError(
+            f"steps is {len(moved)}: with the model's steps_offset of {schedule.steps_offset} the first timestep would "
+            f"be {moved[0]}, beyond its {len(schedule.betas)} training steps. Take fewer steps."
+        )
+    return moved
+
+
+def _squared_signal(schedule: NoiseSchedule, timesteps: NDArray[np.int64], final: float = 1.0) -> NDArray[np.float64]:
     """Return ᾱ at each timestep, and `final` where it is negative: beyond the last step."""
     levels = np.cumprod(1.0 - np.asarray(schedule.betas, dtype=np.float64))
     return np.where(timesteps >= 0, levels[np.maximum(timesteps, 0)], final)
 
 
-def _image_estimate(schedule: NoiseSchedule, level: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
-    """Return how the clean image x₀ follows from the latents and the model's output: two factors, (S,) each."""
-    signal, noise = np.sqrt(level), np.sqrt(1 - level)
-    if schedule.prediction_type == "epsilon":
-        return 1 / signal, -noise / signal
-    if schedule.prediction_type == "sample":
-        return np.zeros_like(level), np.ones_like(level)
-    return signal, -noise
-
-
-def _ddim_rows(schedule: NoiseSchedule, timesteps: NDArray[np.int64], eta: float) -> NDArray[np.float64]:
-    # DDIM steps to t − ⌊T/S⌋, which is not always the next timestep of the run: diffusers does it so, and we follow it.
-    stride = len(schedule.betas) // len(timesteps)
-    final = 1.0 if schedule.set_alpha_to_one else 1.0 - schedule.betas[0]
-    now = _signal_levels(schedule, timesteps, final)
-    after = _signal_levels(schedule, timesteps - stride, final)
-    variance = (1 - after) / (1 - now) * (1 - now / after)
-    deviation = eta * np.sqrt(variance)
-    direction = np.sqrt(np.maximum(1 - after - deviation**2, 0.0))
-    image_of_latents, image_of_output = _image_estimate(schedule, now)
-    # The noise estimate is what remains of the latents: (latents − √ᾱ x₀) / √(1 − ᾱ).
-    noise_of_latents = (1 - np.sqrt(now) * image_of_latents) / np.sqrt(1 - now)
-    noise_of_output = -np.sqrt(now) * image_of_output / np.sqrt(1 - now)
-    latents = np.sqrt(after) * image_of_latents + direction * noise_of_latents
-    output = np.sqrt(after) * image_of_output + direction * noise_of_output
-    nothing = np.zeros_like(latents)
-    return np.stack([latents, output, deviation, nothing, nothing], axis=1)
-
-
-def _ddpm_rows(schedule: NoiseSchedule, timesteps: NDArray[np.int64]) -> NDArray[np.float64]:
-    now = _signal_levels(schedule, timesteps, 1.0)
-    after = _signal_levels(schedule, np.append(timesteps[1:], -1), 1.0)
-    alpha = now / after
-    beta = 1 - alpha
-    of_image = np.sqrt(after) * beta / (1 - now)
-    of_latents = np.sqrt(alpha) * (1 - after) / (1 - now)
-    image_of_latents, image_of_output = _image_estimate(schedule, now)
-    latents = of_image * image_of_latents + of_latents
-    output = of_image * image_of_output
-    noise, low, high = _ddpm_noise(schedule, beta, (1 - after) / (1 - now) * beta)
-    noisy = (timesteps > 0).astype(np.float64)  # the step from timestep 0 adds none
-    return np.stack([latents, output, noise * noisy, low * noisy, high * noisy], axis=1)
-
-
-def _ddpm_noise(
-    schedule: NoiseSchedule, beta: NDArray[np.float64], posterior: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Return the columns noise, log_variance_min and log_variance_max, (S,) each."""
-    nothing = np.zeros_like(beta)
-    posterior = np.maximum(posterior, _VARIANCE_FLOOR)
-    if schedule.variance_type == "learned_range":
-        return np.ones_like(beta), np.log(posterior), np.log(beta)
-    return (
-        np.sqrt(beta if schedule.variance_type == "fixed_large" else posterior),
-        nothing,
-        nothing,
+def _levels(now: NDArray[np.float64], after: NDArray[np.float64]) -> NoiseLevels:
+    return NoiseLevels(
+        signal=np.sqrt(now), noise=np.sqrt(1 - now), signal_after=np.sqrt(after), noise_after=np.sqrt(1 - after)
     )
+
+
+def _levels_in_turn(schedule: NoiseSchedule, timesteps: NDArray[np.int64], *, final: float) -> NoiseLevels:
+    """Return the levels of steps each of which leads to where the next starts, and the last to ᾱ = `final`."""
+    now = _squared_signal(schedule, timesteps)
+    return _levels(now, np.append(now[1:], final))
+
+
+def _image_estimate(schedule: NoiseSchedule, levels: NoiseLevels) -> ImageEstimate:
+    signal, noise = levels.signal, levels.noise
+    if schedule.prediction_type == "epsilon":
+        return ImageEstimate(of_latents=1 / signal, of_output=-noise / signal)
+    if schedule.prediction_type == "sample":
+        return ImageEstimate(of_latents=np.zeros_like(signal), of_output=np.ones_like(signal))
+    return ImageEstimate(of_latents=signal, of_output=-noise)
+
+
+# --- Flow matching -----------------------------------------------------------------------------------------------
+
+
+def _flow_euler(schedule: FlowSchedule, steps: int, tokens: int) -> _Steps:
+    """Return Euler's steps from σ to σ' (arXiv 2209.03003): DDIM's, in the levels of flow matching."""
+    sigma = _flow_sigmas(schedule, steps, tokens)
+    after = np.append(sigma[1:], 0.0)
+    levels = NoiseLevels(signal=1 - sigma, noise=sigma, signal_after=1 - after, noise_after=after)
+    image = ImageEstimate(of_latents=np.ones_like(sigma), of_output=-sigma)
+    return sigma * schedule.flow_steps, ddim_rows(levels, image, 0.0)
+
+
+def _flow_sigmas(schedule: FlowSchedule, steps: int, tokens: int) -> NDArray[np.float64]:
+    dynamic, smallest = schedule.dynamic_shift, 1 / schedule.flow_steps
+    if dynamic is None:  # diffusers shifts the smallest σ, and then all that are spaced down to it: twice
+        factor, smallest = schedule.shift, _shifted(np.asarray(smallest), schedule.shift).item()
+    else:
+        factor = dynamic.factor(tokens)
+    sigma = _shifted(np.linspace(1.0, smallest, steps), factor)
+    if schedule.shift_terminal is not None:
+        with np.errstate(all="ignore"):  # a single step can't end anywhere but at 1
+            sigma = 1 - (1 - sigma) / ((1 - sigma[-1]) / (1 - schedule.shift_terminal))
+    return sigma
+
+
+def _shifted(sigma: NDArray[np.float64], factor: float) -> NDArray[np.float64]:
+    return factor * sigma / (1 + (factor - 1) * sigma)

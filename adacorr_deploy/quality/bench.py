@@ -18,7 +18,6 @@ import numpy as np
 from adacorr_deploy.caching.policy import PRESETS, FewerStepsGate, Policy, policy_named
 from adacorr_deploy.core.errors import EngineError, PolicyError, RequestError
 from adacorr_deploy.core.progress import Progress
-from adacorr_deploy.core.samplers import sampler_table
 from adacorr_deploy.core.specs import DType
 from adacorr_deploy.quality.bench_options import BenchOptions, requests
 from adacorr_deploy.quality.bench_rows import BenchRow, PolicyRun, row_of_run, set_scores
@@ -35,7 +34,7 @@ from adacorr_deploy.runtime import (
 )
 from adacorr_deploy.runtime.buffers import RunSize
 from adacorr_deploy.runtime.pipeline import WORKSPACES_KEPT
-from adacorr_deploy.runtime.request import NoiseStream
+from adacorr_deploy.runtime.request import NoiseStream, table_from_request
 from adacorr_deploy.runtime.workspace import workspace_bytes
 
 _UNCACHED: Final = PRESETS["none"]
@@ -310,7 +309,7 @@ def _block_share(pipeline: Pipeline, options: BenchOptions) -> float:
     """Return the share of an uncached step's time that its blocks take: the median of single steps, 0 … 1."""
     request = next(requests(pipeline, options))
     size = RunSize.of(request, history=0, whole_steps=False)
-    table = sampler_table(pipeline.manifest.schedule, request.sampler, request.steps)
+    table = table_from_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
     with pipeline.lease(size, keeps_reference=lambda block: False) as (space, slots):
         space.prepare(request, table, NoiseStream(request, pipeline.manifest.model.latent_shape).at(0))
         shares = []

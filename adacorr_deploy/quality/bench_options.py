@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from adacorr_deploy.core.errors import RequestError
-from adacorr_deploy.core.samplers import Sampler
+from adacorr_deploy.core.samplers import Sampler, default_sampler
 from adacorr_deploy.core.shapes import MAX_BATCH
 from adacorr_deploy.runtime import Pipeline, SampleRequest
 from adacorr_deploy.runtime.request import check_integer
@@ -25,6 +25,7 @@ class BenchOptions:
         images: Images per policy that are compared one by one with the uncached ones; labels go round the classes.
         batch: Images per request.
         rounds: How often every policy is timed; the medians count.
+        sampler: As in a request; None is the model's own.
         samples: Images per policy whose features are compared as a set; 0 for no such comparison.
 
     Raises:
@@ -37,7 +38,7 @@ class BenchOptions:
     steps: int = 50
     guidance: float = 4.0
     seed: int = 0
-    sampler: Sampler = Sampler.DDIM
+    sampler: Sampler | None = None
     samples: int = 0
 
     def __post_init__(self) -> None:
@@ -49,6 +50,11 @@ class BenchOptions:
                 f"samples is {self.samples}, allowed are 0 (no comparison of sets) and from {FEWEST_SAMPLES} up. "
                 "Thousands are needed for a distance that tells policies apart."
             )
+
+
+def sampler_of_runs(pipeline: Pipeline, options: BenchOptions) -> Sampler:
+    """Return the sampler of a bench's requests."""
+    return options.sampler or default_sampler(pipeline.manifest.schedule)
 
 
 def requests(pipeline: Pipeline, options: BenchOptions, images: int | None = None) -> Iterator[SampleRequest]:
@@ -68,5 +74,5 @@ def requests(pipeline: Pipeline, options: BenchOptions, images: int | None = Non
             steps=options.steps,
             guidance=options.guidance,
             seed=options.seed + first,
-            sampler=options.sampler,
+            sampler=sampler_of_runs(pipeline, options),
         )

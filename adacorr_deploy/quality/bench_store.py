@@ -31,7 +31,7 @@ from adacorr_deploy.core.bundle import replace_file
 from adacorr_deploy.core.errors import OutputError
 from adacorr_deploy.core.manifest import MANIFEST_NAME, file_record
 from adacorr_deploy.core.untrusted import bounded_file
-from adacorr_deploy.quality.bench_options import BenchOptions
+from adacorr_deploy.quality.bench_options import BenchOptions, sampler_of_runs
 from adacorr_deploy.runtime import Pipeline
 
 _FORMAT: Final = 1
@@ -66,7 +66,7 @@ class RunKey(BaseModel):
             bundle_sha256=file_record(pipeline.bundle.path / MANIFEST_NAME).sha256,
             backend=pipeline.backend.name,
             hardware=pipeline.backend.hardware,
-            sampler=options.sampler.value,
+            sampler=sampler_of_runs(pipeline, options).value,
             steps=options.steps,
             guidance=options.guidance,
             seed=options.seed,

@@ -31,12 +31,12 @@ from adacorr_deploy.caching.predictors import Predictor
 from adacorr_deploy.core.bundle import CALIBRATION_DIR, measured_identity
 from adacorr_deploy.core.errors import CalibrationError, EngineError
 from adacorr_deploy.core.progress import Progress
-from adacorr_deploy.core.samplers import Sampler, sampler_table
+from adacorr_deploy.core.samplers import Sampler, quiet_samplers
 from adacorr_deploy.core.shapes import MAX_BATCH
 from adacorr_deploy.core.specs import DType, ModelSpec
 from adacorr_deploy.quality.memory_need import require_memory
 from adacorr_deploy.quality.partials import Partials
-from adacorr_deploy.quality.replay import Latents, Replay, Units
+from adacorr_deploy.quality.replay import Latents, Replay, State, Units
 from adacorr_deploy.quality.skip_measurements import (
     FLOOR,
     MAX_GAP,
@@ -48,7 +48,7 @@ from adacorr_deploy.quality.skip_measurements import (
 from adacorr_deploy.runtime import Pipeline, SampleRequest, check_request
 from adacorr_deploy.runtime.buffers import RunSize
 from adacorr_deploy.runtime.denoise import signals_of_branches
-from adacorr_deploy.runtime.request import NoiseStream, check_integer
+from adacorr_deploy.runtime.request import NoiseStream, check_integer, table_from_request
 from adacorr_deploy.runtime.sampling import calibration_key
 from adacorr_deploy.runtime.workspace import workspace_bytes
 
@@ -68,7 +68,7 @@ class CalibrationOptions:
         RequestError: If there are no images, or more than one request holds.
     """
 
-    sampler: Sampler = Sampler.DDIM
+    sampler: Sampler | None = None  # None: the model's own, or the first that adds no noise
     steps: int = 50
     guidance: float = 4.0
     images: int = 16
@@ -98,7 +98,7 @@ def calibrate(
         EngineError: If an engine fails or the latents become NaN.
     """
     request, size = check_calibration(pipeline, options)
-    table = sampler_table(pipeline.manifest.schedule, options.sampler, options.steps)
+    table = table_from_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
     with pipeline.lease(size, keeps_reference=lambda block: True) as (space, slots):
         latents = NoiseStream(request, pipeline.manifest.model.latent_shape).at(0)
         space.prepare(request, table, latents)
@@ -117,10 +117,11 @@ def check_calibration(pipeline: Pipeline, options: CalibrationOptions) -> tuple[
         RequestError: If an option is out of range, or this machine has not the memory.
     """
     request = _request(pipeline, options)
-    if sampler_table(pipeline.manifest.schedule, options.sampler, options.steps).needs_noise:
+    if request.sampler.adds_noise(request.eta):
         raise CalibrationError(
-            f"sampler {options.sampler.value} adds noise at every step, which calibration can't follow. "
-            f"Calibrated policies work with --sampler ddim; these need no calibration: {UNCALIBRATED}."
+            f"sampler {request.sampler.value} adds noise at every step, which calibration can't follow. Calibrated "
+            f"policies work with --sampler {' or '.join(quiet_samplers(pipeline.manifest.schedule))}; these need no "
+            f"calibration: {UNCALIBRATED}."
         )
     if options.steps < 4:
         raise CalibrationError(f"steps is {options.steps}; with fewer than 4 there is nothing to skip.")
@@ -159,7 +160,7 @@ def _request(pipeline: Pipeline, options: CalibrationOptions) -> SampleRequest:
         steps=options.steps,
         guidance=options.guidance,
         seed=CALIBRATION_SEED,
-        sampler=options.sampler,
+        sampler=options.sampler or quiet_samplers(pipeline.manifest.schedule)[0],
     )
     check_request(request, model, pipeline.manifest.schedule)
     return request
@@ -173,7 +174,7 @@ def needed_bytes(model: ModelSpec, size: RunSize) -> int:
     tokens = model.precision.numpy.itemsize * size.rows * model.tokens * model.width
     image = DType.FLOAT32.numpy.itemsize * size.batch * math.prod(model.latent_shape)
     units = tokens * 2 * sum(model.blocks) if size.history else image
-    recorded = _window_steps(size.history or size.output_history) * (tokens + units) + (size.steps + 1) * image
+    recorded = _window_steps(size.history or size.output_history) * (tokens + units) + 2 * (size.steps + 1) * image
     return workspace_bytes(model, size) + recorded
 
 
@@ -194,7 +195,7 @@ class _Study:
         self._partials = partials
         # At three quarters of the depth, a block's errors follow the final one's best; whole steps have no blocks.
         self._probe_block = 0 if replay.predictor.whole_step else max(0, 3 * blocks // 4 - 1)
-        self._trajectory: list[Latents] = []  # what each step starts from, and the final latents
+        self._trajectory: list[State] = []  # what each step starts from, and what the last one leads to
         self._window: dict[int, Units] = {}  # the units of the last evaluations, by step
         self._first_inputs: dict[int, NDArray[np.generic]] = {}  # the first block's inputs, by step
         self._gain_stride = max(_GAIN_STRIDE, self._steps // _GAINS)
@@ -203,23 +204,31 @@ class _Study:
     def record(self, latents: Latents) -> None:
         """Run the trajectory without caching, or take up the one that an interrupted run stored."""
         like = np.empty((self._steps + 1, *latents.shape), np.float32)
-        stored = self._partials.load("trajectory", {"latents": like}) if self._partials is not None else None
+        wanted = {"latents": like, "carried": like}
+        stored = self._partials.load("trajectory", wanted) if self._partials is not None else None
         if stored is not None:
-            self._trajectory = [np.asarray(each, np.float32) for each in stored["latents"]]
+            pairs = zip(stored["latents"], stored["carried"], strict=True)
+            self._trajectory = [
+                State(latents=np.asarray(each, np.float32), carried=np.asarray(carried, np.float32))
+                for each, carried in pairs
+            ]
             return
-        self._trajectory = [latents]
+        state = self._replay.first(latents)
+        self._trajectory = [state]
         for step in range(self._steps):
             self._progress("recording the trajectory", step, self._steps)
-            latents = self._replay.evaluated_step(step, latents)
-            if not np.isfinite(latents).all():
+            state = self._replay.evaluated_step(step, state)
+            if not np.isfinite(state.latents).all():
                 raise EngineError(
                     f"The latents hold NaN or infinite values after step {step + 1} of {self._steps}, without caching. "
                     "Check the model with adacorr-validate; in fp16 build it with --precision fp32."
                 )
-            self._trajectory.append(latents)
+            self._trajectory.append(state)
         self._progress("recording the trajectory", self._steps, self._steps)
         if self._partials is not None:
-            self._partials.store("trajectory", {"latents": np.stack(self._trajectory)})
+            latents_of_steps = np.stack([state.latents for state in self._trajectory])
+            carried = np.stack([state.carried for state in self._trajectory])
+            self._partials.store("trajectory", {"latents": latents_of_steps, "carried": carried})
 
     def measure(self) -> None:
         """Walk the trajectory again; at each step, look at what skipping from here does."""
@@ -256,20 +265,20 @@ class _Study:
             if evaluations is None:
                 continue
             self._replay.fill({at: self._window[at] for at in evaluations})
-            for index, latents in enumerate(self._replay.skipped_run(step, count, self._trajectory[step])):
-                images = self._image_errors(latents, step + index + 1)
+            for index, state in enumerate(self._replay.skipped_run(step, count, self._trajectory[step])):
+                images = self._image_errors(state.latents, step + index + 1)
                 self._found.skip_errors[step, gap - 1, index] = geometric_mean(images)
                 if gap == _TYPICAL and index + 1 == _TYPICAL:
                     if np.isfinite(images).all():
                         self._found.skip_images[step] = images
-                    self._measure_gain(step + index + 1, latents)
+                    self._measure_gain(step + index + 1, state)
 
-    def _measure_gain(self, step: int, latents: Latents) -> None:
-        """Run on from strayed latents to the end: the share of their squared error that arrives there."""
+    def _measure_gain(self, step: int, state: State) -> None:
+        """Run on from a strayed state to the end: the share of its latents' squared error that arrives there."""
         if step % self._gain_stride and step < self._steps - 2:
             return
-        final = self._replay.evaluated_run(step, self._steps, latents)
-        arrived, strayed = self._image_errors(final, self._steps), self._image_errors(latents, step)
+        final = self._replay.evaluated_run(step, self._steps, state)
+        arrived, strayed = self._image_errors(final, self._steps), self._image_errors(state.latents, step)
         gain = geometric_mean(arrived) / geometric_mean(strayed)
         if math.isfinite(gain):
             self._found.gains[step] = gain
@@ -341,7 +350,7 @@ class _Study:
 
     def _image_errors(self, latents: Latents, step: int) -> NDArray[np.float64]:
         """Squared error per element against the trajectory, (B,)."""
-        return np.asarray(np.square(latents.astype(np.float64) - self._trajectory[step]).mean(axis=(1, 2, 3)))
+        return np.asarray(np.square(latents.astype(np.float64) - self._trajectory[step].latents).mean(axis=(1, 2, 3)))
 
     def calibration(self, key: CalibrationKey, predictor: Predictor) -> Calibration:
         """Put the measurements together."""

@@ -11,6 +11,7 @@ from adacorr_deploy.core.bundle import Bundle, store_in_bundle
 from adacorr_deploy.core.errors import CheckpointError
 from adacorr_deploy.core.golden import GOLDEN_FILE, GoldenSample
 from adacorr_deploy.core.progress import Progress
+from adacorr_deploy.core.samplers import quiet_samplers
 from adacorr_deploy.quality.reference import initial_latents, reference_of_bundle, uncached_latents
 from adacorr_deploy.quality.validate import TOLERANCES
 from adacorr_deploy.runtime import SampleRequest
@@ -41,7 +42,11 @@ def store_golden_sample(bundle: Bundle, loaded: LoadedModel, progress: Progress 
     """
     manifest = bundle.manifest
     request = SampleRequest(
-        labels=(manifest.model.num_classes // 2,), steps=_steps(manifest), guidance=_GUIDANCE, seed=0
+        labels=(manifest.model.num_classes // 2,),
+        steps=_steps(manifest),
+        guidance=_GUIDANCE,
+        seed=0,
+        sampler=quiet_samplers(manifest.schedule)[0],
     )
     done = itertools.count()
 
@@ -55,11 +60,12 @@ def store_golden_sample(bundle: Bundle, loaded: LoadedModel, progress: Progress 
         final = uncached_latents(reference, request, initial, [None] * request.steps, after_step=tell)
     if not np.isfinite(final).all():
         raise CheckpointError(
-            f"{loaded.name}: after {request.steps} steps of DDIM, the original PyTorch model's latents hold NaN or "
-            "infinite values. Check that its weights, configuration and scheduler belong together."
+            f"{loaded.name}: after {request.steps} steps of {request.sampler.value}, the original PyTorch model's "
+            "latents hold NaN or infinite values. Check that its weights, configuration and scheduler belong together."
         )
     sample = GoldenSample(
         label=request.labels[0],
+        sampler=request.sampler,
         steps=request.steps,
         guidance=request.guidance,
         tolerance=TOLERANCES[manifest.model.precision].trajectory,
@@ -73,4 +79,4 @@ def store_golden_sample(bundle: Bundle, loaded: LoadedModel, progress: Progress 
 def _steps(manifest: Manifest) -> int:
     """Return as few steps as the bundle's engines and its schedule take."""
     low, _, high = manifest.engine_build.profile.steps if manifest.engine_build is not None else (1, _STEPS, _STEPS)
-    return min(max(low, _STEPS), high, len(manifest.schedule.betas))
+    return min(max(low, _STEPS), high, manifest.schedule.training_steps)

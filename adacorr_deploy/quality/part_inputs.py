@@ -10,7 +10,6 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from adacorr_deploy.core.samplers import sampler_table
 from adacorr_deploy.core.specs import ModelSpec
 from adacorr_deploy.engines.backend import Buffer
 from adacorr_deploy.plugins.service_parts import (
@@ -24,6 +23,7 @@ from adacorr_deploy.plugins.service_parts import (
 from adacorr_deploy.quality.reference import initial_latents, runtime_noises
 from adacorr_deploy.runtime import Pipeline, SampleRequest
 from adacorr_deploy.runtime.buffers import RunSize
+from adacorr_deploy.runtime.request import table_from_request
 from adacorr_deploy.runtime.workspace import Workspace
 
 Arrays = Mapping[str, NDArray[np.generic]]
@@ -55,7 +55,7 @@ def part_inputs(reference: Pipeline, request: SampleRequest) -> dict[str, Arrays
         request: Of at least `MIN_STEPS` steps.
     """
     model, middle = reference.manifest.model, request.steps // 2
-    table = sampler_table(reference.manifest.schedule, request.sampler, request.steps)
+    table = table_from_request(request, model, reference.manifest.schedule)
     size = RunSize(batch=request.batch, branches=request.branches, steps=request.steps, history=0)
     noises = runtime_noises(reference, request)
     studied = {model.blocks.index(blocks): deque[_Evaluation](maxlen=MAX_EVALUATIONS + 1) for blocks in model.blocks}
@@ -114,6 +114,7 @@ def _image_inputs(
             "guidance": image.guidance.read(),
             "coefficients": image.coefficients.read(),
             "noise": np.zeros_like(latents) if noise is None else noise,
+            "carried": image.carried[step % 2].read(),
         },
     }
 
@@ -158,7 +159,7 @@ def _output_service_inputs(head: Arrays, outputs: Sequence[NDArray[np.generic]])
     inputs: dict[str, Arrays] = {OUTPUT_ERROR_PART: {"predicted": kept[-1][0], "fresh": present[0]}}
     for coefficients in _COEFFICIENTS:
         inputs[extrapolate_part_name(len(coefficients))] = {
-            **{name: head[name] for name in ("latents", "step", "coefficients", "noise")},
+            **{name: head[name] for name in ("latents", "step", "coefficients", "noise", "carried")},
             "history": np.stack(kept[-len(coefficients) :]),
             "factors": np.asarray(coefficients[::-1], dtype=np.float32),
         }

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from adacorr_deploy.caching.profile import Profile, Quantity
 from adacorr_deploy.core.errors import CalibrationError, EngineError
 from adacorr_deploy.core.progress import Progress
-from adacorr_deploy.core.samplers import Sampler, sampler_table
+from adacorr_deploy.core.samplers import Sampler, default_sampler
 from adacorr_deploy.core.shapes import MAX_BATCH
 from adacorr_deploy.core.specs import DType, ModelSpec
 from adacorr_deploy.quality.calibrate import CALIBRATION_SEED
@@ -39,7 +39,7 @@ from adacorr_deploy.quality.profile_quantities import (
 )
 from adacorr_deploy.runtime import Pipeline, SampleRequest, check_request
 from adacorr_deploy.runtime.buffers import RunSize
-from adacorr_deploy.runtime.request import check_integer, draws_of_steps
+from adacorr_deploy.runtime.request import check_integer, draws_of_steps, table_from_request
 from adacorr_deploy.runtime.sampling import calibration_key
 from adacorr_deploy.runtime.slots import CacheSlot
 from adacorr_deploy.runtime.workspace import Workspace, workspace_bytes
@@ -61,7 +61,7 @@ class ProfileOptions:
         RequestError: If there are no images, or more than one request holds.
     """
 
-    sampler: Sampler = Sampler.DDIM
+    sampler: Sampler | None = None  # None: the model's own
     steps: int = 50
     guidance: float = 4.0
     images: int = 8
@@ -122,7 +122,7 @@ def _requests(pipeline: Pipeline, options: ProfileOptions) -> Iterator[SampleReq
             steps=options.steps,
             guidance=options.guidance,
             seed=CALIBRATION_SEED + first,
-            sampler=options.sampler,
+            sampler=options.sampler or default_sampler(pipeline.manifest.schedule),
         )
 
 
@@ -185,7 +185,7 @@ class _BatchStudy:
 
     def _views(self) -> Iterator[StepView]:
         request, pipeline = self._request, self._pipeline
-        table = sampler_table(pipeline.manifest.schedule, request.sampler, request.steps)
+        table = table_from_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
         size = RunSize.of(request, history=0, whole_steps=False)
         with pipeline.lease(size, keeps_reference=lambda block: False) as (space, slots):
             space.prepare(request, table, None)

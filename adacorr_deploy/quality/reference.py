@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
 from numpy.typing import NDArray
 
 from adacorr_deploy.core.bundle import Bundle
 from adacorr_deploy.core.errors import BundleError
-from adacorr_deploy.core.samplers import NoiseSchedule, Sampler, sampler_table
+from adacorr_deploy.core.schedules import Schedule
 from adacorr_deploy.core.specs import DType
 from adacorr_deploy.engines import Artefact
 from adacorr_deploy.engines.torch_reference import TorchBackend
+from adacorr_deploy.quality.diffusers_schedulers import scheduler_for_run, step_options
 from adacorr_deploy.runtime import Pipeline, SampleRequest
 from adacorr_deploy.runtime.buffers import RunSize
-from adacorr_deploy.runtime.request import NoiseStream, draws_of_steps
+from adacorr_deploy.runtime.request import NoiseStream, draws_of_steps, table_from_request
 
 if TYPE_CHECKING:
     from adacorr_deploy.exporters import LoadedModel
@@ -80,7 +80,7 @@ def uncached_latents(
     after_step: Callable[[], None] = lambda: None,
 ) -> Latents:
     """Run every block of every step with the noise given, and return the final latents, also if they are not finite."""
-    table = sampler_table(pipeline.manifest.schedule, request.sampler, request.steps)
+    table = table_from_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
     size = RunSize(batch=request.batch, branches=request.branches, steps=request.steps, history=0)
     with pipeline.lease(size, keeps_reference=lambda block: False) as (space, slots):
         space.prepare(request, table, latents)
@@ -95,32 +95,30 @@ def uncached_latents(
 
 def runtime_noises(pipeline: Pipeline, request: SampleRequest) -> Noises:
     """Return the noise that `Pipeline.sample` adds at each step of a request."""
-    table = sampler_table(pipeline.manifest.schedule, request.sampler, request.steps)
+    table = table_from_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
     stream = NoiseStream(request, pipeline.manifest.model.latent_shape)
     return [stream.at(draw) if draw is not None else None for draw in draws_of_steps(table)]
 
 
 def diffusers_noises(pipeline: Pipeline, request: SampleRequest) -> Noises:
     """Return the noise that `diffusers_latents` adds at each step: its schedulers take a generator, not a tensor."""
-    table = sampler_table(pipeline.manifest.schedule, request.sampler, request.steps)
+    table = table_from_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
     generator = torch.Generator().manual_seed(request.seed)
     shape = (request.batch, *pipeline.manifest.model.latent_shape)
     return [torch.randn(shape, generator=generator).numpy() if noisy else None for noisy in table.noisy_steps]
 
 
 def diffusers_latents(
-    loaded: LoadedModel, schedule: NoiseSchedule, request: SampleRequest, latents: Latents, *, null_label: int
+    loaded: LoadedModel, schedule: Schedule, request: SampleRequest, latents: Latents, *, null_label: int
 ) -> Latents:
     """Denoise with the original model, diffusers' scheduler and guidance as in its DiTPipeline; none of it is ours.
 
     One thing differs from that pipeline: a predicted variance is kept for the sampler that uses it.
     """
-    scheduler = _scheduler(schedule, request.sampler)
-    scheduler.set_timesteps(request.steps)
+    scheduler = scheduler_for_run(schedule, request, tokens=loaded.model.spec(DType.FLOAT32, 1).tokens)
     generator = torch.Generator().manual_seed(request.seed)
-    extra = {} if request.sampler is Sampler.DDIM else {"generator": generator}
     labels = torch.from_numpy(request.rows(null_label))
-    keeps_variance = request.sampler is Sampler.DDPM and schedule.variance_type == "learned_range"
+    keeps_variance = scheduler.config.get("variance_type") == "learned_range"
     sample = torch.from_numpy(latents)
     with torch.inference_mode():
         for timestep in scheduler.timesteps:
@@ -128,7 +126,7 @@ def diffusers_latents(
             output = loaded.model.predict(rows, timestep.expand(len(rows)), labels)
             guided = _guided(output, sample.shape[1], request)
             guided = guided if keeps_variance else guided[:, : sample.shape[1]]
-            sample = scheduler.step(guided, timestep, sample, **extra).prev_sample
+            sample = scheduler.step(guided, timestep, sample, generator=generator, **step_options(request)).prev_sample
     return np.asarray(sample.numpy(), dtype=np.float32)
 
 
@@ -139,17 +137,3 @@ def _guided(output: torch.Tensor, channels: int, request: SampleRequest) -> torc
     conditional, unconditional = noise.chunk(2)
     guided = unconditional + request.guidance * (conditional - unconditional)
     return torch.cat([guided, rest[: request.batch]], dim=1)
-
-
-def _scheduler(schedule: NoiseSchedule, sampler: Sampler) -> DDIMScheduler | DDPMScheduler:
-    common = {
-        "num_train_timesteps": len(schedule.betas),
-        "trained_betas": list(schedule.betas),
-        "prediction_type": schedule.prediction_type,
-        "timestep_spacing": schedule.timestep_spacing,
-        "steps_offset": schedule.steps_offset,
-        "clip_sample": False,
-    }
-    if sampler is Sampler.DDIM:
-        return DDIMScheduler(**common, set_alpha_to_one=schedule.set_alpha_to_one)
-    return DDPMScheduler(**common, variance_type=schedule.variance_type)

@@ -17,6 +17,14 @@ Units = list[NDArray[np.generic]]  # per block part (U, R, N, D), or the model's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """All that a step starts from."""
+
+    latents: Latents
+    carried: Latents  # by a multistep sampler, from the step before
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
     """One prepared request, whose steps are run in any order. The sampler must add no noise."""
 
@@ -24,28 +32,37 @@ class Replay:
     slots: Sequence[CacheSlot]
     predictor: Predictor
 
-    def start(self, step: int, latents: Latents) -> None:
-        """Put latents where `step` reads them, and make its tokens."""
-        self.space.image.latents[step % 2].write(latents)
+    def first(self, latents: Latents) -> State:
+        """Return what step 0 starts from."""
+        return State(latents=latents, carried=np.zeros_like(latents))
+
+    def start(self, step: int, state: State) -> None:
+        """Put a state where `step` reads it, and make its tokens."""
+        self.space.image.latents[step % 2].write(state.latents)
+        self.space.image.carried[step % 2].write(state.carried)
         self.space.embed(step)
 
-    def finish(self, step: int) -> Latents:
-        """Run the head, and return the latents that `step` leads to."""
+    def finish(self, step: int) -> State:
+        """Run the head, and return the state that `step` leads to."""
         self.space.head(step, None)
-        return self.space.read_latents(step)
+        return self._after(step)
 
-    def evaluated_step(self, step: int, latents: Latents) -> Latents:
+    def _after(self, step: int) -> State:
+        carried = np.asarray(self.space.image.carried[(step + 1) % 2].read(), dtype=np.float32)
+        return State(latents=self.space.read_latents(step), carried=carried)
+
+    def evaluated_step(self, step: int, state: State) -> State:
         """Evaluate every block of a step."""
-        self.start(step, latents)
+        self.start(step, state)
         for block, slot in enumerate(self.slots):
             self.space.evaluate(block, slot)
         return self.finish(step)
 
-    def evaluated_run(self, first_step: int, steps: int, latents: Latents) -> Latents:
+    def evaluated_run(self, first_step: int, steps: int, state: State) -> Latents:
         """Evaluate every step from `first_step` on, and return the final latents."""
         for step in range(first_step, steps):
-            latents = self.evaluated_step(step, latents)
-        return latents
+            state = self.evaluated_step(step, state)
+        return state.latents
 
     @property
     def predicting_slots(self) -> Sequence[CacheSlot]:
@@ -57,19 +74,19 @@ class Replay:
         for index, slot in enumerate(self.predicting_slots):
             slot.fill([(step, evaluations[step][index]) for step in sorted(evaluations)])
 
-    def skipped_run(self, first_step: int, count: int, latents: Latents) -> list[Latents]:
-        """Skip `count` steps on the slots' predictions, and return the latents after each."""
+    def skipped_run(self, first_step: int, count: int, state: State) -> list[State]:
+        """Skip `count` steps on the slots' predictions, and return the state after each."""
         results = []
         for step in range(first_step, first_step + count):
-            latents = self._skipped_step(step, latents)
-            results.append(latents)
+            state = self._skipped_step(step, state)
+            results.append(state)
         return results
 
-    def _skipped_step(self, step: int, latents: Latents) -> Latents:
-        self.start(step, latents)
+    def _skipped_step(self, step: int, state: State) -> State:
+        self.start(step, state)
         if self.predictor.whole_step:
             self.space.extrapolate(step, None, self._window(self.space.slots.output, step))
-            return self.space.read_latents(step)
+            return self._after(step)
         for block, slot in enumerate(self.slots):
             self.space.reuse(block, slot, self._window(slot, step))
         return self.finish(step)

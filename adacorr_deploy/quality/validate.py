@@ -18,7 +18,7 @@ import numpy as np
 from adacorr_deploy.caching.policy import PRESETS, Policy
 from adacorr_deploy.core.errors import BundleError
 from adacorr_deploy.core.progress import Progress
-from adacorr_deploy.core.samplers import Sampler
+from adacorr_deploy.core.samplers import Sampler, default_sampler
 from adacorr_deploy.core.shapes import MAX_BATCH
 from adacorr_deploy.core.specs import DType, PartSpec
 from adacorr_deploy.quality.metrics import max_abs, psnr_db, relative_l2
@@ -74,7 +74,8 @@ class ValidateOptions:
     Attributes:
         steps: Of the trajectories; parts are checked at the middle step of a run of at least `MIN_STEPS`.
         guidance: As in a request.
-        sampler: As in a request.
+        sampler: As in a request; None is the model's own.
+        eta: As in a request.
         images: Batch size; labels are spread over the classes.
         seed: As in a request.
         policy: Whose error is told apart from the engine's. With `none` it is that of the denoise loop: nothing.
@@ -85,7 +86,8 @@ class ValidateOptions:
 
     steps: int = 50
     guidance: float = 4.0
-    sampler: Sampler = Sampler.DDIM
+    sampler: Sampler | None = None
+    eta: float = 0.0
     images: int = 2
     seed: int = 0
     policy: Policy = PRESETS["none"]
@@ -225,7 +227,8 @@ def _request(engine: Pipeline, options: ValidateOptions) -> SampleRequest:
         steps=options.steps,
         guidance=options.guidance,
         seed=options.seed,
-        sampler=options.sampler,
+        sampler=options.sampler or default_sampler(engine.manifest.schedule),
+        eta=options.eta,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from adacorr_deploy.core.samplers import COLUMNS
+from adacorr_deploy.core.sampler_rows import COLUMNS
 from adacorr_deploy.core.specs import MODULATIONS_PER_BLOCK, DType, ModelSpec
 from adacorr_deploy.engines.backend import Backend, Buffer
 from adacorr_deploy.plugins.service_parts import MAX_EVALUATIONS, SIGNAL_COUNT
@@ -59,17 +59,19 @@ class ImageBuffers:
     """What stands on the image's side of the blocks: inputs and outputs of embed, condition and head."""
 
     latents: tuple[Buffer, Buffer]  # (B, C, H, W) float32; step s reads [s % 2] and writes the other
+    carried: tuple[Buffer, Buffer]  # (B, C, H, W) float32: a multistep sampler's, in turns as the latents
     noise: Buffer  # (B, C, H, W) float32
     noise_keys: Buffer  # (B, 2) int64: each image's generator
     noise_draw: Buffer  # (1,) int64: which of its draws
     scratch: Buffer  # (B, C, H, W) float32: latents of a step that is only measured
+    scratch_carried: Buffer  # (B, C, H, W) float32: what such a step would carry
     predicted_output: Buffer  # (B, C, H, W) float32
     output_error: Buffer  # (B,) float32
     output_factors: tuple[Buffer, ...]  # (T,) float32, for 1 … MAX_HISTORY evaluations
     branches: Buffer  # (K,) float32 ones
     guidance: Buffer  # (K, B) float32
     timesteps: Buffer  # (S,) float32
-    coefficients: Buffer  # (S, 5) float32
+    coefficients: Buffer  # (S, 8) float32
     labels: Buffer  # (R,) int64
     step: Buffer  # (1,) int64: the present step, read by every block and the head
 
@@ -95,12 +97,18 @@ class BlockBuffers:
 def allocate_image_buffers(backend: Backend, model: ModelSpec, size: RunSize) -> ImageBuffers:
     """Allocate the buffers of embed, condition and head."""
     image = (size.batch, *model.latent_shape)
+
+    def pair() -> tuple[Buffer, Buffer]:
+        return backend.allocate(image, DType.FLOAT32), backend.allocate(image, DType.FLOAT32)
+
     buffers = ImageBuffers(
-        latents=(backend.allocate(image, DType.FLOAT32), backend.allocate(image, DType.FLOAT32)),
+        latents=pair(),
+        carried=pair(),
         noise=backend.allocate(image, DType.FLOAT32),
         noise_keys=backend.allocate((size.batch, 2), DType.INT64),
         noise_draw=backend.allocate((1,), DType.INT64),
         scratch=backend.allocate(image, DType.FLOAT32),
+        scratch_carried=backend.allocate(image, DType.FLOAT32),
         predicted_output=backend.allocate(image, DType.FLOAT32),
         output_error=backend.allocate((size.batch,), DType.FLOAT32),
         output_factors=tuple(backend.allocate((count,), DType.FLOAT32) for count in range(1, MAX_HISTORY + 1)),

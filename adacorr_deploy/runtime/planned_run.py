@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from adacorr_deploy.caching.decisions import Controller, keeps_output, unit_spans, whole_step_spans
 from adacorr_deploy.core.errors import PolicyError
 from adacorr_deploy.core.manifest import Manifest
-from adacorr_deploy.core.samplers import SamplerTable, sampler_table
+from adacorr_deploy.core.samplers import SamplerTable
 from adacorr_deploy.core.specs import ModelSpec
 from adacorr_deploy.core.untrusted import clipped
 from adacorr_deploy.runtime.buffers import MAX_HISTORY, RunSize
 from adacorr_deploy.runtime.denoise import Denoiser, LatentsObserver, Progress
-from adacorr_deploy.runtime.request import SampleRequest, check_request, draws_of_steps
+from adacorr_deploy.runtime.request import SampleRequest, check_request, draws_of_steps, table_from_request
 from adacorr_deploy.runtime.slots import CacheSlot
 from adacorr_deploy.runtime.trace import Branch, Trace
 from adacorr_deploy.runtime.workspace import Workspace
@@ -68,10 +68,10 @@ def planned_run(manifest: Manifest, request: SampleRequest, controller: Controll
     check_request(request, model, manifest.schedule)
     if not 0 <= history <= MAX_HISTORY:
         raise PolicyError(f"history is {history}, allowed are 0 … {MAX_HISTORY} evaluations.")
-    table = sampler_table(manifest.schedule, request.sampler, request.steps)
+    table = table_from_request(request, model, manifest.schedule)
     _check_spans(controller, len(model.blocks))
     whole = keeps_output(controller.spans)
-    if whole and table.needs_noise and model.learned_variance:
+    if whole and table.needs_variance:
         raise PolicyError(
             f"sampler {request.sampler.value} takes its noise from the model's variance, which a policy over whole "
             "steps does not predict. Choose a policy with a block predictor, or --sampler ddim."

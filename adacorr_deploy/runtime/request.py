@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adacorr_deploy.core.errors import RequestError
-from adacorr_deploy.core.samplers import MAX_GUIDANCE, NoiseSchedule, Sampler, SamplerTable
+from adacorr_deploy.core.samplers import MAX_GUIDANCE, Sampler, SamplerTable, check_sampler, sampler_table
+from adacorr_deploy.core.schedules import Schedule
 from adacorr_deploy.core.shapes import MAX_BATCH
 from adacorr_deploy.core.specs import ModelSpec
 from adacorr_deploy.core.untrusted import clipped
@@ -31,6 +32,7 @@ class SampleRequest:
     seed: int = 0  # image b draws from Philox(seed, b): it does not depend on its neighbours
     sampler: Sampler = Sampler.DDIM
     latents: NDArray[np.float32] | None = field(default=None, compare=False)  # (B, C, H, W), instead of drawn ones
+    eta: float = 0.0  # noise of DDIM's steps, 0 … 1; no other sampler takes it
 
     @property
     def batch(self) -> int:
@@ -51,18 +53,20 @@ class SampleRequest:
         return np.asarray([*self.labels, *null], dtype=np.int64)
 
 
-def check_request(request: SampleRequest, model: ModelSpec, schedule: NoiseSchedule) -> None:
+def check_request(request: SampleRequest, model: ModelSpec, schedule: Schedule) -> None:
     """Refuse a request that the model can't serve.
 
     Raises:
-        RequestError: If the labels, steps, guidance, seed, sampler or latents are out of range.
+        RequestError: If the labels, steps, guidance, seed, sampler, eta or latents are out of range.
     """
     _check_labels(request.labels, model.num_classes)
-    check_integer("steps", request.steps, 1, len(schedule.betas))
+    check_sampler(schedule, request.sampler, steps=request.steps, eta=request.eta)
     check_integer("seed", request.seed, 0, MAX_SEED)
-    if not isinstance(request.sampler, Sampler):
-        raise RequestError(f"sampler is {clipped(request.sampler)}, allowed are {', '.join(Sampler)}.")
-    if request.sampler is Sampler.DDPM and schedule.variance_type == "learned_range" and not model.learned_variance:
+    if (
+        request.sampler is Sampler.DDPM
+        and not model.learned_variance
+        and table_from_request(request, model, schedule).needs_variance
+    ):
         raise RequestError("sampler is ddpm with a learned variance, which this model does not predict. Use ddim.")
     guidance: object = request.guidance  # an untyped caller may pass anything
     if isinstance(guidance, bool) or not isinstance(guidance, (int, float)) or not 1 <= guidance <= MAX_GUIDANCE:
@@ -71,6 +75,15 @@ def check_request(request: SampleRequest, model: ModelSpec, schedule: NoiseSched
         )
     if request.latents is not None:
         _check_latents(request.latents, (request.batch, *model.latent_shape))
+
+
+def table_from_request(request: SampleRequest, model: ModelSpec, schedule: Schedule) -> SamplerTable:
+    """Return the sampler's table of a request.
+
+    Raises:
+        RequestError: If the sampler, steps or eta are out of range.
+    """
+    return sampler_table(schedule, request.sampler, request.steps, eta=request.eta, tokens=model.tokens)
 
 
 def _check_labels(labels: object, num_classes: int) -> None:

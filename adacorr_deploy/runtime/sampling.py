@@ -17,9 +17,11 @@ from adacorr_deploy.caching.calibration import (
 )
 from adacorr_deploy.caching.controllers import Run, controller_for_policy
 from adacorr_deploy.caching.decisions import Controller
-from adacorr_deploy.caching.policy import PaperGate, Policy
+from adacorr_deploy.caching.policy import UNCALIBRATED, PaperGate, Policy
 from adacorr_deploy.core.bundle import CALIBRATION_DIR, Bundle, verified_content
 from adacorr_deploy.core.errors import CalibrationError, PolicyError
+from adacorr_deploy.core.samplers import quiet_samplers
+from adacorr_deploy.core.schedules import Schedule
 from adacorr_deploy.core.untrusted import clipped
 from adacorr_deploy.runtime.denoise import LatentsObserver, Progress
 from adacorr_deploy.runtime.pipeline import Pipeline, SampleResult
@@ -94,12 +96,23 @@ def controller_for_request(pipeline: Pipeline, request: SampleRequest, policy: P
     _check_protected_blocks(policy, len(pipeline.manifest.model.blocks))
     calibration = None
     if policy.needs_calibration:
+        _check_no_noise(request, policy, pipeline.manifest.schedule)
         found = calibrations(pipeline.bundle).values()
         predictor = None if isinstance(policy.gate, PaperGate) else policy.predictor
         key = calibration_key(pipeline, request)
         calibration = calibration_for_run(found, key, predictor, policy=policy.name, bundle=str(pipeline.bundle.path))
     run = Run(steps=policy.sampled_steps(request.steps), blocks=len(pipeline.manifest.model.blocks), lags=policy.lags)
     return controller_for_policy(policy, run, calibration)
+
+
+def _check_no_noise(request: SampleRequest, policy: Policy, schedule: Schedule) -> None:
+    if request.sampler.adds_noise(request.eta):
+        given = f"{request.sampler.value} with eta {request.eta:g}" if request.eta else request.sampler.value
+        raise CalibrationError(
+            f"policy {policy.name} needs a calibration, and the run's sampler is {given}, whose noise none can follow. "
+            f"Calibrated policies work with --sampler {' or '.join(quiet_samplers(schedule))}; these need no "
+            f"calibration: {UNCALIBRATED}."
+        )
 
 
 def _check_protected_blocks(policy: Policy, blocks: int) -> None:

@@ -116,6 +116,7 @@ def _request(sample: GoldenSample, manifest: Manifest) -> SampleRequest:
     request = SampleRequest(
         labels=(sample.label,) * batch,
         steps=sample.steps,
+        sampler=sample.sampler,
         guidance=sample.guidance,
         latents=np.stack([sample.initial.reshape(shape)] * batch),
     )

@@ -63,6 +63,7 @@ class Workspace:
         self._stream = NoiseStream(request, self._model.latent_shape)
         image.noise_keys.write(self._stream.keys)
         self._fill(image.latents[0], 0 if latents is None else latents)
+        image.carried[0].write(np.zeros(image.carried[0].shape, dtype=np.float32))  # 0 · what was left could be NaN
         image.guidance.write(request.branch_weights())
         image.timesteps.write(table.timesteps)
         image.coefficients.write(table.coefficients)
@@ -106,7 +107,9 @@ class Workspace:
                 "guidance": image.guidance,
                 "coefficients": image.coefficients,
                 "noise": image.noise,
+                "carried": image.carried[step % 2],
                 "latents_out": image.latents[(step + 1) % 2],
+                "carried_out": image.carried[(step + 1) % 2],
                 "model_output": self.slots.output.ring[entry][0],
             },
         )
@@ -115,11 +118,12 @@ class Workspace:
         """Let the output slot's prediction stand for the model: the next latents without a block."""
         if noise is not None:
             self._fill(self.image.noise, noise)
-        self._extrapolate(step, window, "reuse", self.image.latents[(step + 1) % 2])
+        after = (step + 1) % 2
+        self._extrapolate(step, window, "reuse", (self.image.latents[after], self.image.carried[after]))
 
     def predict_output_aside(self, step: int, window: Window) -> None:
         """Predict the model's output without moving the latents."""
-        self._extrapolate(step, window, "aside", self.image.scratch)
+        self._extrapolate(step, window, "aside", (self.image.scratch, self.image.scratch_carried))
 
     def output_error(self, entry: int) -> Reading:
         """Compare the output predicted aside with the fresh one in a ring entry: relative error, (B,)."""
@@ -134,7 +138,7 @@ class Workspace:
         )
         return image.output_error.read_later()
 
-    def _extrapolate(self, step: int, window: Window, use: str, latents_out: Buffer) -> None:
+    def _extrapolate(self, step: int, window: Window, use: str, results: tuple[Buffer, Buffer]) -> None:
         image = self.image
         factors = image.output_factors[window.entries - 1]
         factors.write(np.asarray(window.coefficients, dtype=np.float32))
@@ -147,7 +151,9 @@ class Workspace:
                 "step": image.step,
                 "coefficients": image.coefficients,
                 "noise": image.noise,
-                "latents_out": latents_out,
+                "carried": image.carried[step % 2],
+                "latents_out": results[0],
+                "carried_out": results[1],
                 "model_output": image.predicted_output,
             },
         )
@@ -329,7 +335,7 @@ def workspace_bytes(model: ModelSpec, size: RunSize) -> int:
     modulations = MODULATIONS_PER_BLOCK * sum(model.blocks) + 2
     table = number * size.steps * size.rows * modulations * model.width
     image = DType.FLOAT32.numpy.itemsize * size.batch * math.prod(model.latent_shape)
-    return tokens * (units + references + 5) + table + image * (max(size.output_history, 1) + 6)
+    return tokens * (units + references + 5) + table + image * (max(size.output_history, 1) + 9)
 
 
 def _allocate_slots(backend: Backend, model: ModelSpec, size: RunSize, zeros: Buffer) -> list[CacheSlot]:

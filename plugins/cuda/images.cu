@@ -2,23 +2,26 @@
 #include "elements.cuh"
 #include "reduce.cuh"
 
-constexpr int COLUMNS = 5;        // of the sampler's table: core/samplers.py::COLUMNS
+constexpr int COLUMNS = 8;  // of the sampler's table: core/sampler_rows.py::COLUMNS
+constexpr int LATENTS = 0, OUTPUT = 1, NOISE = 2, CARRIED = 5, CARRIED_OF_LATENTS = 6, CARRIED_OF_OUTPUT = 7;
 
-// latents, noise, latents_out, model_output (B, elements); history (T, B, elements); factors (T,); step (1,): a row of
-// coefficients (S, 5). Grid: blocks of an image × images.
+// latents, noise, carried and the three results (B, elements); history (T, B, elements); factors (T,); step (1,): a row
+// of coefficients (S, 8). Grid: blocks of an image × images.
 extern "C" __global__ void __launch_bounds__(256)
     adacorr_extrapolate(const float* latents, const float* history, const float* factors, const long long* step,
-                        const float* coefficients, const float* noise, int elements, int evaluations,
-                        float* latents_out, float* model_output) {
-    const float* const of = coefficients + step[0] * COLUMNS;  // of the latents, of the output, of the noise
+                        const float* coefficients, const float* noise, const float* carried, int elements,
+                        int evaluations, float* latents_out, float* model_output, float* carried_out) {
+    const float* const of = coefficients + step[0] * COLUMNS;
     const long long stride = static_cast<long long>(gridDim.y) * elements;
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < elements; i += gridDim.x * blockDim.x) {
         const long long place = static_cast<long long>(blockIdx.y) * elements + i;
         float output = 0.0f;
         for (int t = 0; t < evaluations; ++t) output = fmaf(factors[t], history[t * stride + place], output);
-        const float mean = fmaf(of[1], output, of[0] * latents[place]);
+        const float now = latents[place];
+        const float mean = fmaf(of[CARRIED], carried[place], fmaf(of[OUTPUT], output, of[LATENTS] * now));
         model_output[place] = output;
-        latents_out[place] = fmaf(of[2], noise[place], mean);
+        latents_out[place] = fmaf(of[NOISE], noise[place], mean);
+        carried_out[place] = fmaf(of[CARRIED_OF_OUTPUT], output, of[CARRIED_OF_LATENTS] * now);
     }
 }
 

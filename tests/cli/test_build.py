@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adacorr_deploy.caching.calibration import CalibrationKey
 from adacorr_deploy.caching.policy import PRESETS
 from adacorr_deploy.cli.build import Precision
 from adacorr_deploy.cli.calibrate import calibrate_bundle
@@ -51,7 +52,7 @@ def test_calibrate_calibrates_the_bundle_before_it_is_there(
 
     def seen(
         folder: Path, options: CalibrationOptions, advance: Callable[[str, int, int], None], *, backend: str | None
-    ) -> Path:
+    ) -> tuple[Path, CalibrationKey]:
         calibrated.append((folder, options))
         assert not (tmp_path / "made.bundle").exists()
         return calibrate_bundle(folder, options, advance, backend=backend)
@@ -61,7 +62,7 @@ def test_calibrate_calibrates_the_bundle_before_it_is_there(
     assert command("build", model, "-o", output, "--calibrate", "--policy", "scheduled-blocks@3").code == 0
     ((_, options),) = calibrated
     assert options.predictor == PRESETS["scheduled-blocks"].predictor  # not robust's, which the default would be
-    assert (options.sampler.value, options.steps, options.guidance) == ("ddim", 50, 4.0)
+    assert (options.sampler, options.steps, options.guidance) == (None, 50, 4.0)
     assert any(name.startswith("calibration/ddim-50-4") for name in open_bundle(output).manifest.files)
     assert names(tmp_path) == ["made.bundle"]
 

@@ -80,7 +80,7 @@ def test_labels_are_numbers_and_names_in_the_order_given(command: Command, bundl
     assert found["images"] == [str(tmp_path / f"{word}_seed0.png") for word in words]
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp-2m"])
 def test_given_latents_take_the_place_of_drawn_ones(
     command: Command, bundle: Path, tmp_path: Path, sampler: str
 ) -> None:
@@ -143,12 +143,19 @@ print("loaded:", sorted(name for name in {BUILD_TIME_ONLY!r} if name in sys.modu
         (["--steps", "two"], "Invalid value for '--steps'"),
         (["--guidance", "nan"], "guidance is nan, allowed is at least 1"),
         (["--seed", "-1"], "seed is -1, allowed"),
-        (["--sampler", "euler"], "'euler' is not one of 'ddim', 'ddpm'"),
+        (["--sampler", "euler"], "'euler' is not one of 'ddim', 'ddpm', 'dpmpp-2m'"),
+        (["--sampler", "flow-euler"], "sampler is flow-euler, allowed for this model are ddim, .*FlowMatchEuler"),
+        (["--sampler", "lcm", "--policy", "none"], "sampler is lcm, allowed for this model are .*an LCMScheduler"),
+        (["--sampler", "dpmpp-2m", "--eta", "0.5"], "eta is 0.5, and sampler is dpmpp-2m: only ddim takes it"),
+        (["--eta", "0.5"], "the run's sampler is ddim with eta 0.5, whose noise none can follow"),
         (
             ["--steps", "9"],
             "policy robust needs a calibration; .*steps is 8, the run's is 9.*adacorr-calibrate .*tiny.bundle --sa",
         ),
-        (["--sampler", "ddpm"], "work with --sampler ddim; these need no calibration: none, fewer-steps, fora, paper-"),
+        (
+            ["--sampler", "ddpm"],
+            "work with --sampler ddim or dpmpp-2m; these need no calibration: none, fewer-",
+        ),
         (["--save-latents", "a.png"], r"Latents are kept as .npy, not as a.png. Give a name that ends in .npy"),
         (["--policy", "nix"], "policy 'nix' is neither a preset"),
         (["--policy", "nowhere.toml"], "policy file nowhere.toml can't be read"),

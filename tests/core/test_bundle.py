@@ -19,7 +19,7 @@ import pytest
 from adacorr_deploy.core import bundle as bundle_module
 from adacorr_deploy.core.bundle import Bundle, open_bundle, replace_file, store_in_bundle
 from adacorr_deploy.core.errors import BundleError
-from adacorr_deploy.core.manifest import MANIFEST_NAME, Manifest, file_record
+from adacorr_deploy.core.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest, file_record
 
 SPEC = {"name": "embed", "inputs": [], "outputs": []}
 MODEL = {
@@ -46,7 +46,7 @@ def path(tmp_path: Path) -> Path:
     part = {"spec": SPEC, "onnx": "parts/embed.onnx", "artefact": "parts/embed.onnx", "build_seconds": 0}
     manifest = Manifest.model_validate(
         {
-            "schema_version": 1,
+            "schema_version": SCHEMA_VERSION,
             "model_name": "tiny",
             "model": MODEL,
             "checkpoint_sha256": "0" * 64,

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adacorr_deploy.core.errors import BundleError
-from adacorr_deploy.core.manifest import Manifest, bundle_path, manifest_from_json
-from adacorr_deploy.core.samplers import NoiseSchedule
+from adacorr_deploy.core.manifest import SCHEMA_VERSION, Manifest, bundle_path, manifest_from_json
+from adacorr_deploy.core.schedules import NoiseSchedule
 from adacorr_deploy.core.specs import DType, ModelSpec, PartSpec, TensorSpec
 
 Raw = dict[str, Any]
@@ -22,7 +22,7 @@ def manifest() -> Manifest:
     part = PartSpec(name="embed", inputs=(tensor,), outputs=(tensor,))
     record = {"spec": part, "onnx": "parts/embed.onnx", "artefact": "parts/embed.onnx", "build_seconds": 0.5}
     return Manifest(
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         model_name="tiny",
         model=ModelSpec(
             family="dit",
@@ -58,7 +58,7 @@ def set_(raw: Raw, path: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("schema_version", 2, "schema version 2, this release reads 1"),
+        ("schema_version", 1, "schema version 1, this release reads 2"),
         ("schema_version", None, "schema version None"),
         ("schema_version", True, "schema version True"),
         ("checkpoint_sha256", "xyz", "checkpoint_sha256"),
@@ -66,7 +66,7 @@ def set_(raw: Raw, path: str, value: object) -> None:
         ("model/tokens", "many", "model.tokens"),
         ("schedule/betas", [0.1, 2.0], r"schedule: betas\[1\] is 2.0"),
         ("schedule/betas", [], "schedule: betas: got 0 values"),
-        ("schedule/variance_type", "learned", "schedule.variance_type"),
+        ("schedule/variance_type", "learned", "schedule.noise.variance_type"),
         ("parts/embed", {}, "parts.embed"),
         ("files", [], "files"),
         ("surprise", 1, "surprise: Extra inputs are not permitted"),
@@ -138,7 +138,7 @@ def test_an_accepted_path_stays_below_its_folder(path: str) -> None:
     assert not accepted.startswith("/")
 
 
-@pytest.mark.parametrize("text", ["", "{", "null", "[]", "3", '"x"', "[" * 100_000, '{"schema_version": 1}'])
+@pytest.mark.parametrize("text", ["", "{", "null", "[]", "3", '"x"', "[" * 100_000, '{"schema_version": 2}'])
 def test_what_is_no_manifest_is_refused(text: str) -> None:
     with pytest.raises(BundleError, match=r"not JSON|schema version|Field required"):
         manifest_from_json(text, where="b")

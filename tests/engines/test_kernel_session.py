@@ -138,10 +138,11 @@ def test_extrapolate_and_its_error(library: KernelLibrary) -> None:
     inputs = _inputs(spec)
     row = inputs["coefficients"][int(inputs["step"][0])].astype(np.float32)
     wide = _wide(inputs)
-    latents, output = oracle.extrapolate(wide["latents"], wide["history"], wide["factors"], row, wide["noise"])
+    named = {name: wide[name] for name in ("latents", "history", "factors", "noise", "carried")}
+    results = oracle.extrapolate(**named, sampler_row=row)
     found = _run(library, spec, inputs)
-    np.testing.assert_allclose(found["latents_out"], latents, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(found["model_output"], output, rtol=1e-5, atol=1e-5)
+    for name, wanted in zip(("latents_out", "model_output", "carried_out"), results, strict=True):
+        np.testing.assert_allclose(found[name], wanted, rtol=1e-5, atol=1e-5)
 
     spec = output_error_spec(model)
     inputs = _inputs(spec)

@@ -15,6 +15,7 @@ from diffusers import DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from adacorr_deploy.core.errors import CheckpointError, SchedulerError, UnsupportedModelError
+from adacorr_deploy.core.schedules import NoiseSchedule
 from adacorr_deploy.core.specs import DType
 from adacorr_deploy.exporters import EXPORTERS, load_checkpoint
 from tests.exporters.conftest import write_scheduler
@@ -36,6 +37,7 @@ def test_a_pipeline_folder_gives_model_schedule_and_class_names(pipeline: Path, 
     loaded = load_checkpoint(pipeline)
     assert loaded.name == "pipeline"
     assert loaded.class_names == tuple(f"class {label}" for label in range(10))
+    assert isinstance(loaded.schedule, NoiseSchedule)
     assert len(loaded.schedule.betas) == 1000
     assert loaded.schedule.variance_type == "learned_range"  # the model predicts it; a DDIM configuration doesn't say
     assert all(torch.equal(value, dit.state_dict()[key]) for key, value in loaded.model.module.state_dict().items())

@@ -94,8 +94,9 @@ def guided_step(
         "step": np.array([1]),
         "latents": latents,
         "guidance": guidance,
-        "coefficients": draw.uniform(0.2, 0.9, (3, 5)).astype(np.float32),
+        "coefficients": draw.uniform(0.2, 0.9, (3, 8)).astype(np.float32),
         "noise": draw.standard_normal(latents.shape).astype(np.float32),
+        "carried": draw.standard_normal(latents.shape).astype(np.float32),
     }
     return parts.run("head", inputs), {**inputs, **modulations}
 
@@ -116,10 +117,11 @@ def test_the_chain_of_parts_equals_the_whole_model(
     noise_of_branch, variance = output[:, :4].reshape(branches, batch, 4, 8, 8), output[:batch, 4:].numpy()
     guided = (torch.from_numpy(weights)[:, :, None, None, None] * noise_of_branch).sum(0).numpy()
     assert relative_error(results["model_output"], guided) < 1e-4
-    of_latents, of_output, of_noise, low, high = head["coefficients"][1]
+    of_latents, of_output, of_noise, low, high, of_carried, kept, moved = head["coefficients"][1]
     deviation = np.exp(0.5 * (low + (variance + 1) / 2 * (high - low)))
-    expected = of_latents * latents + of_output * guided + of_noise * deviation * head["noise"]
-    assert relative_error(results["latents_out"], expected) < 1e-4
+    noise, carried = of_noise * deviation * head["noise"], of_carried * head["carried"]
+    assert relative_error(results["latents_out"], of_latents * latents + of_output * guided + carried + noise) < 1e-4
+    assert relative_error(results["carried_out"], kept * latents + moved * guided) < 1e-4
 
 
 def test_the_monolithic_step_equals_the_chain(exported: Export) -> None:
@@ -149,8 +151,9 @@ def test_without_learned_variance_the_noise_column_is_the_standard_deviation() -
     spec = next(part.spec for part in loaded(random_dit()).model.parts(DType.FLOAT32, 1) if part.spec.name == "head")
     inputs = random_inputs(spec, batch=2, branches=1, steps=2)
     results = in_torch(head, inputs, spec)
-    of_latents, of_output, of_noise, _, _ = inputs["coefficients"][1]
-    expected = of_latents * inputs["latents"] + of_output * results["model_output"] + of_noise * inputs["noise"]
+    of_latents, of_output, of_noise, _, _, of_carried, _, _ = inputs["coefficients"][1]
+    expected = of_latents * inputs["latents"] + of_output * results["model_output"] + of_carried * inputs["carried"]
+    expected = expected + of_noise * inputs["noise"]
     assert relative_error(results["latents_out"], expected) < 1e-6
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from adacorr_deploy.core.errors import CheckpointError, UnsupportedModelError
+from adacorr_deploy.core.schedules import NoiseSchedule
 from adacorr_deploy.core.specs import DType
 from adacorr_deploy.exporters import (
     diffusers_from_original,
@@ -88,6 +89,7 @@ def test_every_form_of_file_is_loaded(form: str, oracle: ModuleType, tmp_path: P
         torch.save(state if form == "bare.pt" else {"model": wrong, "ema": state, "step": 3}, path)
     model = load_checkpoint(path, heads=2)
     assert model.name == path.stem
+    assert isinstance(model.schedule, NoiseSchedule)
     assert model.schedule.variance_type == "learned_range"
     assert len(model.schedule.betas) == 1000
     assert (model.schedule.betas[0], model.schedule.betas[-1]) == pytest.approx((1e-4, 0.02))

@@ -93,7 +93,7 @@ def test_they_assemble_for_every_target_with_no_register_spilled(target: str, pr
 
 def test_the_sources_say_what_the_table_and_the_oracle_say() -> None:
     """Constants that stand in both languages."""
-    from adacorr_deploy.core.samplers import COLUMNS
+    from adacorr_deploy.core.sampler_rows import COLUMNS
     from adacorr_deploy.plugins import kernels, oracle
 
     text = "".join(path.read_text() for path in SOURCES.iterdir())

@@ -270,8 +270,9 @@ def test_extrapolate_follows_the_oracle(seed: int, batch: int, evaluations: int)
         "history": rng.standard_normal((evaluations, 1, *image)).astype(np.float32),
         "factors": rng.uniform(-2, 3, evaluations).astype(np.float32),
         "noise": rng.standard_normal(image).astype(np.float32),
+        "carried": rng.standard_normal(image).astype(np.float32),
     }
-    table, step = rng.standard_normal((5, 5)).astype(np.float32), int(rng.integers(5))
+    table, step = rng.standard_normal((5, 8)).astype(np.float32), int(rng.integers(5))
     actual = run(
         model_spec(), f"extrapolate_{evaluations}", **inputs, coefficients=table, step=np.array([step], np.int64)
     )

@@ -13,7 +13,8 @@ from adacorr_deploy.core.bundle import Bundle, open_bundle
 from adacorr_deploy.core.engine_build import EngineBuild, Profile, WeightLayout
 from adacorr_deploy.core.errors import BundleError, CheckpointError
 from adacorr_deploy.core.golden import GoldenSample
-from adacorr_deploy.core.manifest import MANIFEST_NAME, Manifest
+from adacorr_deploy.core.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest
+from adacorr_deploy.core.schedules import NoiseSchedule
 from adacorr_deploy.core.specs import DType
 from adacorr_deploy.exporters import LoadedModel
 from adacorr_deploy.quality.golden import store_golden_sample
@@ -33,7 +34,7 @@ def bundle_without_engines(path: Path, model: LoadedModel, precision: DType, pro
     """Write a bundle's manifest alone: no engine may be opened."""
     path.mkdir()
     manifest = Manifest(
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         model_name=model.name,
         model=model.model.spec(precision, 2),
         checkpoint_sha256=model.checkpoint_sha256,
@@ -90,6 +91,7 @@ def test_it_takes_as_many_steps_as_the_engines_do(
 
 
 def test_a_short_schedule_is_not_exceeded(model: LoadedModel, tmp_path: Path) -> None:
+    assert isinstance(model.schedule, NoiseSchedule)
     short = replace(model, schedule=replace(model.schedule, betas=model.schedule.betas[:3]))
     bundle = bundle_without_engines(tmp_path / "bundle", short, DType.FLOAT32)
     store_golden_sample(bundle, short)
@@ -101,7 +103,7 @@ def test_a_model_whose_own_latents_overflow_is_refused_and_nothing_is_stored(tmp
     torch.nn.init.constant_(module.proj_out_2.weight, 3e38)
     broken = loaded(module)
     bundle = bundle_without_engines(tmp_path / "bundle", broken, DType.FLOAT32)
-    with pytest.raises(CheckpointError, match=r"random: after 4 steps of DDIM, .* NaN or infinite values. Check"):
+    with pytest.raises(CheckpointError, match=r"random: after 4 steps of ddim, .* NaN or infinite values. Check"):
         store_golden_sample(bundle, broken)
     assert [path.name for path in bundle.path.iterdir()] == [MANIFEST_NAME]
 

@@ -17,7 +17,9 @@ import torch
 from adacorr_deploy.caching.policy import PRESETS
 from adacorr_deploy.core.bundle import Bundle, open_bundle
 from adacorr_deploy.core.errors import BundleError, RequestError
+from adacorr_deploy.core.manifest import MANIFEST_NAME
 from adacorr_deploy.core.samplers import Sampler
+from adacorr_deploy.core.schedules import Distillation, DynamicShift, FlowSchedule, NoiseSchedule, Schedule
 from adacorr_deploy.core.specs import DType, PartSpec
 from adacorr_deploy.engines import Artefact, Backend, Session
 from adacorr_deploy.engines.onnxruntime_cpu import OnnxRuntimeBackend, OnnxRuntimeSession
@@ -66,7 +68,10 @@ def assert_passes(validation: Validation) -> None:
     assert validation.passed, validation.to_json()
 
 
-@pytest.mark.parametrize("sampler", list(Sampler))
+DIFFUSION = [Sampler.DDIM, Sampler.DDPM, Sampler.DPMPP_2M, Sampler.DPMPP_2M_SDE]
+
+
+@pytest.mark.parametrize("sampler", DIFFUSION)
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_a_bundle_agrees_with_its_model(
     sampler: Sampler, guidance: float, model: LoadedModel, bundle_of: Build
@@ -78,6 +83,33 @@ def test_a_bundle_agrees_with_its_model(
     assert validation.trajectory.rel_l2 <= 1e-4
     assert 0 < validation.trajectory.engine_rel_l2 <= 1e-4
     assert validation.trajectory.policy_psnr_db == np.inf  # `none` is the chain itself
+
+
+@pytest.mark.parametrize(
+    ("schedule", "sampler"),
+    [
+        (NoiseSchedule(betas=(0.01,) * 1000, distillation=Distillation(steps=50)), Sampler.LCM),
+        (FlowSchedule(flow_steps=1000, shift=3.0), Sampler.FLOW_EULER),
+        (FlowSchedule(flow_steps=1000, dynamic_shift=DynamicShift(base_tokens=4)), Sampler.FLOW_EULER),
+    ],
+)
+def test_few_step_and_flow_matching_models_agree_by_their_own_sampler(
+    schedule: Schedule, sampler: Sampler, model: LoadedModel, bundle: Bundle
+) -> None:
+    manifest = bundle.manifest.model_copy(update={"schedule": schedule})
+    (bundle.path / MANIFEST_NAME).write_text(manifest.model_dump_json())
+    assert open_bundle(bundle.path).manifest.schedule == schedule  # also when read again
+    validation = validate_bundle(bundle.path, replace(model, schedule=schedule), OPTIONS)
+    assert_passes(validation)
+    assert validation.trajectory.sampler == sampler.value
+    assert validation.trajectory.rel_l2 <= 1e-4
+
+
+def test_ddims_noise_is_diffusers_own(model: LoadedModel, bundle_of: Build) -> None:
+    validation = validate_bundle(bundle_of(DType.FLOAT32).path, model, replace(OPTIONS, eta=0.8))
+    assert_passes(validation)
+    assert validation.trajectory.rel_l2 <= 1e-4
+    assert validation.trajectory.rms > 0
 
 
 def test_float16_passes_by_its_own_tolerance_only(model: LoadedModel, bundle_of: Build) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from adacorr_deploy.core.manifest import MANIFEST_NAME, Manifest, PartRecord, file_record
+from adacorr_deploy.core.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest, PartRecord, file_record
 from adacorr_deploy.runtime import Pipeline
 from tests.runtime.fake_backend import FakeBackend
 from tests.runtime.tiny_dit import SCHEDULE, TinyDiT
@@ -22,7 +22,7 @@ def write_bundle(path: Path, model: TinyDiT) -> Path:
         file = f"parts/{name}.onnx"
         records[name] = PartRecord(spec=spec, onnx=file, artefact=file, build_seconds=0.0)
     manifest = Manifest(
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         model_name="tiny",
         model=model.spec,
         checkpoint_sha256="0" * 64,

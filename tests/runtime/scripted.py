@@ -115,9 +115,10 @@ class PlainRun:
     def latents(self) -> Array:
         """Run all steps and return the final latents."""
         request, model = self.request, self.model
-        table = sampler_table(SCHEDULE, request.sampler, request.steps)
+        table = sampler_table(SCHEDULE, request.sampler, request.steps, eta=request.eta)
         stream = NoiseStream(request, model.spec.latent_shape)
         latents, draws = stream.at(0), itertools.count(1)
+        carried = np.zeros_like(latents)
         tables = model.condition({"timesteps": table.timesteps, "labels": request.rows(model.spec.num_classes)})
         slots = [PlainSlot() for _ in model.spec.blocks]
         for step in range(request.steps):
@@ -132,8 +133,10 @@ class PlainRun:
                 "guidance": request.branch_weights(),
                 "coefficients": table.coefficients,
                 "noise": stream.at(next(draws)) if table.coefficients[step, 2] else np.zeros_like(latents),
+                "carried": carried,
             }
-            latents = f32(model.head(head)["latents_out"])
+            results = model.head(head)
+            latents, carried = f32(results["latents_out"]), f32(results["carried_out"])
         return latents
 
     def _block(self, step: int, block: int, slot: PlainSlot, tokens: Array, modulation: Array) -> Array:

@@ -88,7 +88,7 @@ def test_images_of_one_seed_differ_and_a_seed_repeats() -> None:
 
 
 def test_the_draws_of_steps_follow_the_initial_latents_and_skip_steps_without() -> None:
-    coefficients = np.zeros((4, 5), np.float32)
+    coefficients = np.zeros((4, 8), np.float32)
     coefficients[[0, 2], 2] = 0.5
     table = SamplerTable(timesteps=np.arange(4, 0, -1, dtype=np.float32), coefficients=coefficients)
     assert (table.noisy_steps, table.needs_noise) == ((True, False, True, False), True)

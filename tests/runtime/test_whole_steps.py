@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from adacorr_deploy.caching.decisions import Action
 from adacorr_deploy.core.errors import PolicyError
-from adacorr_deploy.core.samplers import COLUMNS, Sampler, sampler_table
+from adacorr_deploy.core.sampler_rows import COLUMNS
+from adacorr_deploy.core.samplers import Sampler, sampler_table
 from adacorr_deploy.plugins import oracle
 from adacorr_deploy.runtime import Pipeline, SampleRequest
 from tests.runtime.fake_backend import FakeBackend
@@ -27,6 +30,44 @@ def every(period: int, **options: bool) -> Script:
 def test_evaluating_every_step_is_the_plain_chain_bit_for_bit(pipeline: Pipeline, model: TinyDiT) -> None:
     result = pipeline.sample(REQUEST, every(1), history=2)
     np.testing.assert_array_equal(result.latents, PlainRun(model, REQUEST, Script(), 1).latents())
+
+
+def test_a_multistep_sampler_is_the_plain_chain_too(pipeline: Pipeline, model: TinyDiT) -> None:
+    request = replace(REQUEST, sampler=Sampler.DPMPP_2M)
+    expected = PlainRun(model, request, Script(), 1).latents()
+    np.testing.assert_array_equal(pipeline.sample(request, every(1), history=2).latents, expected)
+    np.testing.assert_array_equal(pipeline.sample(request, Script(), history=0).latents, expected)
+
+
+def test_a_multistep_sampler_carries_nothing_from_the_request_before(pipeline: Pipeline) -> None:
+    request = replace(REQUEST, sampler=Sampler.DPMPP_2M)
+    first = pipeline.sample(request, every(2), history=1).latents
+    space = next(iter(pipeline._workspaces.values()))
+    for buffer in space.image.carried:
+        buffer.write(np.full(buffer.shape, np.nan, np.float32))
+    np.testing.assert_array_equal(pipeline.sample(request, every(2), history=1).latents, first)
+
+
+def test_to_a_multistep_sampler_a_held_output_is_that_steps_output(pipeline: Pipeline) -> None:
+    """The reused steps estimate the image from the held output, and what they carry is that estimate."""
+    request = replace(REQUEST, sampler=Sampler.DPMPP_2M)
+    rows = sampler_table(SCHEDULE, Sampler.DPMPP_2M, 6).coefficients.astype(np.float64)
+    table = [dict(zip(COLUMNS, row, strict=True)) for row in rows.tolist()]
+    seen: list[np.ndarray[tuple[int, ...], np.dtype[np.float32]]] = []
+    pipeline.sample(request, every(99), history=1)
+    space = next(iter(pipeline._workspaces.values()))
+    pipeline.sample(
+        request, every(99), history=1, progress=lambda step, steps, rho: seen.append(space.read_latents(step - 1))
+    )
+    latents = np.stack([oracle.philox_normals(7, image, 0, 16).reshape(1, 4, 4) for image in range(2)])
+    latents = latents.astype(np.float64)
+    output = (seen[0] - table[0]["latents"] * latents) / table[0]["output"]
+    carried = np.zeros_like(latents)
+    for row, found in zip(table, seen, strict=True):
+        after = row["latents"] * latents + row["output"] * output + row["carried"] * carried
+        carried = row["carried_of_latents"] * latents + row["carried_of_output"] * output
+        np.testing.assert_allclose(found, after, rtol=1e-3, atol=1e-3)
+        latents = after
 
 
 def test_a_reused_step_launches_no_block_and_no_head(pipeline: Pipeline, backend: FakeBackend) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from adacorr_deploy.core.samplers import NoiseSchedule
+from adacorr_deploy.core.sampler_rows import COLUMNS
+from adacorr_deploy.core.schedules import NoiseSchedule
 from adacorr_deploy.core.shapes import BATCH, BRANCHES, ROWS, STEPS
 from adacorr_deploy.core.specs import Dim, DType, ModelSpec, PartSpec, TensorSpec
 from adacorr_deploy.plugins import oracle, service_part_specs
@@ -118,12 +119,15 @@ class TinyDiT:
         images = patches.reshape(-1, 2, 2, 2, 2, patches.shape[-1] // 4)
         images = images.transpose(0, 5, 1, 3, 2, 4).reshape(len(guidance), batch, -1, SIDE, SIDE)
         output = sum(weight[:, None, None, None] * image[:, :1] for weight, image in zip(guidance, images, strict=True))
-        of_latents, of_output, of_noise, low, high = _f32(tensors["coefficients"])[step]
+        row = dict(zip(COLUMNS, _f32(tensors["coefficients"])[step], strict=True))
         deviation = np.float32(1.0)
         if self.spec.learned_variance:
+            low, high = row["log_variance_min"], row["log_variance_max"]
             deviation = np.exp((low + (images[0][:, 1:] + 1) / 2 * (high - low)) / 2)
-        after = of_latents * latents + of_output * output + of_noise * deviation * _f32(tensors["noise"])
-        return {"latents_out": after, "model_output": np.asarray(output)}
+        after = row["latents"] * latents + row["output"] * output + row["carried"] * _f32(tensors["carried"])
+        after = after + row["noise"] * deviation * _f32(tensors["noise"])
+        carried = row["carried_of_latents"] * latents + row["carried_of_output"] * output
+        return {"latents_out": after, "model_output": np.asarray(output), "carried_out": np.asarray(carried)}
 
 
 def signals(tensors: Tensors) -> dict[str, NDArray[np.generic]]:
@@ -144,10 +148,9 @@ def signals(tensors: Tensors) -> dict[str, NDArray[np.generic]]:
 
 def extrapolate(tensors: Tensors) -> dict[str, NDArray[np.generic]]:
     row = tensors["coefficients"][int(tensors["step"][0])]
-    latents, output = oracle.extrapolate(
-        _f32(tensors["latents"]), _f32(tensors["history"]), _f32(tensors["factors"]), _f32(row), _f32(tensors["noise"])
-    )
-    return {"latents_out": latents, "model_output": output}
+    named = {name: _f32(tensors[name]) for name in ("latents", "history", "factors", "noise", "carried")}
+    latents, output, carried = oracle.extrapolate(**named, sampler_row=_f32(row))
+    return {"latents_out": latents, "model_output": output, "carried_out": carried}
 
 
 def output_error(tensors: Tensors) -> dict[str, NDArray[np.generic]]:
@@ -231,10 +234,11 @@ def _head_spec() -> PartSpec:
             _i("step", 1),
             _image("latents"),
             _f("guidance", BRANCHES, BATCH),
-            _f("coefficients", STEPS, 5),
+            _f("coefficients", STEPS, len(COLUMNS)),
             _image("noise"),
+            _image("carried"),
         ),
-        outputs=(_image("latents_out"), _image("model_output")),
+        outputs=(_image("latents_out"), _image("model_output"), _image("carried_out")),
     )
 
 

@@ -100,7 +100,8 @@ def test_the_shipped_folder_is_whole_and_small(package_demo: ModuleType) -> None
 
 
 def test_the_shipped_scheduler_is_ddim_as_the_runtime_reads_it(package_demo: ModuleType) -> None:
-    from adacorr_deploy.core.samplers import Sampler, sampler_table, schedule_from_config
+    from adacorr_deploy.core.samplers import Sampler, sampler_table
+    from adacorr_deploy.core.scheduler_config import schedule_from_config
 
     config = json.loads((SHIPPED / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     table = sampler_table(schedule_from_config(config), Sampler.DDIM, 50)

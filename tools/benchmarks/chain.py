@@ -27,7 +27,6 @@ from typing import Final
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
 from machine import cpu_model, say
 from models import (
     GUIDANCE,
@@ -49,6 +48,7 @@ from adacorr_deploy.core.errors import AdaCorrError
 from adacorr_deploy.engines import Artefact, Buffer, Launch, Session, backend_by_name
 from adacorr_deploy.exporters import LoadedModel, monolithic_step_onnx
 from adacorr_deploy.exporters.bundle_builder import BuildOptions, build_bundle
+from adacorr_deploy.quality.diffusers_schedulers import scheduler_for_run
 from adacorr_deploy.runtime import Pipeline, SampleRequest
 from adacorr_deploy.runtime.buffers import RunSize
 from adacorr_deploy.runtime.slots import CacheSlot
@@ -81,15 +81,8 @@ class StepArms:
         self._monolith = monolith
         self._launch: Launch | None = None
         self._request = request
-        schedule = loaded.schedule
-        self._scheduler = DDIMScheduler(
-            trained_betas=list(schedule.betas),
-            timestep_spacing=schedule.timestep_spacing,
-            steps_offset=schedule.steps_offset,
-            set_alpha_to_one=schedule.set_alpha_to_one,
-            clip_sample=False,
-        )
-        self._scheduler.set_timesteps(request.steps)
+        tokens = opened.bundle.manifest.model.tokens
+        self._scheduler = scheduler_for_run(loaded.schedule, request, tokens=tokens)
         self.differences: dict[str, float] = {}  # largest between the chain's latents and the others'
 
     def __call__(self) -> Times:

@@ -21,7 +21,8 @@ from torch import nn
 from adacorr_deploy.caching.controllers import Run
 from adacorr_deploy.caching.predictors import PredictorKind
 from adacorr_deploy.core.errors import BackendUnavailableError
-from adacorr_deploy.core.samplers import COLUMNS, sampler_table
+from adacorr_deploy.core.sampler_rows import COLUMNS
+from adacorr_deploy.core.samplers import sampler_table
 from adacorr_deploy.engines import Launch
 from adacorr_deploy.exporters import LoadedModel
 from adacorr_deploy.plugins.service_parts import SIGNALS_PART, blend_part_name

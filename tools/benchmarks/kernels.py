@@ -212,8 +212,9 @@ def _error(found: Array, expected: Array, rounding: float) -> float:
 
 def _extrapolate(inputs: Arrays, _: tuple[int, ...]) -> dict[str, Array]:
     row = inputs["coefficients"][int(inputs["step"][0])]
-    named = {name: inputs[name] for name in ("latents", "history", "factors", "noise")}
-    return dict(zip(("latents_out", "model_output"), oracle.extrapolate(**named, sampler_row=row), strict=True))
+    named = {name: inputs[name] for name in ("latents", "history", "factors", "noise", "carried")}
+    outputs = ("latents_out", "model_output", "carried_out")
+    return dict(zip(outputs, oracle.extrapolate(**named, sampler_row=row), strict=True))
 
 
 def _noise(inputs: Arrays, shape: tuple[int, ...]) -> dict[str, Array]:

@@ -30,7 +30,7 @@ from adacorr_deploy.caching.decisions import Controller
 from adacorr_deploy.caching.policy import PRESETS
 from adacorr_deploy.core.bundle import Bundle, open_bundle
 from adacorr_deploy.core.manifest import Manifest
-from adacorr_deploy.core.samplers import COLUMNS
+from adacorr_deploy.core.sampler_rows import COLUMNS
 from adacorr_deploy.core.shapes import BATCH, BRANCHES, ROWS, STEPS
 from adacorr_deploy.core.specs import MODULATIONS_PER_BLOCK, DType, ModelSpec
 from adacorr_deploy.engines.host_memory import HostBuffer
@@ -181,8 +181,9 @@ def buffer_terms(model: ModelSpec, size: RunSize, references: int) -> list[Term]
         ),
         Term(
             name="images",
-            formula=f"{6 + outputs}·B·C·H·W·4 (two latents, noise, scratch, prediction, zeros; {outputs} outputs)",
-            size_bytes=(6 + outputs) * image,
+            formula=f"{9 + outputs}·B·C·H·W·4 (two latents, two carried, noise, two scratch, prediction, zeros; "
+            f"{outputs} outputs)",
+            size_bytes=(9 + outputs) * image,
         ),
         Term(name="slots", formula=slots, size_bytes=max(size.history, 1) * units * tokens),
         Term(name="references", formula=f"{references}·R·N·D·p", size_bytes=references * tokens),

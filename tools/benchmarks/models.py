@@ -19,14 +19,13 @@ from adacorr_deploy.caching.guards import Guards
 from adacorr_deploy.caching.policy import Policy, ScheduleGate
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
 from adacorr_deploy.core.bundle import Bundle
-from adacorr_deploy.core.samplers import sampler_table
 from adacorr_deploy.core.specs import PartSpec
 from adacorr_deploy.engines import Backend, Buffer, Launch, Session
 from adacorr_deploy.engines.bundle_sessions import open_part
 from adacorr_deploy.exporters import LoadedModel, load_checkpoint
 from adacorr_deploy.exporters.dit_adapter import DiTModel
 from adacorr_deploy.runtime import Pipeline, SampleRequest
-from adacorr_deploy.runtime.request import NoiseStream
+from adacorr_deploy.runtime.request import NoiseStream, table_from_request
 from adacorr_deploy.runtime.workspace import Workspace
 
 GUIDANCE: Final = 4.0
@@ -136,7 +135,7 @@ def timed(work: Callable[[], object]) -> float:
 
 def prepare(pipeline: Pipeline, space: Workspace, request: SampleRequest) -> None:
     """Put the request's inputs and modulations in place."""
-    table = sampler_table(pipeline.manifest.schedule, request.sampler, request.steps)
+    table = table_from_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
     space.prepare(request, table, NoiseStream(request, pipeline.manifest.model.latent_shape).at(0))
 
 
@@ -150,6 +149,8 @@ def monolith_buffers(spec: PartSpec, space: Workspace, latents: Buffer, latents_
         "guidance": image.guidance,
         "coefficients": image.coefficients,
         "noise": image.noise,
+        "carried": image.carried[0],
+        "carried_out": image.scratch_carried,
         "modulation_head": blocks.modulation_head,
         "latents_out": latents_out,
         "model_output": image.predicted_output,

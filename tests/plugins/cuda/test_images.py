@@ -16,7 +16,7 @@ pytestmark = needs_compiler
 def test_extrapolate_matches_the_oracle(image: tuple[int, ...], evaluations: int) -> None:
     batch = (3, *image)
     rng = np.random.default_rng(evaluations)
-    table, step = rng.standard_normal((6, 5)).astype(np.float32), int(rng.integers(6))
+    table, step = rng.standard_normal((6, 8)).astype(np.float32), int(rng.integers(6))
     inputs = {
         "latents": normal(1, batch),
         "history": normal(2, (evaluations, 1, *batch)),
@@ -24,10 +24,11 @@ def test_extrapolate_matches_the_oracle(image: tuple[int, ...], evaluations: int
         "step": np.array([step], np.int64),
         "coefficients": table,
         "noise": normal(3, batch),
+        "carried": normal(4, batch),
     }
-    outputs = {"latents_out": (batch, FLOAT32), "model_output": (batch, FLOAT32)}
+    outputs = dict.fromkeys(("latents_out", "model_output", "carried_out"), (batch, FLOAT32))
     launch = launch_of("extrapolate", "float16", inputs, outputs)  # whatever the tokens are made of
-    named = {name: inputs[name] for name in ("latents", "history", "factors", "noise")}
+    named = {name: inputs[name] for name in ("latents", "history", "factors", "noise", "carried")}
     expected = oracle.extrapolate(**named, sampler_row=table[step])
     for seed in (0, 1, 2):
         found = run_launch(launch, inputs, outputs, seed=seed)
