@@ -50,6 +50,7 @@ def _run(script: str, folder: Path) -> str:
         "adacorr_deploy.plugins",
         "adacorr_deploy.engines",
         "adacorr_deploy.runtime",
+        "adacorr_deploy.serving.triton_model",
         "adacorr_deploy.cli.run",
     ],
 )
@@ -62,7 +63,7 @@ def test_no_module_below_the_quality_layer_loads_a_build_time_package(tmp_path: 
     script = f"""
 import importlib, pkgutil, sys
 count = 0
-for layer in ("core", "caching", "plugins", "engines", "runtime"):
+for layer in ("core", "caching", "plugins", "engines", "runtime", "serving"):
     package = importlib.import_module("adacorr_deploy." + layer)
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         if module.name not in {BUILD_TIME_MODULES!r}:

@@ -27,7 +27,7 @@ TOP_LEVEL = {
     "tools",
 }
 IGNORED_BY_GIT = {"build", "dist"}
-COMMANDS = ("adacorr-bench", "adacorr-build", "adacorr-calibrate", "adacorr-run", "adacorr-validate")
+COMMANDS = ("adacorr-bench", "adacorr-build", "adacorr-calibrate", "adacorr-run", "adacorr-serve", "adacorr-validate")
 PACKAGE_DATA = {".csv", ".json", ".md", ".png", ".safetensors"}
 
 

@@ -9,7 +9,7 @@
 root=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 python=$venv/bin/python
-extras=build,cpu,rtx,dev
+extras=build,cpu,rtx,serve,dev
 
 say() { printf '%s\n' "$*" >&2; }
 

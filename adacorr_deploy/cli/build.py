@@ -272,7 +272,7 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
 
 def _next_steps(bundle: Bundle, target: Target) -> list[str]:
     from adacorr_deploy.caching.policy import policy_named
-    from adacorr_deploy.cli.image_files import PIXEL_CHANNELS
+    from adacorr_deploy.runtime.images import PIXEL_CHANNELS
 
     pixels = bundle.manifest.model.latent_shape[0] in PIXEL_CHANNELS
     output = "-o images" if pixels else "--save-latents latents.npy"  # latents become images through a VAE elsewhere

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from adacorr_deploy.quality.pictures import ImageGrid, picture_of_grids, png_from_picture
+from adacorr_deploy.quality.pictures import ImageGrid, picture_of_grids
+from adacorr_deploy.runtime.images import picture_from_pixels, png_from_picture
 
-PIXEL_CHANNELS: Final = (1, 3)  # grey or RGB: latents that are the image itself
 GRID_NAME: Final = "grid.png"
 
 _COLUMNS: Final = 10  # classes side by side in a grid
@@ -53,15 +53,9 @@ class Sampled:
 
 def png_files(sampled: Sampled, title: str) -> Mapping[str, bytes]:
     """Return the PNG of each image by its file's name, in order, and last the grid's. Same pixels, same bytes."""
-    pngs = (png_from_picture(_picture(image)) for image in sampled.pixels)
+    pngs = (png_from_picture(picture_from_pixels(image)) for image in sampled.pixels)
     files = dict(zip(sampled.naming.file_names(), pngs, strict=True))
     return {**files, GRID_NAME: png_from_picture(_grid(sampled, title))}
-
-
-def _picture(image: NDArray[np.float32]) -> Image.Image:
-    """(C, H, W) in [−1, 1] → a picture of H × W pixels."""
-    levels = np.rint((np.clip(image, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
-    return Image.fromarray(levels[0] if len(levels) == 1 else np.ascontiguousarray(levels.transpose(1, 2, 0)))
 
 
 def _grid(sampled: Sampled, title: str) -> Image.Image:

@@ -241,7 +241,7 @@ def _show_self_test(tested: SelfTestResult) -> None:
 
 
 def _check_pixels(model: ModelSpec, outputs: Outputs) -> None:
-    from adacorr_deploy.cli.image_files import PIXEL_CHANNELS
+    from adacorr_deploy.runtime.images import PIXEL_CHANNELS
 
     channels = model.latent_shape[0]
     if channels not in PIXEL_CHANNELS and outputs.latents is None:
@@ -261,9 +261,10 @@ def _write(
     outputs: Outputs, manifest: Manifest, request: SampleRequest, policy: Policy, result: SampleResult
 ) -> list[Path]:
     """Write every output, and return the images' paths."""
-    from adacorr_deploy.cli.image_files import GRID_NAME, PIXEL_CHANNELS, Sampled, png_files
+    from adacorr_deploy.cli.image_files import GRID_NAME, Sampled, png_files
     from adacorr_deploy.cli.latents_file import npy_from_latents
     from adacorr_deploy.cli.output_files import write_files
+    from adacorr_deploy.runtime.images import PIXEL_CHANNELS
 
     files = {}
     if outputs.directory is not None and manifest.model.latent_shape[0] in PIXEL_CHANNELS:

@@ -56,6 +56,14 @@ def bench() -> NoReturn:
         main()
 
 
+def serve() -> NoReturn:
+    """Run adacorr-serve."""
+    with _process():
+        from adacorr_deploy.cli.serve import main
+
+        main()
+
+
 @contextmanager
 def _process() -> Iterator[None]:
     """Be a process of its own: with standard streams, without other packages' warnings, and with a quiet end."""

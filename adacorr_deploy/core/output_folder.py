@@ -31,7 +31,7 @@ class FolderKind:
 
     name: str  # in messages
     is_one: Callable[[Path], bool]  # recognises one, however damaged: nothing else is ever overwritten
-    inner: str  # a folder in it, whose lock says that a build is alive
+    inner: str  # a folder in it whose lock says that a build is alive; "" is the folder itself
 
 
 BUNDLE: Final = FolderKind(name="bundle", is_one=is_bundle, inner=PARTS_DIR)
@@ -90,7 +90,7 @@ def output_folder(output: Path, *, overwrite: bool, kind: FolderKind = BUNDLE) -
                 folder = _sibling(target, _BUILDING)
                 resources.callback(shutil.rmtree, folder, ignore_errors=True)
                 folder.mkdir()
-                (folder / kind.inner).mkdir()
+                (folder / kind.inner).mkdir(exist_ok=True)
                 resources.enter_context(locked(folder / kind.inner))  # says that this build is alive
             yield folder
             _move_into_place(folder, target, overwrite=overwrite, kind=kind)

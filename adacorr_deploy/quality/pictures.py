@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from adacorr_deploy.core.bundle import replace_file
 from adacorr_deploy.core.errors import OutputError, RequestError
+from adacorr_deploy.runtime.images import png_from_picture
 
 DEFAULT_SCALE: Final = 3  # a 28-pixel image becomes 84 pixels wide
 _MARGIN: Final = 16
@@ -120,13 +120,6 @@ def picture_of_grids(
         canvas.paste(panel, (left, top))
         left += panel.width + _BETWEEN_GRIDS
     return canvas
-
-
-def png_from_picture(picture: Image.Image) -> bytes:
-    """Return the PNG file's bytes: the same for the same picture, with no date or software in it."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", compress_level=9)
-    return buffer.getvalue()
 
 
 def write_picture(path: Path, picture: Image.Image) -> None:

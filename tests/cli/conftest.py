@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 
-from adacorr_deploy.cli import bench, build, calibrate, run, validate
+from adacorr_deploy.cli import bench, build, calibrate, run, serve, validate
 from adacorr_deploy.core.manifest import MANIFEST_NAME
 
 CLASS_NAMES = ("T-shirt/top", "Trouser", "Bag, small")
@@ -26,6 +26,7 @@ MAINS: dict[str, Callable[[list[str]], NoReturn]] = {
     "validate": validate.main,
     "calibrate": calibrate.main,
     "bench": bench.main,
+    "serve": serve.main,
 }
 
 

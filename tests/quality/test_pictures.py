@@ -14,9 +14,9 @@ from adacorr_deploy.quality.pictures import (
     ImageGrid,
     difference_grid,
     picture_of_grids,
-    png_from_picture,
     write_picture,
 )
+from adacorr_deploy.runtime.images import png_from_picture
 from tests.cli.full_disk import small_files_only
 
 LEVELS = np.linspace(-1.0, 1.0, 6, dtype=np.float32)

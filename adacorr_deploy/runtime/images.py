@@ -1,0 +1,31 @@
+"""From pixels in [−1, 1] to 8-bit levels and PNG files."""
+
+from __future__ import annotations
+
+import io
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+PIXEL_CHANNELS: Final = (1, 3)  # grey or RGB: latents that are the image itself
+
+
+def levels_from_pixels(images: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """(…, C, H, W) in [−1, 1] → (…, H, W, C) in 0 … 255; values outside are clipped."""
+    levels = np.rint((np.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
+    return np.ascontiguousarray(np.moveaxis(levels, -3, -1))
+
+
+def picture_from_pixels(image: NDArray[np.float32]) -> Image.Image:
+    """(C, H, W) in [−1, 1], C of PIXEL_CHANNELS → a picture of H × W pixels."""
+    levels = levels_from_pixels(image)
+    return Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
+
+
+def png_from_picture(picture: Image.Image) -> bytes:
+    """Return the PNG file's bytes: the same for the same picture, with no date or software in it."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", compress_level=9)
+    return buffer.getvalue()

@@ -1,0 +1,153 @@
+"""From a request's fields to what is sampled: every value checked before anything waits or runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field as Allowed
+
+from adacorr_deploy.caching.policy import PRESETS, Policy, policy_from_file, policy_named
+from adacorr_deploy.core.errors import PolicyError, RequestError
+from adacorr_deploy.core.manifest import Manifest
+from adacorr_deploy.core.samplers import MAX_GUIDANCE, Sampler
+from adacorr_deploy.core.untrusted import clipped, first_fault
+from adacorr_deploy.runtime.images import PIXEL_CHANNELS
+from adacorr_deploy.runtime.request import MAX_SEED, SampleRequest, check_integer, check_request
+from adacorr_deploy.serving.settings import POLICIES_DIR, Quality, ServingSettings
+from adacorr_deploy.serving.tensors import IMAGE_NAMES, Field
+
+_TARGET: Final = re.compile(r"(@[0-9]{1,6}(\.[0-9]{1,6})?)?")
+_MAX_TIMEOUT_MS: Final = 24 * 3600 * 1000
+_NUMPY: Final = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
+
+
+class SampleFields(BaseModel):
+    """What a client may ask for; ranges that depend on the model are checked after this."""
+
+    model_config = _NUMPY
+
+    class_labels: Annotated[list[int], Allowed(min_length=1)]
+    seed: Annotated[int, Allowed(ge=0, le=MAX_SEED)] = 0
+    steps: Annotated[int, Allowed(ge=1)] | None = None
+    guidance: Annotated[float, Allowed(ge=1, le=MAX_GUIDANCE)] | None = None
+    sampler: Sampler | None = None
+    policy: Annotated[str, Allowed(min_length=1, max_length=80)] | None = None
+    quality: Quality | None = None
+    latents: NDArray[np.float32] | None = None
+    outputs: Annotated[list[str], Allowed(min_length=1, max_length=len(IMAGE_NAMES))] | None = None
+    timeout_ms: Annotated[int, Allowed(ge=1, le=_MAX_TIMEOUT_MS)] | None = None
+    preview_every: Annotated[int, Allowed(ge=0, le=1000)] = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """A request that can be sampled.
+
+    Attributes:
+        request: What to sample.
+        policy: How.
+        outputs: Names of the image tensors that the client wants.
+        timeout_seconds: From its arrival; None waits as long as it takes.
+        preview_every: Steps between two previews; 0 for none.
+    """
+
+    request: SampleRequest
+    policy: Policy
+    outputs: tuple[str, ...]
+    timeout_seconds: float | None
+    preview_every: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OrderBook:
+    """What orders are checked against."""
+
+    manifest: Manifest
+    settings: ServingSettings
+    policies: Mapping[str, Policy]  # files of the repository, by their names
+
+    @classmethod
+    def of_repository(cls, manifest: Manifest, settings: ServingSettings, folder: Path) -> OrderBook:
+        """Read the policy files of a model's version folder, and check the tiers.
+
+        Raises:
+            PolicyError: If a file or a tier's policy is not valid.
+        """
+        files = {
+            name: policy_from_file(folder / POLICIES_DIR / file).model_copy(update={"name": name})
+            for name, file in settings.policies.items()
+        }
+        for name in settings.quality.values():
+            policy_named(name)
+        return cls(manifest=manifest, settings=settings, policies=files)
+
+    def order(self, fields: Mapping[str, Field], *, wanted: Sequence[str] = ()) -> Order:
+        """Check a request's fields.
+
+        Args:
+            fields: As the client gave them.
+            wanted: Image tensors that the client asked the server for, where the request has no `outputs`.
+
+        Raises:
+            RequestError: If a field is unknown, missing or out of range; the message says which, and what is allowed.
+            PolicyError: If the policy is neither a preset nor one of the repository's files.
+        """
+        try:
+            given = SampleFields.model_validate(fields)
+        except ValidationError as error:
+            raise RequestError(f"{first_fault(error)}.") from error
+        defaults, model = self.settings.defaults, self.manifest.model
+        check_integer("the number of class_labels", len(given.class_labels), 1, self.settings.limits.max_images)
+        for index, label in enumerate(given.class_labels):
+            check_integer(f"class_labels[{index}]", label, 0, model.num_classes - 1)
+        request = SampleRequest(
+            labels=tuple(given.class_labels),
+            steps=defaults.steps if given.steps is None else given.steps,
+            guidance=defaults.guidance if given.guidance is None else given.guidance,
+            seed=given.seed,
+            sampler=given.sampler or defaults.sampler,
+            latents=given.latents,
+        )
+        check_request(request, model, self.manifest.schedule)
+        return Order(
+            request=request,
+            policy=self._policy(given),
+            outputs=self._outputs(given.outputs, wanted),
+            timeout_seconds=None if given.timeout_ms is None else given.timeout_ms / 1000,
+            preview_every=given.preview_every,
+        )
+
+    def _policy(self, given: SampleFields) -> Policy:
+        if given.policy is None:
+            return policy_named(self.settings.quality[given.quality or Quality.BALANCED])
+        if given.quality is not None:
+            raise RequestError("policy and quality were both given; each names a policy. Give one of them.")
+        if given.policy in self.policies:
+            return self.policies[given.policy]
+        name = given.policy.partition("@")[0]
+        if name not in PRESETS or not _TARGET.fullmatch(given.policy[len(name) :]):  # never a path
+            known = ", ".join([*PRESETS, *self.policies])
+            raise PolicyError(
+                f"policy is {clipped(given.policy)}, allowed are {known}, and presets with a target as in robust@2.5."
+            )
+        return policy_named(given.policy)
+
+    def _outputs(self, asked: Sequence[str] | None, wanted: Sequence[str]) -> tuple[str, ...]:
+        drawable = self.manifest.model.latent_shape[0] in PIXEL_CHANNELS
+        names = asked or wanted or [IMAGE_NAMES[0] if drawable else "latents"]
+        for name in names:
+            if name not in IMAGE_NAMES:
+                raise RequestError(f"outputs holds {clipped(name)}, allowed are {', '.join(IMAGE_NAMES)}.")
+            if not drawable and name != "latents":
+                raise RequestError(
+                    f"outputs holds {name}, allowed is latents: this model's latents have "
+                    f"{self.manifest.model.latent_shape[0]} channels and are no images yet."
+                )
+        return tuple(dict.fromkeys(names))

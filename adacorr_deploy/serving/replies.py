@@ -1,0 +1,90 @@
+"""What a request comes with and how it is answered, whatever server stands in front."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final, Protocol
+
+from adacorr_deploy.core.errors import (
+    AdaCorrError,
+    CalibrationError,
+    ClosedError,
+    DeadlineExceededError,
+    PolicyError,
+    QueueFullError,
+    RequestError,
+    SamplingCancelledError,
+)
+from adacorr_deploy.serving.metrics import Outcome
+from adacorr_deploy.serving.tensors import Tensors
+
+
+class Status(str, Enum):
+    """Codes that inference servers know."""
+
+    INVALID = "invalid"
+    UNAVAILABLE = "unavailable"
+    CANCELLED = "cancelled"
+    INTERNAL = "internal"
+
+
+_CODES: Final = {
+    Outcome.REFUSED: Status.INVALID,
+    Outcome.REJECTED: Status.UNAVAILABLE,
+    Outcome.CANCELLED: Status.CANCELLED,
+    Outcome.TIMED_OUT: Status.CANCELLED,
+    Outcome.FAILED: Status.INTERNAL,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Incoming:
+    """A request as the server hands it over.
+
+    Attributes:
+        request_id: The client's, or one made for it.
+        tensors: Reads the inputs.
+        parameters: Further keys that the client sent.
+        wanted: Names of the outputs that it asked for; all where it named none.
+        trace_id: Of the server's trace of it, where it traces.
+    """
+
+    request_id: str
+    tensors: Callable[[], Tensors]
+    parameters: Mapping[str, str | int | float | bool]
+    wanted: frozenset[str]
+    trace_id: str | None = None
+
+
+class Reply(Protocol):
+    """The way back to one client; used once, from any thread."""
+
+    def send(self, tensors: Tensors) -> None: ...
+
+    def fail(self, status: Status, message: str) -> None: ...
+
+    def is_cancelled(self) -> bool:
+        """Say whether the client cancelled or has gone; not to be asked after the answer."""
+        ...
+
+
+def outcome_of(error: AdaCorrError) -> Outcome:
+    """Return how a request ends that raised an error."""
+    match error:
+        case RequestError() | PolicyError() | CalibrationError():
+            return Outcome.REFUSED
+        case QueueFullError() | ClosedError():
+            return Outcome.REJECTED
+        case SamplingCancelledError():
+            return Outcome.CANCELLED
+        case DeadlineExceededError():
+            return Outcome.TIMED_OUT
+        case _:
+            return Outcome.FAILED
+
+
+def status_of(outcome: Outcome) -> Status:
+    """Return the code of an unhappy end."""
+    return _CODES[outcome]

@@ -1,0 +1,52 @@
+"""From what was sampled to a response's tensors."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adacorr_deploy.runtime import SampleResult
+from adacorr_deploy.runtime.images import levels_from_pixels, picture_from_pixels, png_from_picture
+from adacorr_deploy.serving.tensors import Tensor, text_tensor
+
+JsonValue = str | int | float | bool | None
+
+
+def result_tensors(
+    result: SampleResult, *, outputs: Sequence[str], policy: str, queue_seconds: float
+) -> dict[str, Tensor]:
+    """Return a finished request's tensors: the images that were wanted, and what it took."""
+    return {
+        **image_tensors(result.latents, outputs),
+        "rho": np.array([result.rho], dtype=np.float64),
+        "launches": np.array([result.launches], dtype=np.int64),
+        "steps": np.array([result.steps], dtype=np.int64),
+        "seconds": np.array([result.seconds], dtype=np.float64),
+        "queue_seconds": np.array([queue_seconds], dtype=np.float64),
+        "policy": text_tensor([policy]),
+    }
+
+
+def image_tensors(latents: NDArray[np.float32], outputs: Sequence[str]) -> dict[str, Tensor]:
+    """Return latents (B, C, H, W) in the forms of `outputs`, names of `tensors.IMAGES`."""
+    tensors: dict[str, Tensor] = {}
+    if "latents" in outputs:
+        tensors["latents"] = latents
+    if "pixels" in outputs:
+        tensors["pixels"] = levels_from_pixels(latents)
+    if "png" in outputs or "png_base64" in outputs:
+        files = [png_from_picture(picture_from_pixels(image)) for image in latents]
+        if "png" in outputs:
+            tensors["png"] = text_tensor(files)
+        if "png_base64" in outputs:
+            tensors["png_base64"] = text_tensor(base64.b64encode(file) for file in files)
+    return tensors
+
+
+def event_tensor(kind: str, values: Mapping[str, JsonValue]) -> NDArray[np.object_]:
+    """Return an event as one JSON text."""
+    return text_tensor([json.dumps({"type": kind, **values}, allow_nan=False)])

@@ -1,0 +1,41 @@
+"""What a server must have installed, with exact versions.
+
+Those for a CPU are what the tests run with; those for a GPU should fit the same image, and were not run.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from adacorr_deploy.serving.config_text import Machine
+
+SERVER_IMAGE: Final = "nvcr.io/nvidia/tritonserver:24.10-py3"  # Triton 2.51, Python 3.10
+
+# NumPy 2 breaks the Python backend of this Triton: outputs arrive with another shape.
+_COMMON: Final = (
+    "numpy==1.26.4",
+    "pillow==12.3.0",
+    "pydantic==2.14.3",
+    "tomli==2.5.0 ; python_version < '3.11'",
+    "tritonclient[grpc]==2.51.0",  # of the health check
+)
+_ENGINES: Final = {
+    Machine.CPU: (
+        "onnxruntime==1.23.2 ; python_version < '3.11'",
+        "onnxruntime==1.32.0 ; python_version >= '3.11'",
+    ),
+    Machine.GPU: (
+        "onnxruntime-gpu==1.23.2 ; python_version < '3.11'",
+        "onnxruntime-gpu==1.31.1 ; python_version >= '3.11'",
+        "cuda-bindings==13.0.3",
+        "cuda-core==1.2.2",
+        "ml-dtypes==0.5.4",
+        "nvidia-cuda-nvrtc==13.0.88",
+        "safetensors==0.8.0",
+    ),
+}
+
+
+def requirements(machine: Machine) -> str:
+    """Return a requirements file of a server."""
+    return "".join(f"{line}\n" for line in (*_COMMON, *_ENGINES[machine]))

@@ -1,0 +1,317 @@
+"""Sampling as a service: checks requests, hands them to the engine, answers, and watches over those in between.
+
+Three threads beside the server's own: the engine's, which samples and must not wait; one that answers, since making PNG
+files takes its time; and one that asks now and then whether clients are still there.
+"""
+
+from __future__ import annotations
+
+import queue
+import secrets
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Final
+
+from adacorr_deploy.core.errors import AdaCorrError, RequestError
+from adacorr_deploy.core.untrusted import clipped
+from adacorr_deploy.serving.engine import Engine, Finished, Ticket
+from adacorr_deploy.serving.logs import JsonLog, Level
+from adacorr_deploy.serving.metrics import (
+    IMAGES,
+    QUEUE_SECONDS,
+    REQUEST_SECONDS,
+    REQUESTS,
+    RHO,
+    STEP_SECONDS,
+    Outcome,
+    Recorder,
+)
+from adacorr_deploy.serving.orders import Order, OrderBook
+from adacorr_deploy.serving.replies import Incoming, Reply, Status, outcome_of, status_of
+from adacorr_deploy.serving.results import JsonValue, event_tensor, result_tensors
+from adacorr_deploy.serving.streams import Stream
+from adacorr_deploy.serving.tensors import IMAGE_NAMES, OUTPUTS, Field, Tensors, fields_from_tensors
+
+COMMANDS: Final = ("sample", "submit", "next", "cancel", "status")
+
+_WATCH_SECONDS: Final = 0.05  # between two questions to the server whether a client has gone
+_FLUSH_SECONDS: Final = 0.5  # between two updates of the metrics
+_SERVER_PARAMETERS: Final = frozenset(  # that servers pass on, or take for themselves
+    {"id", "priority", "timeout", "sequence_id", "sequence_start", "sequence_end", "binary_data_output"}
+)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Pending:
+    """A request between its arrival and its answer."""
+
+    incoming: Incoming
+    order: Order
+    reply: Reply | None  # None for a stream's, whose reader is asked elsewhere
+    stream: Stream | None = None
+    ticket: Ticket | None = None
+    client_gone: bool = False
+    last_step: float = 0.0
+    answered: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class SamplingService:
+    """Use it as a context manager: `close` answers what is still running, within the engine's own limits."""
+
+    def __init__(self, engine: Engine, book: OrderBook, recorder: Recorder, log: JsonLog) -> None:
+        self._engine = engine
+        self._book = book
+        self._recorder = recorder
+        self._log = log
+        self._pending: dict[int, _Pending] = {}
+        self._streams: dict[str, Stream] = {}
+        self._lock = threading.Lock()
+        self._finished: queue.SimpleQueue[tuple[_Pending, Finished] | None] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        self._threads = [
+            threading.Thread(target=target, name=name, daemon=True)
+            for target, name in ((self._answer_finished, "adacorr-answers"), (self._watch, "adacorr-watch"))
+        ]
+
+    def __enter__(self) -> SamplingService:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End: the engine finishes or gives up what it has, and everybody gets an answer."""
+        self._engine.close()
+        self._finished.put(None)
+        self._closing.set()
+        for thread in self._threads:
+            thread.join()
+
+    # --- Requests ------------------------------------------------------------------------------------------------
+
+    def handle(self, incoming: Incoming, reply: Reply) -> None:
+        """Take a request in and return at once; the answer comes when it is there."""
+        try:
+            self._dispatch(incoming, reply)
+        except AdaCorrError as error:
+            self._refuse(incoming, reply, error)
+        except Exception as error:  # noqa: BLE001  a bug of ours: the client must not wait for ever
+            message = f"An error inside the server: {type(error).__name__}. Its log tells more."
+            self._report(incoming, Outcome.FAILED, {"message": traceback.format_exc()})
+            reply.fail(Status.INTERNAL, message)
+
+    def _dispatch(self, incoming: Incoming, reply: Reply) -> None:
+        _check_parameters(incoming.parameters)
+        fields = fields_from_tensors(incoming.tensors())
+        match fields.pop("command", COMMANDS[0]):
+            case "sample":
+                _check_unused(fields, "stream", "after_step")
+                self._submit(_Pending(incoming=incoming, order=self._order(incoming, fields), reply=reply))
+            case "submit":
+                _check_unused(fields, "stream", "after_step")
+                reply.send(self._open_stream(incoming, self._order(incoming, fields)))
+            case "next":
+                after_step = fields.get("after_step", 0)
+                self._stream(fields).ask(reply, after_step if isinstance(after_step, int) else 0)
+            case "cancel":
+                self._cancel(self._stream(fields))
+                reply.send({"event": event_tensor("cancelled", {})})
+            case "status":
+                reply.send({"event": event_tensor("status", self.status())})
+            case other:
+                raise RequestError(f"command is {clipped(other)}, allowed are {', '.join(COMMANDS)}.")
+
+    def status(self) -> dict[str, JsonValue]:
+        """Return what a probe wants to know."""
+        stats = self._engine.stats()
+        return {
+            "queue_depth": stats.queue_depth,
+            "active_requests": stats.active_requests,
+            "slot_bytes": stats.slot_bytes,
+            "streams": len(self._streams),
+        }
+
+    def _order(self, incoming: Incoming, fields: Mapping[str, Field]) -> Order:
+        named = incoming.wanted if len(incoming.wanted) < len(OUTPUTS) else frozenset[str]()
+        return self._book.order(fields, wanted=[name for name in IMAGE_NAMES if name in named])
+
+    def _submit(self, pending: _Pending) -> None:
+        order, stream = pending.order, pending.stream
+        deadline = None if order.timeout_seconds is None else time.monotonic() + order.timeout_seconds
+
+        def stepped(step: int, steps: int, rho: float) -> None:
+            now = time.monotonic()
+            if pending.last_step:
+                self._recorder.observe(STEP_SECONDS, now - pending.last_step)
+            pending.last_step = now
+            if stream is not None:
+                stream.progressed(step, steps, rho)
+
+        with self._lock:
+            self._pending[id(pending)] = pending
+        try:
+            pending.ticket = self._engine.submit(
+                order.request,
+                order.policy,
+                deadline=deadline,
+                on_step=stepped,
+                on_done=lambda finished: self._finished.put((pending, finished)),
+                preview_every=order.preview_every if stream is not None else 0,
+                on_preview=stream.previewed if stream is not None else None,
+            )
+        except BaseException:
+            self._forget(pending)
+            raise
+
+    # --- Streams -------------------------------------------------------------------------------------------------
+
+    def _open_stream(self, incoming: Incoming, order: Order) -> Tensors:
+        stream = Stream(name=secrets.token_hex(8), outputs=order.outputs)
+        pending = _Pending(incoming=incoming, order=order, reply=None, stream=stream)
+        self._submit(pending)
+        stream.ticket = pending.ticket
+        with self._lock:
+            self._streams[stream.name] = stream
+        return {"event": event_tensor("submitted", {"stream": stream.name})}
+
+    def _stream(self, fields: Mapping[str, Field]) -> Stream:
+        name = fields.get("stream")
+        stream = self._streams.get(name) if isinstance(name, str) else None
+        if stream is None:
+            raise RequestError(f"stream is {clipped(name)}, which is none that is open: it ended, or was not read.")
+        return stream
+
+    def _cancel(self, stream: Stream) -> None:
+        if stream.ticket is not None:
+            stream.ticket.cancel()
+
+    # --- Answers -------------------------------------------------------------------------------------------------
+
+    def _answer_finished(self) -> None:
+        while (item := self._finished.get()) is not None:
+            self._answer(*item)
+
+    def _answer(self, pending: _Pending, finished: Finished) -> None:
+        self._forget(pending)
+        order = pending.order
+        self._recorder.observe(QUEUE_SECONDS, finished.queue_seconds)
+        if finished.error is None and finished.result is not None:
+            result = finished.result
+            tensors = result_tensors(
+                result, outputs=order.outputs, policy=order.policy.name, queue_seconds=finished.queue_seconds
+            )
+            self._recorder.count(IMAGES, order.request.batch)
+            self._recorder.observe(REQUEST_SECONDS, finished.seconds)
+            self._recorder.observe(RHO, result.rho)
+            self._tell(pending, Outcome.DONE, finished, {"rho": result.rho, "launches": result.launches})
+            self._send(pending, tensors)
+        else:
+            error = finished.error or AdaCorrError("The engine gave no result.")
+            outcome = outcome_of(error)
+            self._tell(pending, outcome, finished, {"message": str(error)})
+            self._fail(pending, status_of(outcome), str(error))
+
+    def _send(self, pending: _Pending, tensors: Tensors) -> None:
+        if pending.stream is not None:
+            pending.stream.finished(tensors)
+        elif pending.reply is not None:
+            with pending.lock:
+                pending.answered = True
+                pending.reply.send(tensors)
+
+    def _fail(self, pending: _Pending, status: Status, message: str) -> None:
+        if pending.stream is not None:
+            pending.stream.failed(status, message)
+        elif pending.reply is not None:
+            with pending.lock:
+                pending.answered = True
+                pending.reply.fail(status, message)
+
+    def _forget(self, pending: _Pending) -> None:
+        with self._lock:
+            self._pending.pop(id(pending), None)
+
+    def _refuse(self, incoming: Incoming, reply: Reply, error: AdaCorrError) -> None:
+        outcome = outcome_of(error)
+        self._report(incoming, outcome, {"message": str(error)})
+        reply.fail(status_of(outcome), str(error))
+
+    # --- Watching ------------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        flushed = 0.0
+        while not self._closing.wait(_WATCH_SECONDS):
+            now = time.monotonic()
+            with self._lock:
+                pending, streams = list(self._pending.values()), list(self._streams.values())
+            for each in pending:
+                self._cancel_if_client_gone(each)
+            for stream in streams:
+                self._look_after(stream, now)
+            if now - flushed >= _FLUSH_SECONDS:
+                flushed = now
+                self._recorder.flush(self._engine.stats())
+        self._recorder.flush(self._engine.stats())
+
+    def _cancel_if_client_gone(self, pending: _Pending) -> None:
+        if pending.reply is None or pending.client_gone:
+            return
+        with pending.lock:
+            gone = not pending.answered and pending.reply.is_cancelled()
+        if gone and pending.ticket is not None:
+            pending.client_gone = True
+            pending.ticket.cancel()
+
+    def _look_after(self, stream: Stream, now: float) -> None:
+        stream.beat(now)
+        abandoned = stream.is_abandoned(now)
+        if abandoned:
+            self._cancel(stream)
+        if abandoned or stream.is_read:
+            with self._lock:
+                self._streams.pop(stream.name, None)
+
+    # --- Reports -------------------------------------------------------------------------------------------------
+
+    def _tell(self, pending: _Pending, outcome: Outcome, finished: Finished, values: Mapping[str, JsonValue]) -> None:
+        order = pending.order
+        self._report(
+            pending.incoming,
+            outcome,
+            {
+                "images": order.request.batch,
+                "steps": order.request.steps,
+                "policy": order.policy.name,
+                "queue_seconds": round(finished.queue_seconds, 6),
+                "seconds": round(finished.seconds, 6),
+                **values,
+            },
+        )
+
+    def _report(self, incoming: Incoming, outcome: Outcome, values: Mapping[str, JsonValue]) -> None:
+        self._recorder.count(REQUESTS, label=outcome.value)
+        level = {Outcome.DONE: Level.INFO, Outcome.FAILED: Level.ERROR}.get(outcome, Level.WARNING)
+        about = {"request_id": incoming.request_id, "trace_id": incoming.trace_id, "outcome": outcome.value}
+        self._log.write(level, "request", {**about, **values})
+
+
+def _check_parameters(parameters: Mapping[str, str | int | float | bool]) -> None:
+    """Refuse keys that no field has: in JSON, a misspelt field arrives as a parameter and would be passed over."""
+    for name in parameters:
+        if name not in _SERVER_PARAMETERS and not name.startswith("triton_"):
+            raise RequestError(f"{clipped(name)} is no field of a request. See the repository's README for those.")
+
+
+def _check_unused(fields: Mapping[str, Field], *names: str) -> None:
+    for name in names:
+        if name in fields:
+            raise RequestError(f"{name} belongs to the commands next and cancel. Leave it out.")

@@ -1,0 +1,254 @@
+"""Every request gets one answer, is counted by how it ended, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import pytest
+
+from adacorr_deploy.core.errors import (
+    AdaCorrError,
+    CalibrationError,
+    DeadlineExceededError,
+    EngineError,
+    QueueFullError,
+    SamplingCancelledError,
+)
+from adacorr_deploy.serving.logs import JsonLog
+from adacorr_deploy.serving.metrics import (
+    GUARD_TRIPS,
+    LAUNCHES,
+    QUEUE_DEPTH,
+    REQUESTS,
+    RHO,
+    STEP_SECONDS,
+    Metric,
+    Recorder,
+)
+from adacorr_deploy.serving.orders import OrderBook
+from adacorr_deploy.serving.replies import Incoming, Status
+from adacorr_deploy.serving.service import SamplingService
+from adacorr_deploy.serving.tensors import OUTPUTS, Tensors, text_tensor
+from tests.serving.scripted_engine import Client, ScriptedEngine, wait_until
+
+ALL = frozenset(field.name for field in OUTPUTS)
+
+
+class CountingSink:
+    def __init__(self) -> None:
+        self.counts: Counter[tuple[str, str | None]] = Counter()
+        self.gauges: dict[str, float] = {}
+        self.observations: list[tuple[str, float]] = []
+
+    def increment(self, metric: Metric, value: float, label: str | None = None) -> None:
+        self.counts[metric.name, label] += int(value)
+
+    def set(self, metric: Metric, value: float) -> None:
+        self.gauges[metric.name] = value
+
+    def observe(self, metric: Metric, value: float) -> None:
+        self.observations.append((metric.name, value))
+
+
+class Bench:
+    """A service with everything around it in a test's hands."""
+
+    def __init__(self, book: OrderBook) -> None:
+        self.engine, self.sink, self.lines = ScriptedEngine(), CountingSink(), io.StringIO()
+        self.service = SamplingService(self.engine, book, Recorder(self.sink), JsonLog("tiny", self.lines))
+
+    def ask(
+        self,
+        tensors: Tensors | None = None,
+        *,
+        wanted: frozenset[str] = ALL,
+        parameters: Mapping[str, str | int | float | bool] | None = None,
+    ) -> Client:
+        client = Client()
+        given = {"class_labels": np.array([1, 2])} if tensors is None else tensors
+        incoming = Incoming(request_id="r1", tensors=lambda: given, parameters=parameters or {}, wanted=wanted)
+        self.service.handle(incoming, client)
+        return client
+
+    @property
+    def log(self) -> list[dict[str, object]]:
+        return [json.loads(line) for line in self.lines.getvalue().splitlines()]
+
+    def outcomes(self) -> dict[str | None, int]:
+        self.service.close()
+        return {label: count for (name, label), count in self.sink.counts.items() if name == REQUESTS.name}
+
+
+@pytest.fixture
+def bench(book: OrderBook) -> Iterator[Bench]:
+    made = Bench(book)
+    with made.service:
+        yield made
+
+
+def command(name: str, stream: str | None = None) -> Tensors:
+    return {"command": text_tensor([name]), **({} if stream is None else {"stream": text_tensor([stream])})}
+
+
+def event(client: Client) -> dict[str, object]:
+    values: dict[str, object] = json.loads(client.tensors["event"][0])
+    return values
+
+
+def test_a_result_comes_with_what_it_took(bench: Bench) -> None:
+    client = bench.ask(wanted=frozenset({"latents", "rho"}))
+    (job,) = bench.engine.jobs
+    job.step(1)
+    job.step(2)
+    job.finish()
+    assert client.tensors["latents"].shape == (2, 1, 4, 4)
+    assert "png" not in client.tensors
+    assert [client.tensors[name][0] for name in ("rho", "launches", "queue_seconds")] == [0.5, 7, 0.25]
+    assert bench.outcomes() == {"done": 1}
+    assert (RHO.name, 0.5) in bench.sink.observations
+    assert sum(name == STEP_SECONDS.name for name, _ in bench.sink.observations) == 1
+    assert bench.sink.counts[LAUNCHES.name, None] == 40  # the engine's own count, once
+    assert bench.sink.counts[GUARD_TRIPS.name, None] == 4
+    assert bench.sink.gauges[QUEUE_DEPTH.name] == 1
+    (line,) = bench.log
+    assert (line["request_id"], line["outcome"], line["policy"], line["rho"]) == ("r1", "done", "robust", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "outcome"),
+    [
+        (EngineError("The latents hold NaN."), Status.INTERNAL, "failed"),
+        (SamplingCancelledError("Cancelled."), Status.CANCELLED, "cancelled"),
+        (DeadlineExceededError("Too late."), Status.CANCELLED, "timed_out"),
+        (CalibrationError("None for 7 steps."), Status.INVALID, "refused"),
+    ],
+)
+def test_an_error_of_the_engine_fails_its_request_alone(
+    bench: Bench, error: AdaCorrError, status: Status, outcome: str
+) -> None:
+    failed, fine = bench.ask(), bench.ask()
+    first, second = bench.engine.jobs
+    first.fail(error)
+    second.finish()
+    assert failed.failure == (status, str(error))
+    assert fine.tensors["launches"] == [7]
+    assert bench.outcomes() == {outcome: 1, "done": 1}
+
+
+def test_a_full_queue_is_told_with_its_depth(bench: Bench) -> None:
+    bench.engine.refusal = QueueFullError(64)
+    status, message = bench.ask().failure
+    assert status is Status.UNAVAILABLE
+    assert "64" in message
+    assert bench.outcomes() == {"rejected": 1}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "parameters", "message"),
+    [
+        ({"class_labels": np.array([9])}, {}, "class_labels[0] is 9, allowed are whole numbers from 0 to 2."),
+        ({"class_labels": np.array([1])}, {"polcy": "x"}, "'polcy' is no field of a request."),
+        ({"command": text_tensor(["dance"])}, {}, "command is 'dance', allowed are sample, submit,"),
+        ({"command": text_tensor(["next"])}, {}, "stream is None, which is none that is open"),
+        ({"class_labels": np.array([1]), "stream": text_tensor(["x"])}, {}, "stream belongs to the commands next"),
+    ],
+)
+def test_a_malformed_request_reaches_no_engine(
+    bench: Bench, tensors: Tensors, parameters: dict[str, str | int | float | bool], message: str
+) -> None:
+    status, found = bench.ask(tensors, parameters=parameters).failure
+    assert status is Status.INVALID
+    assert found.startswith(message)
+    assert not bench.engine.jobs
+    assert bench.outcomes() == {"refused": 1}
+
+
+def test_a_client_that_goes_away_ends_its_request(bench: Bench) -> None:
+    client = bench.ask()
+    (job,) = bench.engine.jobs
+    client.gone = True
+    assert job.cancelled.wait(5)
+    assert client.failure[0] is Status.CANCELLED
+    assert bench.outcomes() == {"cancelled": 1}
+
+
+def test_a_bug_is_an_answer_too(bench: Bench) -> None:
+    client = Client()
+
+    def broken() -> Tensors:
+        raise ZeroDivisionError
+
+    bench.service.handle(Incoming(request_id="r", tensors=broken, parameters={}, wanted=ALL), client)
+    assert client.failure == (Status.INTERNAL, "An error inside the server: ZeroDivisionError. Its log tells more.")
+    assert "ZeroDivisionError" in str(bench.log[0]["message"])
+
+
+def test_status_takes_no_place_in_the_queue(bench: Bench) -> None:
+    bench.engine.refusal = QueueFullError(64)
+    assert event(bench.ask(command("status"))) == {
+        "type": "status",
+        "queue_depth": 1,
+        "active_requests": 2,
+        "slot_bytes": 3,
+        "streams": 0,
+    }
+
+
+# --- Streams -----------------------------------------------------------------------------------------------------
+
+
+def opened(bench: Bench) -> str:
+    client = bench.ask({"class_labels": np.array([1]), **command("submit")})
+    return str(event(client)["stream"])
+
+
+def test_a_stream_tells_progress_then_the_result(bench: Bench) -> None:
+    name = opened(bench)
+    (job,) = bench.engine.jobs
+    waiting = bench.ask(command("next", name))
+    assert not waiting.answered
+    job.step(1)
+    assert event(waiting) == {"type": "progress", "step": 1, "steps": 8, "rho": 0.5}
+    job.step(2)
+    job.step(3)  # a reader that is late skips
+    assert job.on_preview is not None
+    job.on_preview(3, np.zeros((1, 1, 4, 4), np.float32))
+    late = bench.ask({**command("next", name), "after_step": np.array([1])})
+    assert event(late)["step"] == 3
+    assert late.tensors["png"][0].startswith(b"\x89PNG")
+    job.finish()
+    last = bench.ask({**command("next", name), "after_step": np.array([3])})
+    assert event(last) == {"type": "result"}
+    assert last.tensors["launches"] == [7]
+    wait_until(lambda: bench.service.status()["streams"] == 0)
+    assert bench.outcomes() == {"done": 1}
+
+
+def test_a_waiting_reader_gets_a_sign_of_life(bench: Bench) -> None:
+    assert event(bench.ask(command("next", opened(bench))))["step"] == 0
+
+
+def test_a_stream_can_be_cancelled(bench: Bench) -> None:
+    name = opened(bench)
+    assert event(bench.ask(command("cancel", name))) == {"type": "cancelled"}
+    assert bench.ask(command("next", name)).failure[0] is Status.CANCELLED
+
+
+def test_a_stream_that_nobody_reads_is_given_up(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adacorr_deploy.serving.streams.LEASE_SECONDS", 0.1)
+    opened(bench)
+    (job,) = bench.engine.jobs
+    assert job.cancelled.wait(5)
+    wait_until(lambda: bench.service.status()["streams"] == 0)
+
+
+def test_two_readers_of_one_stream_are_told_apart(bench: Bench) -> None:
+    name = opened(bench)
+    bench.ask(command("next", name))
+    status, message = bench.ask(command("next", name)).failure
+    assert status is Status.INVALID
+    assert "is being read by another request" in message
