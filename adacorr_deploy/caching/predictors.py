@@ -4,9 +4,16 @@ Every predictor is one linear form (METHOD §3), x + Σⱼ cⱼ Σᵤ gⱼᵤ �
 last evaluations j. They differ in the coefficients c and in whose adaLN gates g they apply:
 
     hold           the last residual, with the gates it was made with (what most published methods reuse)
-    taylor         residuals extrapolated to this step (TaylorSeer, arXiv 2503.06923, by finite differences)
+    taylor         residuals extrapolated to this step, by the polynomial through the last evaluations
     gated          the last results, with the gates of this step
     gated-taylor   results extrapolated to this step, with the gates of this step
+
+Of a span that keeps what it adds to its input, r, the form is x + Σⱼ cⱼ·rⱼ, for a part or for a range of them:
+
+    residual         the last residual
+    residual-taylor  extrapolated as TaylorSeer does (arXiv 2503.06923): derivatives by recursive finite differences of
+                     the last evaluations, Σᵢ dᵢ·kⁱ/i!, k steps after the last
+    affine           x + scale ⊙ r + shift, per channel, fitted by calibration (Block Caching, arXiv 2312.03209)
 
 `output-taylor` stands for a whole step: the model's guided output is extrapolated, and no block takes part. At equal ρ
 it is as good as `gated-taylor` (figures in adacorr_deploy/docs/method.md), and it costs and keeps nothing, where
@@ -16,13 +23,14 @@ use it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from enum import Enum
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from adacorr_deploy.caching.decisions import Prediction
+from adacorr_deploy.caching.decisions import Prediction, SpanCache
 
 
 class PredictorKind(str, Enum):
@@ -31,10 +39,29 @@ class PredictorKind(str, Enum):
     GATED = "gated"
     GATED_TAYLOR = "gated-taylor"
     OUTPUT_TAYLOR = "output-taylor"
+    RESIDUAL = "residual"
+    RESIDUAL_TAYLOR = "residual-taylor"
+    AFFINE = "affine"
+
+    @property
+    def cache(self) -> SpanCache:
+        """What a span must keep for it."""
+        match self:
+            case PredictorKind.OUTPUT_TAYLOR:
+                return SpanCache.OUTPUT
+            case PredictorKind.RESIDUAL | PredictorKind.RESIDUAL_TAYLOR | PredictorKind.AFFINE:
+                return SpanCache.RESIDUAL
+            case _:
+                return SpanCache.UNITS
 
     @property
     def extrapolates(self) -> bool:
-        return self in (PredictorKind.TAYLOR, PredictorKind.GATED_TAYLOR, PredictorKind.OUTPUT_TAYLOR)
+        return self in (
+            PredictorKind.TAYLOR,
+            PredictorKind.GATED_TAYLOR,
+            PredictorKind.OUTPUT_TAYLOR,
+            PredictorKind.RESIDUAL_TAYLOR,
+        )
 
     @property
     def fresh_gates(self) -> bool:
@@ -70,7 +97,8 @@ class Predictor(BaseModel):
         With fewer evaluations than the order needs, the order falls to what they allow.
         """
         used = tuple(evaluations[: self.history])
-        coefficients = extrapolation_coefficients(step, used)
+        by_differences = self.kind is PredictorKind.RESIDUAL_TAYLOR
+        coefficients = (difference_coefficients if by_differences else extrapolation_coefficients)(step, used)
         return Prediction(coefficients=coefficients, gate_steps=(step,) * len(used) if self.kind.fresh_gates else used)
 
 
@@ -84,3 +112,24 @@ def extrapolation_coefficients(step: int, evaluations: Sequence[int]) -> tuple[f
                 product *= (step - other) / (node - other)
         coefficients.append(product)
     return tuple(coefficients)
+
+
+def difference_coefficients(step: int, evaluations: Sequence[int]) -> tuple[float, ...]:
+    """Return the coefficients of TaylorSeer's estimate at `step`, newest evaluation first; they sum to 1.
+
+    dᵢ at an evaluation is the difference of dᵢ₋₁ there and at the evaluation before, over the steps between the two. Up
+    to order 1 this is the polynomial through the evaluations; order 2 is not: its last term lacks Newton's product.
+    """
+    derivatives: list[list[float]] = []  # of the evaluation at hand, by order; each a row of coefficients
+    for index in range(len(evaluations) - 1, -1, -1):
+        fresh = [[float(other == index) for other in range(len(evaluations))]]
+        for before in derivatives:
+            apart = evaluations[index] - evaluations[index + 1]
+            fresh.append([(now - then) / apart for now, then in zip(fresh[-1], before, strict=True)])
+        derivatives = fresh
+    ahead = step - evaluations[0]
+    factors = [ahead**order / math.factorial(order) for order in range(len(derivatives))]
+    return tuple(
+        sum(factor * row[index] for factor, row in zip(factors, derivatives, strict=True))
+        for index in range(len(evaluations))
+    )

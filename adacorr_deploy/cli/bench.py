@@ -29,9 +29,6 @@ from adacorr_deploy.cli.options import (
 from adacorr_deploy.core.errors import RequestError
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
-
-    from adacorr_deploy.caching.policy import Policy
     from adacorr_deploy.quality.bench import Bench
     from adacorr_deploy.quality.bench_options import BenchOptions
 
@@ -156,7 +153,9 @@ def bench(  # noqa: PLR0913, PLR0917  one parameter is one option
     Exit code 0, 1 if a policy failed on its way (its row says why), 2 if nothing could begin.
     """
     if list_presets:
-        _show_presets(as_json)
+        from adacorr_deploy.cli.policy_table import show_policies
+
+        show_policies(as_json=as_json)
         return 0
     if bundle is None:
         raise typer.BadParameter("it is missing. Give a bundle's folder, or --list.", param_hint="BUNDLE")
@@ -249,45 +248,3 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Cell]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_files({path: text.getvalue().encode()})
-
-
-def _show_presets(as_json: bool) -> None:
-    from adacorr_deploy.caching.policy import PRESETS
-
-    if as_json:
-        show_json(
-            [
-                {**policy.model_dump(mode="json", by_alias=True), "needs_calibration": policy.needs_calibration}
-                for policy in PRESETS.values()
-            ]
-        )
-        return
-    show_table(
-        ("policy", "gate", "predictor", "guards", "decides by", "needs calibration"),
-        [
-            (
-                policy.name,
-                _fields(policy.gate),
-                *_caching(policy),
-                policy.placement.value if policy.placement is not None else None,
-                "yes" if policy.needs_calibration else "no",
-            )
-            for policy in PRESETS.values()
-        ],
-    )
-
-
-def _fields(model: BaseModel) -> str:
-    """Return a policy's piece in one line: its kind, then its settings; lists that are empty say nothing."""
-    settings = model.model_dump(mode="json", by_alias=True)
-    kind = [settings.pop("kind")] if "kind" in settings else []
-    return ", ".join([*kind, *(f"{name} {value}" for name, value in settings.items() if value not in (None, []))])
-
-
-def _caching(policy: Policy) -> tuple[str, str]:
-    """Return predictor and guards; nothing for policies that cache nothing."""
-    from adacorr_deploy.caching.policy import FewerStepsGate, NoGate
-
-    if isinstance(policy.gate, NoGate | FewerStepsGate):
-        return "–", "–"
-    return policy.predictor.label, _fields(policy.guards)

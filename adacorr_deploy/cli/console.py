@@ -98,8 +98,14 @@ def show_lines(*lines: str) -> None:
         print(readable(line))
 
 
-def show_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
-    """Print a table; a column whose cells are all numbers is aligned at the right."""
+def show_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]], *, piped_width: int = _PIPE_COLUMNS) -> None:
+    """Print a table; a column whose cells are all numbers is aligned at the right.
+
+    Args:
+        columns: Their headings.
+        rows: A cell for each column.
+        piped_width: Letters in a line where no terminal limits it.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -111,7 +117,7 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(_cell_text(cell)) for cell in row))  # Text: no markup in what files and models are called
-    console = Console(width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
+    console = Console(width=None if sys.stdout.isatty() else piped_width)
     with console.capture() as captured:
         console.print(table)
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))

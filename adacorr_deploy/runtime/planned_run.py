@@ -31,7 +31,8 @@ class PlannedRun:
 
     def keeps_reference(self, block: int) -> bool:
         """Whether the block's slot keeps the input of its last evaluation."""
-        return self.size.caches and self.controller.observation(block) is not None
+        spans = self.controller.spans  # one for each part, or one whose input is the first part's
+        return self.size.caches and block < len(spans) and self.controller.observation(block) is not None
 
     def start(
         self,

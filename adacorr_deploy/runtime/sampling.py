@@ -15,9 +15,10 @@ from adacorr_deploy.caching.calibration import (
     calibration_from_json,
     check_blocks,
 )
-from adacorr_deploy.caching.controllers import Run, controller_for_policy
+from adacorr_deploy.caching.controllers import Run, controller_for_policy, quantities_needed
 from adacorr_deploy.caching.decisions import Controller
 from adacorr_deploy.caching.policy import UNCALIBRATED, PaperGate, Policy
+from adacorr_deploy.caching.profile import profile_for_run
 from adacorr_deploy.core.bundle import CALIBRATION_DIR, Bundle, verified_content
 from adacorr_deploy.core.errors import CalibrationError, PolicyError
 from adacorr_deploy.core.samplers import quiet_samplers
@@ -26,6 +27,7 @@ from adacorr_deploy.core.untrusted import clipped
 from adacorr_deploy.runtime.denoise import LatentsObserver, Progress
 from adacorr_deploy.runtime.pipeline import Pipeline, SampleResult
 from adacorr_deploy.runtime.planned_run import PlannedRun, planned_run
+from adacorr_deploy.runtime.profiles import profiles
 from adacorr_deploy.runtime.request import SampleRequest, check_request
 
 _MAX_FILE_BYTES: Final = 16 << 20  # of a calibration: eight times one of 1000 steps
@@ -94,15 +96,23 @@ def controller_for_request(pipeline: Pipeline, request: SampleRequest, policy: P
     """
     check_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
     _check_protected_blocks(policy, len(pipeline.manifest.model.blocks))
-    calibration = None
+    model, bundle, key = pipeline.manifest.model, str(pipeline.bundle.path), calibration_key(pipeline, request)
+    calibration, profile = None, None
     if policy.needs_calibration:
         _check_no_noise(request, policy, pipeline.manifest.schedule)
         found = calibrations(pipeline.bundle).values()
         predictor = None if isinstance(policy.gate, PaperGate) else policy.predictor
-        key = calibration_key(pipeline, request)
-        calibration = calibration_for_run(found, key, predictor, policy=policy.name, bundle=str(pipeline.bundle.path))
-    run = Run(steps=policy.sampled_steps(request.steps), blocks=len(pipeline.manifest.model.blocks), lags=policy.lags)
-    return controller_for_policy(policy, run, calibration)
+        calibration = calibration_for_run(found, key, predictor, policy=policy.name, bundle=bundle)
+    if needed := quantities_needed(policy):
+        measured = profiles(pipeline.bundle).values()
+        profile = profile_for_run(measured, key, needed, policy=policy.name, bundle=bundle)
+    run = Run(
+        steps=policy.sampled_steps(request.steps),
+        blocks=len(model.blocks),
+        elements=model.tokens * model.width,
+        lags=policy.lags,
+    )
+    return controller_for_policy(policy, run, calibration, profile)
 
 
 def _check_no_noise(request: SampleRequest, policy: Policy, schedule: Schedule) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from adacorr_deploy.caching.policy import PRESETS, Policy
+from adacorr_deploy.caching.policy import FILE_PRESETS, PRESETS, Policy
 from adacorr_deploy.quality import bench_sampling
 from adacorr_deploy.quality.bench_rows import COLUMNS
 from adacorr_deploy.quality.bench_sampling import Sampler
@@ -84,9 +84,15 @@ def test_an_interrupted_bench_goes_on_where_it_was_and_another_run_is_refused(
 def test_list_shows_every_preset_without_a_bundle(command: Command) -> None:
     shown = command("bench", "--list").stdout
     assert [name for name in PRESETS if not re.search(rf"^ {name} ", shown, re.MULTILINE)] == []
-    assert re.search(r"^ fora +interval, interval 3 +gated +warmup_steps 2.* no$", shown, re.MULTILINE)
+    assert re.search(
+        r"^ fora +step index +interval, interval 3, offset 0 +parts +gated .* no +interval +2407.01425$",
+        shown,
+        re.MULTILINE,
+    )
     scheduled = PRESETS["scheduled"]
-    assert re.search(rf"^ scheduled .* {scheduled.predictor.label} .* yes$", shown, re.MULTILINE)
+    assert re.search(rf"^ scheduled .* {scheduled.predictor.label} .* calibration ", shown, re.MULTILINE)
+    assert re.search(r"^ teacache .* profile: output_change .* 2411.19108$", shown, re.MULTILINE)
+    assert [name for name in FILE_PRESETS if not re.search(rf"^ {name}@FILE ", shown, re.MULTILINE)] == []
     described = json.loads(command("bench", "--list", "--json").stdout)
     assert {preset["name"]: preset["needs_calibration"] for preset in described} == {
         name: policy.needs_calibration for name, policy in PRESETS.items()

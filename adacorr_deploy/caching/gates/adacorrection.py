@@ -1,0 +1,99 @@
+"""AdaCorrection's settings: alone, as the paper has it, and on top of another gate."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from adacorr_deploy.caching.gates.rule import GateSettings, Speedup
+from adacorr_deploy.caching.granularity import Granularity
+
+
+class Corrector(str, Enum):
+    """What AdaCorrection does with a weight between 0 and 1 (METHOD §3)."""
+
+    DEFER = "defer"  # reuse while the request's error budget allows, else recompute
+    PAPER = "paper"  # evaluate, then blend
+    CHEAP = "cheap"  # of a block in halves: the attention is reused, the MLP evaluated
+
+
+class _Correcting(GateSettings):
+    """What AdaCorrection alone and on top have in common.
+
+    Attributes:
+        speedup: Target of ideal speed-up over requests like the calibration's; a hard request takes more evaluations.
+        gamma: γ of the weight.
+        band: Half-width of the band between τ_reuse and τ_recompute around the allowance, as a share of it.
+        adaptivity: How far a request's measured difficulty moves its price of an evaluation: with 0 all requests follow
+            the schedule, with 1 hard ones are given evaluations until their error is that of the others.
+        memory: Share that older evaluations keep in the measured difficulty of a request, per evaluation.
+        corrector: What is done between the two thresholds.
+    """
+
+    paper: ClassVar[str] = "2602.13357"
+    knob: ClassVar[str] = "speedup"
+    knob_meaning: ClassVar[str] = "a speed-up from 1 to 20"
+
+    speedup: Speedup = 2.0
+    gamma: Annotated[float, Field(gt=0, le=100)] = 1.0
+    band: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    adaptivity: Annotated[float, Field(ge=0, le=1)] = 0.5
+    memory: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    corrector: Corrector = Corrector.DEFER
+
+
+class AdaCorrectionGate(_Correcting):
+    """AdaCorrection on the calibrated schedule: each request pays for the error that it measures (METHOD §3, `robust`).
+
+    Attributes:
+        offset_margin: A first block's √Ŝ above this multiple of the largest that calibration saw forces evaluation.
+    """
+
+    signal: ClassVar[str] = "calibrated costs, measured error, Ŝ"
+    observes: ClassVar[bool] = True
+
+    kind: Literal["adacorrection"] = "adacorrection"
+    offset_margin: Annotated[float, Field(ge=1, le=1000)] = 1.5
+
+
+class Correction(_Correcting):
+    """AdaCorrection on top of a gate (`NAME+adacorrection`): the gate proposes, the calibrated weight decides.
+
+    ê and the allowance are those of the plan at the target's price, times the request's measured difficulty. w = 0:
+    reuse, whatever the gate proposes; w = 1: evaluate; between, its proposal stands, a reuse as long as the error
+    budget lasts, else it is corrected.
+
+    Attributes:
+        promote: Whether w = 0 reuses what the gate would evaluate; without it the gate's evaluations stand.
+    """
+
+    signal: ClassVar[str] = "calibrated costs, measured error"
+
+    promote: bool = True
+
+
+class PaperGate(GateSettings):
+    """The paper's equations: S = Δ_temp² + λ·Δ_spatial, w = clip(γ·S, 0, 1) (arXiv 2602.13357).
+
+    `lazy` subtracts the calibrated floor from S and does not launch a block whose w ≤ `epsilon`; without it every block
+    is evaluated at every step and blended: the reference, which saves nothing.
+    """
+
+    signal: ClassVar[str] = "S of each block's input"
+    paper: ClassVar[str] = "2602.13357"
+    granularities: ClassVar[tuple[Granularity, ...]] = (Granularity.PARTS,)
+    observes: ClassVar[bool] = True
+
+    kind: Literal["paper"] = "paper"
+    lazy: bool = False
+    gamma: Annotated[float, Field(gt=0, le=100)] = 1.0
+    lambda_: Annotated[float, Field(ge=0, le=100, alias="lambda")] = 1.0
+    epsilon: Annotated[float, Field(ge=0, lt=1)] = 0.05
+
+    @model_validator(mode="after")
+    def _floor_fits_lambda(self) -> PaperGate:
+        if self.lazy and self.lambda_ != 1.0:
+            raise ValueError(f"lambda is {self.lambda_}; the calibrated floor of a lazy gate is made for 1")
+        return self

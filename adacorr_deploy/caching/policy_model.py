@@ -1,0 +1,219 @@
+"""A policy: the pieces of a caching method under one name, and which pieces go together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from adacorr_deploy.caching.decisions import Placement, Span, SpanCache
+from adacorr_deploy.caching.gates.accumulated import EasyCacheGate, MagCacheGate, TeaCacheGate
+from adacorr_deploy.caching.gates.adacorrection import AdaCorrectionGate, Correction, Corrector, PaperGate
+from adacorr_deploy.caching.gates.codebook import AdaCacheGate
+from adacorr_deploy.caching.gates.error_tables import BlockCachingGate, SmoothCacheGate
+from adacorr_deploy.caching.gates.steps import (
+    FewerStepsGate,
+    IntervalGate,
+    MaskGate,
+    NoGate,
+    RouterGate,
+    ScheduleGate,
+)
+from adacorr_deploy.caching.gates.thresholds import FastCacheGate, FirstBlocksGate, LazyGate, PruneGate
+from adacorr_deploy.caching.granularity import Granularity, Spans
+from adacorr_deploy.caching.guards import Guards
+from adacorr_deploy.caching.predictors import Predictor, PredictorKind
+from adacorr_deploy.caching.run import Run
+from adacorr_deploy.caching.schedule import evaluations_for_speedup
+
+AFFINE_QUANTITY = "affine"  # what an affine predictor looks up in a profile
+
+
+def _shown_name(name: str) -> str:
+    if not (1 <= len(name) <= 80 and name.isprintable()):  # terminals obey control characters
+        raise ValueError("allowed are 1 to 80 printable characters")
+    return name
+
+
+PolicyName = Annotated[str, AfterValidator(_shown_name)]
+
+Gate = Annotated[
+    NoGate
+    | FewerStepsGate
+    | IntervalGate
+    | ScheduleGate
+    | MaskGate
+    | RouterGate
+    | SmoothCacheGate
+    | BlockCachingGate
+    | LazyGate
+    | FastCacheGate
+    | TeaCacheGate
+    | AdaCacheGate
+    | FirstBlocksGate
+    | PruneGate
+    | MagCacheGate
+    | EasyCacheGate
+    | AdaCorrectionGate
+    | PaperGate,
+    Field(discriminator="kind"),
+]
+
+
+class Policy(BaseModel):
+    """How blocks are evaluated, reused or corrected during a request."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: PolicyName
+    gate: Gate
+    predictor: Predictor = Predictor()
+    guards: Guards = Guards()
+    decide: Placement | None = None  # one of `placements`; None: the first of them
+    spans: Spans | None = None  # None: as the predictor's cache has it
+    correction: Correction | None = None  # AdaCorrection on top of the gate
+
+    @property
+    def division(self) -> Spans:
+        """How block parts are divided: as `spans` says, or by what the predictor needs to be kept."""
+        if self.spans is not None:
+            return self.spans
+        match self.predictor.kind.cache:
+            case SpanCache.OUTPUT:
+                return Spans(granularity=Granularity.STEP)
+            case SpanCache.RESIDUAL:
+                return Spans(granularity=Granularity.RANGE)
+            case _:
+                return Spans(granularity=Granularity.PARTS)
+
+    def spans_of(self, run: Run) -> tuple[Span, ...]:
+        """Return the spans of a run.
+
+        Raises:
+            PolicyError: If the bundle has too few blocks.
+        """
+        return self.division.of_run(run, self.predictor.kind.cache, policy=self.name)
+
+    @property
+    def placements(self) -> tuple[Placement, ...]:
+        """When the policy can read what it decides with; none for one that reads nothing."""
+        match self.gate:
+            case AdaCorrectionGate():
+                return (Placement.STEP, Placement.LAG)
+            case gate if not gate.observes:
+                return ()
+            case _ if self.division.granularity is Granularity.PARTS:
+                return (Placement.BLOCK,)
+            case _:
+                return (Placement.STEP,)
+
+    @property
+    def placement(self) -> Placement | None:
+        """When it reads what it decides with: as `decide` says, or the first that it can; None if it reads nothing."""
+        return self.decide or next(iter(self.placements), None)
+
+    @property
+    def lags(self) -> bool:
+        return self.placement is Placement.LAG
+
+    @property
+    def caches(self) -> bool:
+        """Whether anything is kept at all."""
+        return not isinstance(self.gate, NoGate | FewerStepsGate)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it reads a calibration: what skipping costs."""
+        match self.gate:
+            case ScheduleGate() | AdaCorrectionGate():
+                return True
+            case PaperGate(lazy=lazy):
+                return lazy
+            case _:
+                return self.correction is not None
+
+    @property
+    def quantities(self) -> frozenset[str]:
+        """What it looks up in a profile: values of `caching.profile.Quantity`."""
+        found = {self.gate.quantity, AFFINE_QUANTITY if self.predictor.kind is PredictorKind.AFFINE else ""}
+        return frozenset(found - {""}) if self.caches else frozenset()
+
+    @property
+    def history(self) -> int:
+        """Evaluations that a slot must keep: 0 where nothing is cached."""
+        return self.predictor.history if self.caches else 0
+
+    def sampled_steps(self, steps: int) -> int:
+        """Return how many steps the sampler takes where `steps` were asked for."""
+        return (
+            max(1, evaluations_for_speedup(steps, self.gate.speedup))
+            if isinstance(self.gate, FewerStepsGate)
+            else steps
+        )
+
+    @model_validator(mode="after")
+    def _decides_where_it_can(self) -> Policy:
+        if self.decide is not None and self.decide not in self.placements:
+            known = ", ".join(placement.value for placement in self.placements) or "nothing: it measures nothing"
+            raise ValueError(f"decide is {self.decide.value}; this gate takes {known}")
+        return self
+
+    @model_validator(mode="after")
+    def _predictor_fits_spans(self) -> Policy:
+        kind, division = self.predictor.kind, self.division
+        allowed = _GRANULARITIES_OF_CACHE[kind.cache]
+        if division.granularity not in allowed:
+            raise ValueError(
+                f"spans.granularity is {division.granularity.value}; predictor {kind.value} takes "
+                f"{' or '.join(each.value for each in allowed)}"
+            )
+        if division.granularity is Granularity.STEP and (division.first or division.last):
+            raise ValueError("spans.first and spans.last are of blocks; whole steps have none")
+        if kind.cache is SpanCache.OUTPUT and self._blends:
+            raise ValueError(f"predictor {kind.value} stands for whole steps and can't blend blocks")
+        if kind.cache is SpanCache.OUTPUT and self.guards.protected_blocks:
+            raise ValueError(f"predictor {kind.value} stands for whole steps and can't protect blocks")
+        if self._blends and kind.cache is not SpanCache.UNITS:
+            raise ValueError(f"predictor {kind.value} keeps residuals; blending needs one of units")
+        return self
+
+    @model_validator(mode="after")
+    def _gate_fits_spans(self) -> Policy:
+        gate, division = self.gate, self.division
+        if division.granularity not in gate.granularities:
+            known = " or ".join(each.value for each in gate.granularities)
+            raise ValueError(f"spans.granularity is {division.granularity.value}; gate {gate.kind} takes {known}")
+        if isinstance(gate, FirstBlocksGate) and not division.first:
+            raise ValueError(f"gate {gate.kind} measures the first blocks: give spans.first, 1 or more")
+        if isinstance(gate, AdaCorrectionGate | PaperGate) and (division.first or division.last):
+            raise ValueError(f"gate {gate.kind} decides over all blocks; leave out spans.first and spans.last")
+        return self
+
+    @model_validator(mode="after")
+    def _correction_has_a_base(self) -> Policy:
+        if self.correction is None:
+            return self
+        if not self.caches or isinstance(self.gate, AdaCorrectionGate | PaperGate):
+            why = "keeps nothing" if not self.caches else "is AdaCorrection itself"
+            raise ValueError(f"correction stands on top of another gate; {self.gate.kind} {why}")
+        if self.correction.corrector is Corrector.CHEAP and self.division.granularity is not Granularity.PARTS:
+            raise ValueError("correction.corrector is cheap, which decides over halves: spans.granularity parts")
+        return self
+
+    @model_validator(mode="after")
+    def _gate_alone_is_not_cheap(self) -> Policy:
+        if isinstance(self.gate, AdaCorrectionGate) and self.gate.corrector is Corrector.CHEAP:
+            raise ValueError("gate.corrector is cheap, which is for a correction on top of another gate")
+        return self
+
+    @property
+    def _blends(self) -> bool:
+        correctors = (getattr(self.gate, "corrector", None), self.correction and self.correction.corrector)
+        return isinstance(self.gate, PaperGate) or Corrector.PAPER in correctors
+
+
+_GRANULARITIES_OF_CACHE = {
+    SpanCache.UNITS: (Granularity.PARTS,),
+    SpanCache.RESIDUAL: (Granularity.RANGE, Granularity.PARTS),
+    SpanCache.OUTPUT: (Granularity.STEP,),
+}

@@ -1,0 +1,116 @@
+"""Running a controller as the loop does, on signals that a test writes down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from adacorr_deploy.caching.calibration import Calibration
+from adacorr_deploy.caching.controllers import Run, controller_for_policy
+from adacorr_deploy.caching.decisions import Action, Controller, Decision, Signals, SlotHistory
+from adacorr_deploy.caching.policy import Policy
+from adacorr_deploy.caching.profile import Profile
+
+Measured = Callable[[int, int], Sequence[Signals]]  # step, span → one per branch
+
+
+def change(relative: float, *, norm: float = 1.0, probe: float | None = None) -> Signals:
+    """Signals of a tensor whose mean and root mean square changed by the same share of what they were."""
+    return Signals(
+        relative_offset=relative,
+        relative_offset_p95=relative,
+        spatial_change=0.0,
+        paper_temporal=relative * norm,
+        paper_spatial=0.0,
+        change_l1=relative * norm,
+        reference_l1=norm,
+        change_square=(relative * norm) ** 2,
+        reference_square=norm**2,
+        probe=probe,
+    )
+
+
+def steadily(relative: float, *, norm: float = 1.0) -> Measured:
+    return lambda step, span: [change(relative, norm=norm)] * 2
+
+
+def each_step(relatives: Sequence[float]) -> Measured:
+    """The change of step s is `relatives[s]`, whatever the span."""
+    return lambda step, span: [change(relatives[step])] * 2
+
+
+_CALM, _CHANGING = steadily(0.01), steadily(0.1)
+
+
+@dataclass
+class Driven:
+    """What a controller decided, [step][span], and for what it asked."""
+
+    decisions: list[list[Decision]] = field(default_factory=list)
+    asked: list[tuple[int, int]] = field(default_factory=list)  # (step, span) whose signals were wanted
+
+    def evaluated(self, span: int = 0) -> list[int]:
+        return [step for step, row in enumerate(self.decisions) if row[span].action is not Action.REUSE]
+
+    def scores(self, span: int = 0) -> list[float | None]:
+        return [row[span].score for row in self.decisions]
+
+    def reasons(self, span: int = 0) -> list[str]:
+        return [row[span].reason for row in self.decisions]
+
+
+def drive(
+    controller: Controller,
+    steps: int,
+    *,
+    signals: Measured = _CALM,
+    changes: Measured = _CHANGING,
+    error: float = 0.1,
+    into: Driven | None = None,
+) -> Driven:
+    """Decide every span of every step, in the loop's order: signals, decision, prediction's error, change, refill.
+
+    `into`, where given, is filled step by step, for signals that depend on what was decided.
+    """
+    driven = into or Driven()
+    histories = [SlotHistory(capacity=3) for _ in controller.spans]
+    for step in range(steps):
+        row = []
+        for span, history in enumerate(histories):
+            wanted = bool(history.steps) and controller.needs_signals(step, span, history)
+            if wanted:
+                assert controller.observation(span) is not None
+                driven.asked.append((step, span))
+            decision = controller.decide(step, span, history, signals(step, span) if wanted else None)
+            if decision.action is Action.REUSE:
+                assert controller.prediction(step, span, history).coefficients
+            else:
+                _evaluate(controller, step, span, history, changes, error)
+            row.append(decision)
+        driven.decisions.append(row)
+    return driven
+
+
+def _evaluate(
+    controller: Controller, step: int, span: int, history: SlotHistory, changes: Measured, error: float
+) -> None:
+    if history.steps and controller.measures_error(step, span, history):
+        controller.record_error(step, span, error)
+    if history.steps and controller.observes_change(step, span, history):
+        controller.record_change(step, span, changes(step, span))
+    history.record(step)
+
+
+def made(
+    policy: Policy,
+    *,
+    steps: int,
+    blocks: int = 2,
+    calibration: Calibration | None = None,
+    profile: Profile | None = None,
+    halves: bool = False,
+    elements: int = 64,
+) -> Controller:
+    """A controller of a run."""
+    run = Run(steps=steps, blocks=blocks, halves=halves, elements=elements)
+    return controller_for_policy(policy, run, calibration, profile)
