@@ -40,13 +40,13 @@ class ExportableModel(Protocol):
         """The schedule that checkpoints in the family's original layout were trained with."""
         ...
 
-    def spec(self, precision: DType, segment: int) -> ModelSpec: ...
+    def spec(self, precision: DType, units: int) -> ModelSpec: ...
 
-    def parts(self, precision: DType, segment: int) -> Iterator[Part]:
-        """Yield every part, with `segment` consecutive transformer blocks in a block part."""
+    def parts(self, precision: DType, units: int) -> Iterator[Part]:
+        """Yield every part, with so many consecutive units in a block part: 1 for halves, 2 for each whole block."""
         ...
 
-    def step_part(self, precision: DType, segment: int) -> Part:
+    def step_part(self, precision: DType, units: int) -> Part:
         """Return one whole denoising step as a single part, with the inputs and outputs of the chain."""
         ...
 

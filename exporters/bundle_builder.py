@@ -25,7 +25,7 @@ from adacorr_deploy.core.manifest import (
 )
 from adacorr_deploy.core.output_folder import check_output_folder, output_folder
 from adacorr_deploy.core.progress import Progress
-from adacorr_deploy.core.specs import DType, ModelSpec, PartSpec
+from adacorr_deploy.core.specs import BLOCK_UNITS, DType, ModelSpec, PartSpec
 from adacorr_deploy.engines.backend import Backend
 from adacorr_deploy.engines.bundle_sessions import check_precision
 from adacorr_deploy.exporters.checkpoints import LoadedModel
@@ -42,19 +42,24 @@ class BuildOptions:
     Attributes:
         precision: Of weights and of activations between parts.
         segment: Transformer blocks in a block part; caching decides over whole parts.
+        halves: Make two parts of each transformer block, attention and MLP: one can be reused without the other.
         overwrite: Replace a bundle that stands at the output, once the new one is complete.
         default_policy: Preset, with or without a target, for runs that name none.
 
     Raises:
         PolicyError: If the default policy is no preset (a file would not travel with the bundle).
+        ValueError: If halves and segments are both asked for.
     """
 
     precision: DType = DType.FLOAT32
     segment: int = 1
+    halves: bool = False
     overwrite: bool = False
     default_policy: str = DEFAULT_POLICY
 
     def __post_init__(self) -> None:
+        if self.halves and self.segment != 1:
+            raise ValueError(f"a part is a half of a block or a segment of {self.segment}, not both")
         known = self.default_policy.partition("@")[0] in PRESETS
         if not known or not re.fullmatch(PRESET_PATTERN, self.default_policy):
             raise PolicyError(
@@ -62,6 +67,11 @@ class BuildOptions:
                 "give a policy file to adacorr-run instead."
             )
         policy_named(self.default_policy)
+
+    @property
+    def units(self) -> int:
+        """Units in a block part."""
+        return 1 if self.halves else self.segment * BLOCK_UNITS
 
 
 def build_bundle(
@@ -95,8 +105,8 @@ def build_bundle(
     with output_folder(output, overwrite=options.overwrite) as folder:
         parts_dir = folder / PARTS_DIR
         started = time.perf_counter()
-        specs = export_parts(loaded, parts_dir, options.precision, options.segment, progress)
-        model = loaded.model.spec(options.precision, options.segment)
+        specs = export_parts(loaded, parts_dir, options.precision, options.units, progress)
+        model = loaded.model.spec(options.precision, options.units)
         specs |= _write_service_parts(model, parts_dir)
         export_seconds = time.perf_counter() - started
         records = dict(_compiled_parts(specs, folder, backend, progress))

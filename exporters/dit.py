@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +11,7 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adacorr_deploy.core.specs import MODULATIONS_PER_BLOCK
+from adacorr_deploy.core.specs import BLOCK_UNITS, MODULATIONS_PER_UNIT
 from adacorr_deploy.exporters.fused_attention import fused_self_attention
 from adacorr_deploy.exporters.sampler_update import sampler_update
 
@@ -39,18 +39,18 @@ class EmbedPart(nn.Module):
 class ConditionPart(nn.Module):
     """Timesteps and labels to the modulation of every block and of the head, for all steps at once."""
 
-    def __init__(self, model: DiTTransformer2DModel, segments: Sequence[int]) -> None:
+    def __init__(self, model: DiTTransformer2DModel, units: Sequence[int]) -> None:
         super().__init__()
         embedders = [block.norm1.emb for block in model.transformer_blocks]
         if embedders_agree(model):
             embedders = embedders[:1]
         self.embedders = nn.ModuleList(embedders)
         self.linears = nn.ModuleList([block.norm1.linear for block in model.transformer_blocks])
-        self.segments = tuple(segments)  # blocks in each block part
+        self.rows = [MODULATIONS_PER_UNIT * count for count in units]  # of modulation, by block part
         self.head_linear = model.proj_out_1
 
     def forward(self, timesteps: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        """Return one (S, R, 6n, D) per block part, and (S, R, 2, D) for the head.
+        """Return one (S, R, 3U, D) per block part, and (S, R, 2, D) for the head.
 
         Args:
             timesteps: (S,) float32, in training steps.
@@ -58,12 +58,19 @@ class ConditionPart(nn.Module):
         """
         conditions = [self._condition(embedder, timesteps, labels) for embedder in self.embedders]
         of_blocks = conditions if len(conditions) > 1 else conditions * len(self.linears)
-        rows = iter(
-            linear(condition).unflatten(-1, (MODULATIONS_PER_BLOCK, -1))
+        rows = [
+            linear(condition).unflatten(-1, (MODULATIONS_PER_UNIT * BLOCK_UNITS, -1))
             for linear, condition in zip(self.linears, of_blocks, strict=True)
-        )
-        outputs = [torch.cat(list(islice(rows, blocks)), dim=2) for blocks in self.segments]
-        return (*outputs, self.head_linear(conditions[0]).unflatten(-1, (2, -1)))
+        ]
+        return (*self._of_parts(rows), self.head_linear(conditions[0]).unflatten(-1, (2, -1)))
+
+    def _of_parts(self, of_blocks: list[Tensor]) -> list[Tensor]:
+        """Join the blocks' rows of a part, or cut a block's rows for its halves."""
+        block_rows = of_blocks[0].shape[2]
+        if all(count < block_rows for count in self.rows):
+            return [part for rows in of_blocks for part in rows.split(self.rows[0], dim=2)]
+        blocks = iter(of_blocks)
+        return [torch.cat([next(blocks) for _ in range(count // block_rows)], dim=2) for count in self.rows]
 
     @staticmethod
     def _condition(embedder: CombinedTimestepLabelEmbeddings, timesteps: Tensor, labels: Tensor) -> Tensor:
@@ -73,39 +80,58 @@ class ConditionPart(nn.Module):
         return functional.silu(steps[:, None] + embedder.class_embedder(labels)[None])
 
 
-class BlocksPart(nn.Module):
-    """Consecutive transformer blocks, which also return their attention and MLP results before the adaLN gates."""
+class SelfAttention(nn.Module):
+    """A block's attention: diffusers' own, or, while it is traced, the form that compiles best."""
 
-    def __init__(self, blocks: Sequence[BasicTransformerBlock], *, units: bool = True) -> None:
+    def __init__(self, attention: Attention) -> None:
         super().__init__()
-        # Submodules one by one: the block's own embedder and adaLN projection belong to the condition part.
-        self.norms_1 = nn.ModuleList([block.norm1.norm for block in blocks])
-        self.attentions = nn.ModuleList([block.attn1 for block in blocks])
-        self.norms_2 = nn.ModuleList([block.norm3 for block in blocks])
-        self.mlps = nn.ModuleList([block.ff for block in blocks])
-        self.units = units
+        self.attention = attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the result (R, N, D) of `x`, the normalised, scaled and shifted tokens."""
+        fused = torch.compiler.is_exporting()
+        result: Tensor = fused_self_attention(self.attention, x) if fused else self.attention(x)
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What a transformer block adds to its tokens at a time: the result of one module on its normalised input."""
+
+    norm: nn.Module
+    body: nn.Module
+
+
+def units_of_block(block: BasicTransformerBlock) -> tuple[Unit, Unit]:
+    """Return a block's attention and MLP; its embedder and adaLN projection belong to the condition part."""
+    return Unit(block.norm1.norm, SelfAttention(block.attn1)), Unit(block.norm3, block.ff)
+
+
+class UnitsPart(nn.Module):
+    """Consecutive units, whole blocks or a half of one, which also returns their results before the adaLN gates."""
+
+    def __init__(self, units: Sequence[Unit], *, returns_units: bool = True) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([unit.norm for unit in units])
+        self.bodies = nn.ModuleList([unit.body for unit in units])
+        self.returns_units = returns_units
 
     def forward(self, tokens: Tensor, modulation: Tensor, step: Tensor) -> tuple[Tensor, ...]:
-        """Return the next tokens, and the units attention_0, mlp_0, attention_1, …, each (R, N, D).
+        """Return the next tokens, and the units' results in order, each (R, N, D).
 
         Args:
             tokens: (R, N, D).
-            modulation: (S, R, 6n, D).
+            modulation: (S, R, 3U, D): shift, scale and gate of each unit.
             step: (1,) int64, the row of `modulation` to use.
         """
-        rows = modulation.index_select(0, step).squeeze(0).chunk(MODULATIONS_PER_BLOCK * len(self.mlps), dim=1)
-        units = []
-        for index, (norm_1, attention, norm_2, mlp) in enumerate(
-            zip(self.norms_1, self.attentions, self.norms_2, self.mlps, strict=True)
-        ):
-            first = MODULATIONS_PER_BLOCK * index
-            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = rows[first : first + MODULATIONS_PER_BLOCK]
-            attended = _attend(attention, norm_1(tokens) * (1 + scale_a) + shift_a)
-            tokens = tokens + gate_a * attended
-            transformed = mlp(norm_2(tokens) * (1 + scale_m) + shift_m)
-            tokens = tokens + gate_m * transformed
-            units += [attended, transformed]
-        return (tokens, *units) if self.units else (tokens,)
+        rows = modulation.index_select(0, step).squeeze(0).chunk(MODULATIONS_PER_UNIT * len(self.bodies), dim=1)
+        results = []
+        for index, (norm, body) in enumerate(zip(self.norms, self.bodies, strict=True)):
+            shift, scale, gate = rows[MODULATIONS_PER_UNIT * index : MODULATIONS_PER_UNIT * (index + 1)]
+            result = body(norm(tokens) * (1 + scale) + shift)
+            tokens = tokens + gate * result
+            results.append(result)
+        return (tokens, *results) if self.returns_units else (tokens,)
 
 
 class HeadPart(nn.Module):
@@ -162,10 +188,10 @@ class HeadPart(nn.Module):
 class StepPart(nn.Module):
     """The chain embed, blocks, head as one module: what the separate parts are measured against."""
 
-    def __init__(self, model: DiTTransformer2DModel, segments: Sequence[Sequence[BasicTransformerBlock]]) -> None:
+    def __init__(self, model: DiTTransformer2DModel, parts: Sequence[Sequence[Unit]]) -> None:
         super().__init__()
         self.embed = EmbedPart(model)
-        self.blocks = nn.ModuleList([BlocksPart(blocks, units=False) for blocks in segments])
+        self.blocks = nn.ModuleList([UnitsPart(units, returns_units=False) for units in parts])
         self.head = HeadPart(model)
 
     def forward(
@@ -201,8 +227,3 @@ def embedders_agree(model: DiTTransformer2DModel) -> bool:
         )
         for other in others
     )
-
-
-def _attend(attention: Attention, x: Tensor) -> Tensor:
-    result: Tensor = fused_self_attention(attention, x) if torch.compiler.is_exporting() else attention(x)
-    return result

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
 
 from diffusers import DiTTransformer2DModel
 from torch import Tensor
@@ -14,22 +13,19 @@ from adacorr_deploy.core.sampler_rows import COLUMNS
 from adacorr_deploy.core.schedules import NoiseSchedule
 from adacorr_deploy.core.shapes import BATCH, BRANCHES, ROWS, STEPS
 from adacorr_deploy.core.specs import (
-    MODULATIONS_PER_BLOCK,
+    BLOCK_UNITS,
+    MODULATIONS_PER_UNIT,
     Dim,
     DType,
     ModelSpec,
     PartSpec,
     TensorSpec,
-    unit_names,
 )
-from adacorr_deploy.exporters.dit import BlocksPart, ConditionPart, EmbedPart, HeadPart, StepPart
+from adacorr_deploy.exporters.dit import ConditionPart, EmbedPart, HeadPart, StepPart, Unit, UnitsPart, units_of_block
 from adacorr_deploy.exporters.dit_config import DiTConfig, empty_dit
 from adacorr_deploy.exporters.dit_original import diffusers_from_original, is_original_dit, original_schedule
 from adacorr_deploy.exporters.part import Part
 from adacorr_deploy.exporters.weight_files import StateDict, require_tensors
-
-if TYPE_CHECKING:
-    from diffusers.models.attention import BasicTransformerBlock
 
 
 class DiTAdapter:
@@ -68,7 +64,7 @@ class DiTModel:
     def training_schedule(self) -> NoiseSchedule:
         return original_schedule(learned_variance=self.learned_variance)
 
-    def spec(self, precision: DType, segment: int) -> ModelSpec:
+    def spec(self, precision: DType, units: int) -> ModelSpec:
         config, grid = self.module.config, self.module.config.sample_size // self.module.config.patch_size
         return ModelSpec(
             family=DiTAdapter.family,
@@ -77,33 +73,35 @@ class DiTModel:
             tokens=grid**2,
             width=self.module.inner_dim,
             num_classes=config.num_embeds_ada_norm,
-            blocks=tuple(len(blocks) for blocks in self._segments(segment)),
+            units=tuple(len(part) for part in self._block_parts(units)),
             learned_variance=self.learned_variance,
         )
 
-    def parts(self, precision: DType, segment: int) -> Iterator[Part]:
+    def parts(self, precision: DType, units: int) -> Iterator[Part]:
         """Yield embed, condition, every block part and head."""
-        spec, segments = self.spec(precision, segment), self._segments(segment)
+        spec = self.spec(precision, units)
         tensors = _Tensors(spec)
         yield Part(spec=tensors.embed(), module=EmbedPart(self.module).eval(), structure="embed")
         yield Part(
-            spec=tensors.condition(), module=ConditionPart(self.module, spec.blocks).eval(), structure="condition"
+            spec=tensors.condition(), module=ConditionPart(self.module, spec.units).eval(), structure="condition"
         )
-        for index, (name, blocks) in enumerate(zip(spec.block_names, segments, strict=True)):
-            part = BlocksPart(blocks).eval()
-            yield Part(spec=tensors.blocks(name, index), module=part, structure=f"{len(blocks)} blocks")
+        for index, of_part in enumerate(self._block_parts(units)):
+            part_spec = tensors.block_part(index)
+            structure = " ".join(spec.unit_names(index))
+            yield Part(spec=part_spec, module=UnitsPart(of_part).eval(), structure=structure)
         yield Part(spec=tensors.head(), module=HeadPart(self.module).eval(), structure="head")
 
-    def step_part(self, precision: DType, segment: int) -> Part:
+    def step_part(self, precision: DType, units: int) -> Part:
         """Return embed, blocks and head as one part, with the same inputs as the chain and no units."""
-        module = StepPart(self.module, self._segments(segment)).eval()
-        return Part(spec=_Tensors(self.spec(precision, segment)).step(), module=module, structure="step")
+        module = StepPart(self.module, self._block_parts(units)).eval()
+        return Part(spec=_Tensors(self.spec(precision, units)).step(), module=module, structure="step")
 
-    def _segments(self, size: int) -> list[list[BasicTransformerBlock]]:
-        if size < 1:
-            raise ValueError(f"a segment holds at least one block, got {size}")
-        blocks = iter(self.module.transformer_blocks)
-        return [segment for _ in self.module.transformer_blocks if (segment := list(islice(blocks, size)))]
+    def _block_parts(self, size: int) -> list[list[Unit]]:
+        """Return the units of each block part; only the last may have fewer than `size`."""
+        if size < 1 or (size > 1 and size % BLOCK_UNITS):
+            raise ValueError(f"a block part holds one unit or whole blocks of {BLOCK_UNITS}, got {size} units")
+        units = iter([unit for block in self.module.transformer_blocks for unit in units_of_block(block)])
+        return list(iter(lambda: list(islice(units, size)), []))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +119,12 @@ class _Tensors:
         labels = TensorSpec(name="labels", dtype=DType.INT64, shape=(ROWS,))
         return PartSpec(name="condition", inputs=(timesteps, labels), outputs=self._modulations())
 
-    def blocks(self, name: str, index: int) -> PartSpec:
-        modulation = self._modulation("modulation", MODULATIONS_PER_BLOCK * self.model.blocks[index])
+    def block_part(self, index: int) -> PartSpec:
+        modulation = self._modulation("modulation", MODULATIONS_PER_UNIT * self.model.units[index])
         return PartSpec(
-            name=name,
+            name=self.model.block_names[index],
             inputs=(self._tokens("tokens"), modulation, self._step()),
-            outputs=tuple(self._tokens(output) for output in ("tokens_out", *unit_names(self.model.blocks[index]))),
+            outputs=tuple(self._tokens(output) for output in ("tokens_out", *self.model.unit_names(index))),
         )
 
     def head(self) -> PartSpec:
@@ -139,8 +137,8 @@ class _Tensors:
 
     def _modulations(self) -> tuple[TensorSpec, ...]:
         of_blocks = [
-            self._modulation(f"modulation_{index:02d}", MODULATIONS_PER_BLOCK * blocks)
-            for index, blocks in enumerate(self.model.blocks)
+            self._modulation(f"modulation_{index:02d}", MODULATIONS_PER_UNIT * units)
+            for index, units in enumerate(self.model.units)
         ]
         return (*of_blocks, self._modulation("modulation_head", 2))
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from adacorr_deploy.core.errors import OutputError
 from adacorr_deploy.core.progress import Progress
-from adacorr_deploy.core.specs import DType, PartSpec
+from adacorr_deploy.core.specs import BLOCK_UNITS, DType, PartSpec
 from adacorr_deploy.exporters.checkpoints import LoadedModel
 from adacorr_deploy.exporters.part import Part
 from adacorr_deploy.exporters.tracing import TracedPart, trace_part, weights_of
@@ -28,7 +28,7 @@ def export_parts(
     loaded: LoadedModel,
     directory: Path,
     precision: DType = DType.FLOAT32,
-    segment: int = 1,
+    units: int = BLOCK_UNITS,
     progress: Progress | None = None,
 ) -> dict[str, PartSpec]:
     """Write NAME.onnx and NAME.safetensors of every part into an existing folder.
@@ -37,17 +37,17 @@ def export_parts(
         loaded: The model.
         directory: Where to write; on an error or an interruption, what was written stays: use a temporary folder.
         precision: float32, float16 or bfloat16, of weights and of activations between parts.
-        segment: Transformer blocks in a block part.
+        units: Units in a block part: 1 (halves of blocks) or twice its transformer blocks.
         progress: Told before each part, and at the end. What it raises stops the export.
 
     Raises:
         UnsupportedModelError: If a weight overflows `precision`.
         OutputError: If a file can't be written.
     """
-    total = len(loaded.model.spec(precision, segment).blocks) + 3
+    total = len(loaded.model.spec(precision, units).units) + 3
     specs: dict[str, PartSpec] = {}
     traced: dict[str, TracedPart] = {}
-    for part in loaded.model.parts(precision, segment):
+    for part in loaded.model.parts(precision, units):
         if progress is not None:
             progress(part.spec.name, len(specs), total)
         if part.structure not in traced:
@@ -60,7 +60,7 @@ def export_parts(
 
 
 def monolithic_step_onnx(
-    loaded: LoadedModel, directory: Path, precision: DType = DType.FLOAT32, segment: int = 1
+    loaded: LoadedModel, directory: Path, precision: DType = DType.FLOAT32, units: int = BLOCK_UNITS
 ) -> PartSpec:
     """Write step.onnx (and step.safetensors): the chain embed, blocks, head as one graph, for benchmarks.
 
@@ -71,17 +71,17 @@ def monolithic_step_onnx(
         UnsupportedModelError: If a weight overflows `precision`.
         OutputError: If a file can't be written.
     """
-    part = loaded.model.step_part(precision, segment)
+    part = loaded.model.step_part(precision, units)
     _write_part(part, trace_part(part, precision), directory, precision)
     return part.spec
 
 
-def reference_modules(loaded: LoadedModel, segment: int = 1) -> dict[str, nn.Module]:
+def reference_modules(loaded: LoadedModel, units: int = BLOCK_UNITS) -> dict[str, nn.Module]:
     """Return the parts as PyTorch modules in float32 that share the model's weights.
 
     Each takes the tensors of its contract by name and returns a tuple of the outputs in the contract's order.
     """
-    return {part.spec.name: part.module for part in loaded.model.parts(DType.FLOAT32, segment)}
+    return {part.spec.name: part.module for part in loaded.model.parts(DType.FLOAT32, units)}
 
 
 def _write_part(part: Part, traced: TracedPart, directory: Path, precision: DType) -> None:

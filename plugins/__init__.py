@@ -14,8 +14,11 @@ from adacorr_deploy.plugins.service_parts import (
     MAX_EVALUATIONS,
     SIGNALS_PART,
     blend_part_name,
-    common_block_count,
+    combine_part_name,
+    common_unit_count,
+    modulated_part_name,
     predict_part_name,
+    probe_part_name,
     service_part_specs,
 )
 
@@ -26,10 +29,13 @@ __all__ = [
     "KernelLaunch",
     "KernelSpec",
     "blend_part_name",
-    "common_block_count",
+    "combine_part_name",
+    "common_unit_count",
     "kernel_launch",
     "kernel_of_part",
+    "modulated_part_name",
     "noise_spec",
     "predict_part_name",
+    "probe_part_name",
     "service_part_specs",
 ]

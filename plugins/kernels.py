@@ -27,6 +27,7 @@ _VECTOR_BYTES: Final = 16
 _MOST_ROWS: Final = 65535  # CUDA's largest grid height
 _LARGEST_ROW: Final = 2**30 - 2**20  # elements; an index plus the grid's whole stride must stay below 2³¹
 TOKENS_OF_A_THREAD: Final = 2  # update.cu's TOKENS
+TOKEN_STATISTICS: Final = 8  # floats: signals.cu's TokenStatistics
 _NORMALS_OF_A_THREAD: Final = 4  # a Philox counter's
 
 
@@ -131,7 +132,7 @@ def kernel_launch(kernel: KernelSpec, precision: str, shapes: Shapes) -> KernelL
 
 
 def kernel_of_part(part: str) -> KernelSpec | None:
-    """Return the kernel that computes a service part (`predict_2_n4`), or None for a part that needs an engine."""
+    """Return the kernel that computes a service part (`predict_2_u8`), or None for a part that needs an engine."""
     return KERNELS.get(part) or KERNELS.get(part.partition("_")[0])
 
 
@@ -165,6 +166,8 @@ _TOKEN_COUNT: Final = 1
 _WIDTH: Final = 2
 _HISTORY_SIZES: Final = (Size(tensor="history", axes=(0,)), Size(tensor="history", axes=(1,)))  # T, U
 _SLOT_INPUTS: Final = ("history", "modulation", "gate_steps", "coefficients")
+_MODULATED_INPUTS: Final = ("tokens", "modulation", "step")
+_MODULATION_ROWS: Final = Size(tensor="modulation", axes=(2,))
 
 
 def _token_sizes(tensor: str) -> tuple[Size, Size]:
@@ -175,6 +178,8 @@ def _elements(tensor: str) -> Size:
     return Size(tensor=tensor, axes=(1, 2, 3))
 
 
+_TOKENS_OF_A_BLOCK: Final = 8  # of 256 threads: a warp takes a token
+
 _SPECS: Final = (
     KernelSpec(
         name=SIGNALS_PART,
@@ -183,9 +188,9 @@ _SPECS: Final = (
         sizes=_token_sizes("tokens"),
         outputs=("signals",),
         rows="tokens",
-        blocks_of_row=lambda sizes, _: _blocks(sizes[0], 8),  # a token per warp
+        blocks_of_row=lambda sizes, _: _blocks(sizes[0], _TOKENS_OF_A_BLOCK),
         threads=256,
-        scratch=lambda rows, sizes: (rows, sizes[0] + 1, 4),
+        scratch=lambda rows, sizes: (rows, sizes[0] + 1, TOKEN_STATISTICS),
     ),
     KernelSpec(
         name="predict",
@@ -206,6 +211,36 @@ _SPECS: Final = (
         rows="base",
         blocks_of_row=_update_blocks,
         threads=128,
+    ),
+    KernelSpec(
+        name="combine",
+        typed=True,
+        inputs=("base", "history", "coefficients", "scale", "shift"),
+        sizes=(*_token_sizes("base"), Size(tensor="history", axes=(0,))),
+        outputs=("tokens_out",),
+        rows="base",
+        blocks_of_row=_update_blocks,
+        threads=128,
+    ),
+    KernelSpec(
+        name="modulated",
+        typed=True,
+        inputs=_MODULATED_INPUTS,
+        sizes=(*_token_sizes("tokens"), _MODULATION_ROWS),
+        outputs=("tokens_out",),
+        rows="tokens",
+        blocks_of_row=lambda sizes, _: _blocks(sizes[0], _TOKENS_OF_A_BLOCK),
+        threads=256,
+    ),
+    KernelSpec(
+        name="probe",
+        typed=True,
+        inputs=(*_MODULATED_INPUTS, "weights", "bias"),
+        sizes=(*_token_sizes("tokens"), _MODULATION_ROWS),
+        outputs=("probe",),
+        rows="tokens",
+        blocks_of_row=lambda sizes, _: 1,
+        threads=512,
     ),
     KernelSpec(
         name="extrapolate",

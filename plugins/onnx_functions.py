@@ -34,15 +34,17 @@ import onnx
 from onnx import parser
 
 from adacorr_deploy.core.sampler_rows import COLUMNS
-from adacorr_deploy.core.specs import DType, ModelSpec, PartSpec, TensorSpec
-from adacorr_deploy.plugins.oracle import EPSILON, gate_rows, p95_rank
+from adacorr_deploy.core.specs import SCALE_ROW, SHIFT_ROW, DType, ModelSpec, PartSpec, TensorSpec
+from adacorr_deploy.plugins.oracle import EPSILON, NORM_EPSILON, gate_rows, p95_rank
 from adacorr_deploy.plugins.service_parts import (
-    GATE_ROWS,
     MAX_EVALUATIONS,
     blend_spec,
+    combine_spec,
     extrapolate_spec,
+    modulated_spec,
     output_error_spec,
     predict_spec,
+    probe_spec,
     signals_spec,
 )
 
@@ -64,10 +66,12 @@ _ONNX_TYPES: Final[Mapping[DType, str]] = {
 def service_parts(model: ModelSpec) -> dict[str, tuple[PartSpec, onnx.ModelProto]]:
     """Return each service part of a model by name: its spec and its ONNX model (opset 20, a few kB, no weights)."""
     parts = [signals_part(model)]
-    for blocks in dict.fromkeys(model.blocks):
+    for units in dict.fromkeys(model.units):
         for evaluations in range(1, MAX_EVALUATIONS + 1):
-            parts.append(predict_part(model, blocks=blocks, evaluations=evaluations))
-            parts.append(blend_part(model, blocks=blocks, evaluations=evaluations))
+            parts.append(predict_part(model, units=units, evaluations=evaluations))
+            parts.append(blend_part(model, units=units, evaluations=evaluations))
+        parts += [modulated_part(model, units=units), probe_part(model, units=units)]
+    parts += [combine_part(model, evaluations=count) for count in range(1, MAX_EVALUATIONS + 1)]
     parts += [extrapolate_part(model, evaluations=count) for count in range(1, MAX_EVALUATIONS + 1)]
     parts.append(output_error_part(model))
     return {spec.name: (spec, proto) for spec, proto in parts}
@@ -80,16 +84,16 @@ def signals_part(model: ModelSpec) -> tuple[PartSpec, onnx.ModelProto]:
     return spec, _part_model(spec, function, {"epsilon": f"{EPSILON:f}", "rank": f"[{p95_rank(model.tokens)}]"})
 
 
-def predict_part(model: ModelSpec, *, blocks: int, evaluations: int) -> tuple[PartSpec, onnx.ModelProto]:
-    """Return the `predict_{T}` part for block parts of `blocks` transformer blocks."""
-    spec = predict_spec(model, blocks=blocks, evaluations=evaluations)
-    return spec, _part_model(spec, predict_function(model, blocks=blocks, evaluations=evaluations), {})
+def predict_part(model: ModelSpec, *, units: int, evaluations: int) -> tuple[PartSpec, onnx.ModelProto]:
+    """Return the `predict_{T}` part for block parts of `units`."""
+    spec = predict_spec(model, units=units, evaluations=evaluations)
+    return spec, _part_model(spec, predict_function(model, units=units, evaluations=evaluations), {})
 
 
-def blend_part(model: ModelSpec, *, blocks: int, evaluations: int) -> tuple[PartSpec, onnx.ModelProto]:
-    """Return the `blend_{T}` part for block parts of `blocks` transformer blocks."""
-    spec = blend_spec(model, blocks=blocks, evaluations=evaluations)
-    return spec, _part_model(spec, blend_function(model, blocks=blocks, evaluations=evaluations), {})
+def blend_part(model: ModelSpec, *, units: int, evaluations: int) -> tuple[PartSpec, onnx.ModelProto]:
+    """Return the `blend_{T}` part for block parts of `units`."""
+    spec = blend_spec(model, units=units, evaluations=evaluations)
+    return spec, _part_model(spec, blend_function(model, units=units, evaluations=evaluations), {})
 
 
 def signals_function(*, width: int) -> onnx.FunctionProto:
@@ -155,21 +159,36 @@ def signals_function(*, width: int) -> onnx.FunctionProto:
 
             mean_distance_3d = ReduceMean (distance, image)
             paper_temporal = Squeeze (mean_distance_3d, channels)
+
+            change_of_token = ReduceL1 (difference, channels)
+            size_of_token = ReduceL1 (x_ref, channels)
+            per_channel_ref = Div (size_of_token, width)
+            per_channel = Div (change_of_token, width)
+            power_of_change = Div (distance_2, width)
+            change_l1_3d = ReduceMean (per_channel, image)
+            reference_l1_3d = ReduceMean (per_channel_ref, image)
+            change_square_3d = ReduceMean (power_of_change, image)
+            reference_square_3d = ReduceMean (power_ref, image)
+            change_l1 = Squeeze (change_l1_3d, channels)
+            reference_l1 = Squeeze (reference_l1_3d, channels)
+            change_square = Squeeze (change_square_3d, channels)
+            reference_square = Squeeze (reference_square_3d, channels)
             signals = Concat <axis = 1> (
-                relative_offset, relative_offset_p95, spatial_change, paper_temporal, paper_spatial)
+                relative_offset, relative_offset_p95, spatial_change, paper_temporal, paper_spatial,
+                change_l1, reference_l1, change_square, reference_square)
         }}""")
 
 
-def predict_function(model: ModelSpec, *, blocks: int, evaluations: int) -> onnx.FunctionProto:
+def predict_function(model: ModelSpec, *, units: int, evaluations: int) -> onnx.FunctionProto:
     """Return AdaCorrPredict for one (T, U, N, D): tokens + Σₜ Σᵤ (cₜ·gateᵤ) ⊙ history[t, u]."""
     return parser.parse_function(f"""{_FUNCTION_HEAD}
         AdaCorrPredict <plugin_namespace> (tokens, history, modulation, gate_steps, coefficients) => (tokens_out) {{
-            {_update_lines(model, blocks, evaluations)}
+            {_update_lines(model, units, evaluations)}
             tokens_out = Add (tokens, update)
         }}""")
 
 
-def blend_function(model: ModelSpec, *, blocks: int, evaluations: int) -> onnx.FunctionProto:
+def blend_function(model: ModelSpec, *, units: int, evaluations: int) -> onnx.FunctionProto:
     """Return AdaCorrBlend: (1 − w)·(base + ΣΣ) + w·fresh, and the weights w of the rows.
 
     Where w is exactly 0 or 1 the other side is not mixed in, since 0·NaN is NaN. An estimate that is not finite, and
@@ -178,7 +197,7 @@ def blend_function(model: ModelSpec, *, blocks: int, evaluations: int) -> onnx.F
     return parser.parse_function(f"""{_FUNCTION_HEAD}
         AdaCorrBlend <plugin_namespace>
         (base, history, modulation, gate_steps, coefficients, fresh, estimate, thresholds) => (tokens_out, weight) {{
-            {_update_lines(model, blocks, evaluations)}
+            {_update_lines(model, units, evaluations)}
             cached = Add (base, update)
 
             zero = Constant <value_float = 0.0> ()
@@ -211,13 +230,13 @@ def blend_function(model: ModelSpec, *, blocks: int, evaluations: int) -> onnx.F
         }}""")
 
 
-def _update_lines(model: ModelSpec, blocks: int, evaluations: int) -> str:
+def _update_lines(model: ModelSpec, units: int, evaluations: int) -> str:
     """Return the lines that compute `update` (R, N, D), the weighted sum over a slot's history.
 
     c·g is multiplied out in float32 on the small (T, U, R, 1, D) gates; the sum over T·U is a matrix product with ones.
     """
-    count = evaluations * len(GATE_ROWS) * blocks
-    rows = ", ".join(map(str, gate_rows(blocks)))
+    count = evaluations * units
+    rows = ", ".join(map(str, gate_rows(units)))
     return f"""
             gate_rows = Constant <value_ints = [{rows}]> ()
             modulation_then = Gather <axis = 0> (modulation, gate_steps)
@@ -240,6 +259,87 @@ def _update_lines(model: ModelSpec, blocks: int, evaluations: int) -> str:
             update_2d = MatMul (ones, weighted_2d)
             rows_of_tokens = Constant <value_ints = [-1, {model.tokens}, {model.width}]> ()
             update = Reshape (update_2d, rows_of_tokens)"""
+
+
+def combine_part(model: ModelSpec, *, evaluations: int) -> tuple[PartSpec, onnx.ModelProto]:
+    """Return the `combine_{T}` part. A scale of 1, a shift of 0 and a coefficient of ±1 change no bit of a residual."""
+    spec = combine_spec(model, evaluations=evaluations)
+    return spec, _plain_model(
+        spec,
+        f"""
+            per_evaluation = Constant <value_ints = [{evaluations}, 1, 1, 1, 1]> ()
+            coefficients_5d = Reshape (coefficients, per_evaluation)
+            weights_float = Mul (coefficients_5d, scale)
+            weights = CastLike (weights_float, history)
+            weighted = Mul (history, weights)
+            {_summed_lines(evaluations)}
+            moved = Add (base, update)
+            shift_p = CastLike (shift, base)
+            tokens_out = Add (moved, shift_p)""",
+    )
+
+
+def _summed_lines(evaluations: int) -> str:
+    """Return the lines that sum `weighted` (T, 1, R, N, D) to `update` (R, N, D): a view of it, where T is 1."""
+    if evaluations == 1:
+        return """
+            leading = Constant <value_ints = [0, 1]> ()
+            update = Squeeze (weighted, leading)"""
+    return """
+            summed = Constant <value_ints = [0, 1]> ()
+            update = ReduceSum <keepdims = 0> (weighted, summed)"""
+
+
+def modulated_part(model: ModelSpec, *, units: int) -> tuple[PartSpec, onnx.ModelProto]:
+    """Return the `modulated` part for block parts of `units`."""
+    spec = modulated_spec(model, units=units)
+    return spec, _plain_model(
+        spec,
+        f"""
+            {_modulation_lines(model)}
+            scaled = Mul (normed, factor)
+            tokens_out = Add (scaled, shift)""",
+    )
+
+
+def probe_part(model: ModelSpec, *, units: int) -> tuple[PartSpec, onnx.ModelProto]:
+    """Return the `probe` part for block parts of `units`; the mean over tokens is taken before the modulation."""
+    spec = probe_spec(model, units=units)
+    return spec, _plain_model(
+        spec,
+        f"""
+            {_modulation_lines(model)}
+            normed_float = Cast <to = 1> (normed)
+            factor_float = Cast <to = 1> (factor)
+            shift_float = Cast <to = 1> (shift)
+            image = Constant <value_ints = [1]> ()
+            mean = ReduceMean (normed_float, image)
+            scaled = Mul (mean, factor_float)
+            modulated = Add (scaled, shift_float)
+            weighted = Mul (modulated, weights)
+            summed = Constant <value_ints = [1, 2]> ()
+            product = ReduceSum <keepdims = 0> (weighted, summed)
+            probe = Add (product, bias)""",
+    )
+
+
+def _modulation_lines(model: ModelSpec) -> str:
+    """Return the lines that compute `normed` (R, N, D), and `factor` and `shift` (R, 1, D), 1 + scale and shift."""
+    return f"""
+            width = Constant <value_ints = [{model.width}]> ()
+            ones_float = ConstantOfShape <value = float[1] {{1.0}}> (width)
+            ones = CastLike (ones_float, tokens)
+            normed = LayerNormalization <axis = -1, epsilon = {NORM_EPSILON:f}> (tokens, ones)
+            modulation_now = Gather <axis = 0> (modulation, step)
+            leading = Constant <value_ints = [0]> ()
+            rows_now = Squeeze (modulation_now, leading)
+            shift_row = Constant <value_ints = [{SHIFT_ROW}]> ()
+            scale_row = Constant <value_ints = [{SCALE_ROW}]> ()
+            shift = Gather <axis = 1> (rows_now, shift_row)
+            scale = Gather <axis = 1> (rows_now, scale_row)
+            one_float = Constant <value_float = 1.0> ()
+            one = CastLike (one_float, scale)
+            factor = Add (scale, one)"""
 
 
 def extrapolate_part(model: ModelSpec, *, evaluations: int) -> tuple[PartSpec, onnx.ModelProto]:

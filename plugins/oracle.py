@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adacorr_deploy.core.sampler_rows import COLUMNS
-from adacorr_deploy.core.specs import MODULATIONS_PER_BLOCK
-from adacorr_deploy.plugins.service_parts import GATE_ROWS
+from adacorr_deploy.core.specs import GATE_ROW, MODULATIONS_PER_UNIT, SCALE_ROW, SHIFT_ROW
 
 EPSILON: Final = 1e-6  # keeps a token or an image that is all zeros from dividing by zero
+NORM_EPSILON: Final = 1e-6  # of the norms that adaLN modulates, in every family here
 
 Floats = NDArray[np.floating]
 
@@ -33,8 +33,9 @@ def signals(tokens: Floats, reference: Floats) -> NDArray[np.float32]:
         reference: Block input when the slot was filled; same shape and dtype.
 
     Returns:
-        (R, 5): relative_offset, relative_offset_p95, spatial_change, paper_temporal, paper_spatial, as in
-        `caching.decisions.Signals`. The deviation over channels is the population's (divided by D).
+        (R, 9): relative_offset, relative_offset_p95, spatial_change, paper_temporal, paper_spatial, change_l1,
+        reference_l1, change_square, reference_square, as in `caching.decisions.Signals`. The deviation over channels is
+        the population's (divided by D).
     """
     with np.errstate(all="ignore"):  # NaN and inf are answers here
         x, x_ref = tokens.astype(np.float64), reference.astype(np.float64)
@@ -48,6 +49,10 @@ def signals(tokens: Floats, reference: Floats) -> NDArray[np.float32]:
             np.abs(spread - spread_ref) / (spread_ref + EPSILON),
             distance.mean(axis=1),
             spread,
+            np.abs(x - x_ref).mean(axis=(1, 2)),
+            np.abs(x_ref).mean(axis=(1, 2)),
+            np.square(x - x_ref).mean(axis=(1, 2)),
+            np.square(x_ref).mean(axis=(1, 2)),
         )
         return np.stack(columns, axis=1).astype(np.float32)
 
@@ -60,22 +65,75 @@ def predict(
     Args:
         tokens: Block input, (R, N, D), float16 or float32: also the dtype of the result.
         history: Results of the units before their gates, (T, U, R, N, D), units in block order.
-        modulation: (S, R, 3U, D): for each block shift, scale, gate of the attention, then of the MLP.
+        modulation: (S, R, 3U, D): for each unit shift, scale, gate.
         gate_steps: (T,): the row of `modulation` whose gates weigh each evaluation.
         coefficients: (T,).
     """
     with np.errstate(all="ignore"):
         estimate = tokens.astype(np.float64)
         for evaluation, (step, coefficient) in enumerate(zip(gate_steps, coefficients, strict=True)):
-            for unit, row in enumerate(gate_rows(history.shape[1] // len(GATE_ROWS))):
+            for unit, row in enumerate(gate_rows(history.shape[1])):
                 gate = modulation[step, :, row, None, :].astype(np.float64)
                 estimate = estimate + float(coefficient) * gate * history[evaluation, unit]
         return estimate.astype(tokens.dtype)
 
 
-def gate_rows(blocks: int) -> list[int]:
+def gate_rows(units: int) -> list[int]:
     """Return the rows of a part's modulation that hold gates, one per unit, in order."""
-    return [MODULATIONS_PER_BLOCK * block + row for block in range(blocks) for row in GATE_ROWS]
+    return [MODULATIONS_PER_UNIT * unit + GATE_ROW for unit in range(units)]
+
+
+def combine(base: Floats, history: Floats, coefficients: Floats, scale: Floats, shift: Floats) -> Floats:
+    """Return what a span's last residuals say it would give: base + scale ⊙ Σₜ cₜ·historyₜ + shift.
+
+    Args:
+        base: The span's input, (R, N, D), float16 or float32: also the dtype of the result.
+        history: What the span added to its input at its last T evaluations, (T, 1, R, N, D).
+        coefficients: (T,).
+        scale: Of each channel, (D,).
+        shift: Of each channel, (D,).
+    """
+    with np.errstate(all="ignore"):
+        weights = coefficients.astype(np.float64)[:, None] * scale.astype(np.float64)
+        summed: NDArray[np.float64] = np.einsum("td,turnd->rnd", weights, history.astype(np.float64))
+        return np.asarray(base.astype(np.float64) + summed + shift).astype(base.dtype)
+
+
+def modulated(tokens: Floats, modulation: Floats, step: NDArray[np.int64]) -> Floats:
+    """Return what a block part's first unit computes on: LayerNorm(tokens) ⊙ (1 + scale) + shift.
+
+    Args:
+        tokens: Block input, (R, N, D), float16 or float32: also the dtype of the result.
+        modulation: (S, R, 3U, D): for each unit shift, scale, gate.
+        step: (1,): the row of `modulation`.
+    """
+    return _modulated(tokens, modulation, step).astype(tokens.dtype)
+
+
+def probe(
+    tokens: Floats, modulation: Floats, step: NDArray[np.int64], weights: Floats, bias: Floats
+) -> NDArray[np.float32]:
+    """Return weights · mean over tokens of `modulated` + bias, (R,): LazyDiT's signal (arXiv 2412.12444).
+
+    Args:
+        tokens: As in `modulated`.
+        modulation: As in `modulated`.
+        step: As in `modulated`.
+        weights: Of each channel, (D,).
+        bias: (1,).
+    """
+    with np.errstate(all="ignore"):
+        means = _modulated(tokens, modulation, step).mean(axis=1)
+        return np.asarray(means @ weights.astype(np.float64) + bias, dtype=np.float32)
+
+
+def _modulated(tokens: Floats, modulation: Floats, step: NDArray[np.int64]) -> NDArray[np.float64]:
+    rows = modulation[int(step[0])].astype(np.float64)
+    shift, scale = rows[:, SHIFT_ROW, None, :], rows[:, SCALE_ROW, None, :]
+    with np.errstate(all="ignore"):
+        x = tokens.astype(np.float64)
+        normed = (x - x.mean(axis=2, keepdims=True)) / np.sqrt(x.var(axis=2, keepdims=True) + NORM_EPSILON)
+        return np.asarray(normed * (1 + scale) + shift)
 
 
 def blend_weight(estimate: NDArray[np.float32], thresholds: NDArray[np.float32]) -> NDArray[np.float32]:

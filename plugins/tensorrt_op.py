@@ -18,7 +18,7 @@ from types import GenericAlias, ModuleType
 from typing import Final, Protocol, TypeVar
 
 from adacorr_deploy.core.errors import EngineError
-from adacorr_deploy.plugins.kernels import KERNELS, KernelSpec, kernel_launch
+from adacorr_deploy.plugins.kernels import KERNELS, TOKEN_STATISTICS, KernelSpec, kernel_launch
 from adacorr_deploy.plugins.service_parts import SIGNAL_COUNT, SIGNALS_PART
 
 NAMESPACE: Final = "adacorr"  # onnx_functions.PLUGIN_NAMESPACE
@@ -114,7 +114,7 @@ def _outputs(
         like = {"tokens_out": kernel.rows, "weight": "estimate"}
         return tuple(inputs[like[name]].like() for name in kernel.outputs)
     signals = plugin.from_shape_expr((rows, SIGNAL_COUNT), dtype=trt.DataType.FLOAT)
-    return signals, plugin.from_shape_expr((rows, tokens + 1, 4), dtype=trt.DataType.FLOAT)  # type: ignore[operator]
+    return signals, plugin.from_shape_expr((rows, tokens + 1, TOKEN_STATISTICS), dtype=trt.DataType.FLOAT)  # type: ignore[operator]
 
 
 def _element_types(kernel: KernelSpec) -> list[str]:

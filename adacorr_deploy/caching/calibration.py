@@ -166,7 +166,7 @@ def check_blocks(calibration: Calibration, model: ModelSpec, *, where: str, bund
     Raises:
         CalibrationError: If so.
     """
-    found, blocks = len(calibration.paper_floors), len(model.blocks)
+    found, blocks = len(calibration.paper_floors), len(model.units)
     if found != blocks:
         fault = f"paper_floors holds {found} numbers, allowed are {blocks}: one for each block part of the bundle"
         raise _unusable(where, fault, calibration, bundle)

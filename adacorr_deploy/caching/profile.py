@@ -211,7 +211,7 @@ def check_profile(profile: Profile, model: ModelSpec, *, where: str, bundle: str
     Raises:
         CalibrationError: If so.
     """
-    parts, width = len(model.blocks), model.width
+    parts, width = len(model.units), model.width
     for name, found, allowed in (
         ("part_errors", len(profile.part_errors or range(parts)), parts),
         ("gates", len(profile.gates or range(parts)), parts),

@@ -60,6 +60,7 @@ class Target:
     compiler: CompilerOptions | None
     precision: Precision
     segment: int
+    halves: bool
     policy: str
     overwrite: bool
     calibrated: bool
@@ -78,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     "adacorr-build DiT-XL-2-256x256.pt -o xl.bundle --backend tensorrt-rtx --gpu sm_89",
     "adacorr-build --inspect dit-xl.bundle",
     "adacorr-build my-dit/transformer --scheduler my-dit/scheduler -o my.bundle --segment 4",
+    "adacorr-build demo -o halves.bundle --halves",
 )
 def build(  # noqa: PLR0913, PLR0917  one parameter is one option
     model: Annotated[
@@ -120,6 +122,15 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
             help="Transformer blocks in one engine; caching decides over whole ones.",
         ),
     ] = 1,
+    halves: Annotated[
+        bool,
+        typer.Option(
+            "--halves",
+            metavar="",
+            help="Two engines for each transformer block, attention and MLP, so that policies reuse one without the "
+            "other.",
+        ),
+    ] = False,
     scheduler: Scheduler = None,
     heads: Heads = None,
     policy: Annotated[
@@ -233,6 +244,8 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
         raise typer.BadParameter("it is missing. Give demo, or a path.", param_hint="MODEL")
     if output is None:
         raise typer.BadParameter("it is missing. Give a folder for the new bundle.", param_hint="--output")
+    if halves and segment != 1:
+        raise typer.BadParameter("an engine holds a half of a block, or a --segment of them.", param_hint="--halves")
     calibrated = model == DEMO and precision is not Precision.BF16 if calibrate is None else calibrate
     target = Target(
         bundle=output,
@@ -240,6 +253,7 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
         compiler=compiler_options(gpu, batch, max_steps, weights, version_compatible, timing_cache),
         precision=precision,
         segment=segment,
+        halves=halves,
         policy=_default_policy(policy, calibrated=calibrated),
         overwrite=overwrite,
         calibrated=calibrated,
@@ -315,6 +329,7 @@ def _built(source: Source, target: Target, advance: Advance) -> Bundle:
     options = BuildOptions(
         precision=target.precision.dtype,
         segment=target.segment,
+        halves=target.halves,
         overwrite=target.overwrite,
         default_policy=target.policy,
     )

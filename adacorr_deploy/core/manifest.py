@@ -23,7 +23,7 @@ from pydantic import (
 from adacorr_deploy.core.engine_build import EngineBuild
 from adacorr_deploy.core.errors import BundleError, SchedulerError
 from adacorr_deploy.core.schedules import FlowSchedule, NoiseSchedule
-from adacorr_deploy.core.specs import ModelSpec, PartSpec
+from adacorr_deploy.core.specs import BLOCK_UNITS, ModelSpec, PartSpec
 from adacorr_deploy.core.untrusted import clipped, first_fault, value_from_json
 
 SCHEMA_VERSION: Final = 2
@@ -117,6 +117,15 @@ class Manifest(_Frozen):
     tool_versions: dict[PlainText, PlainText]
     class_names: tuple[PlainText, ...] | None = None  # by label
     default_policy: PresetName = "robust"  # of a run that names none
+
+    @model_validator(mode="after")
+    def _parts_of_whole_blocks_or_halves(self) -> Manifest:
+        units = self.model.units
+        whole = all(count >= 1 and count % BLOCK_UNITS == 0 for count in units)
+        if not units or not (whole or (self.model.halves and len(units) % BLOCK_UNITS == 0)):
+            allowed = f"multiples of {BLOCK_UNITS}, or 1 for each of {BLOCK_UNITS} halves of a block"
+            raise ValueError(f"model.units is {clipped(units)}, allowed are {allowed}")
+        return self
 
     @model_validator(mode="after")
     def _one_name_per_class(self) -> Manifest:

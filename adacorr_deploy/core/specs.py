@@ -12,12 +12,10 @@ from numpy.typing import DTypeLike
 
 Dim = int | str  # a size, or the name of a dynamic axis
 
-MODULATIONS_PER_BLOCK: Final = 6  # per transformer block: shift, scale and gate of the attention, then of the MLP
-
-
-def unit_names(blocks: int) -> tuple[str, ...]:
-    """Return the outputs of a part of so many transformer blocks that slots keep: results before their adaLN gates."""
-    return tuple(f"{unit}_{block}" for block in range(blocks) for unit in ("attention", "mlp"))
+UNITS_OF_BLOCK: Final = ("attention", "mlp")  # what a transformer block adds to its tokens, in order
+BLOCK_UNITS: Final = len(UNITS_OF_BLOCK)
+MODULATIONS_PER_UNIT: Final = 3  # shift and scale of its input, gate of its result
+SHIFT_ROW, SCALE_ROW, GATE_ROW = range(MODULATIONS_PER_UNIT)  # where they stand among a unit's rows of modulation
 
 
 class DType(str, Enum):
@@ -63,7 +61,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartSpec:
-    """One part: embed, condition, block_00…, head, or a service part of the runtime (signals, predict_…, blend_…)."""
+    """One part: embed, condition, block_00…, head, or a service part of the runtime (signals, predict_…, combine_…)."""
 
     name: str
     inputs: tuple[TensorSpec, ...]
@@ -80,9 +78,28 @@ class ModelSpec:
     tokens: int  # N
     width: int  # D
     num_classes: int  # labels 0 … num_classes − 1; the null label of guidance is num_classes
-    blocks: tuple[int, ...]  # transformer blocks in each block part: (1, 1, …), or (4, 4, 4) with segments of 4
+    units: tuple[int, ...]  # in each block part: (2, 2, …), (1, 1, …) with halves, (8, 8, 8) with segments of 4 blocks
     learned_variance: bool
+    norm_epsilon: float = 1e-6  # of the norm before a block's attention
+
+    @property
+    def halves(self) -> bool:
+        """Whether each transformer block is two parts: attention and MLP."""
+        return all(units == 1 for units in self.units)
 
     @property
     def block_names(self) -> tuple[str, ...]:
-        return tuple(f"block_{index:02d}" for index in range(len(self.blocks)))
+        """The block parts: `block_00`, …, or `block_00_attention`, `block_00_mlp`, …."""
+        if not self.halves:
+            return tuple(f"block_{index:02d}" for index in range(len(self.units)))
+        halves = (divmod(index, BLOCK_UNITS) for index in range(len(self.units)))
+        return tuple(f"block_{block:02d}_{UNITS_OF_BLOCK[unit]}" for block, unit in halves)
+
+    def unit_names(self, part: int) -> tuple[str, ...]:
+        """Return the outputs of a block part that slots keep, its units' results before their adaLN gates.
+
+        `attention_0, mlp_0, attention_1, …` of whole blocks; `attention_0` or `mlp_0` of a half.
+        """
+        first = part % BLOCK_UNITS if self.halves else 0
+        units = (divmod(index, BLOCK_UNITS) for index in range(first, first + self.units[part]))
+        return tuple(f"{UNITS_OF_BLOCK[unit]}_{block}" for block, unit in units)

@@ -173,7 +173,7 @@ def needed_bytes(model: ModelSpec, size: RunSize) -> int:
     """
     tokens = model.precision.numpy.itemsize * size.rows * model.tokens * model.width
     image = DType.FLOAT32.numpy.itemsize * size.batch * math.prod(model.latent_shape)
-    units = tokens * 2 * sum(model.blocks) if size.history else image
+    units = tokens * sum(model.units) if size.history else image
     recorded = _window_steps(size.history or size.output_history) * (tokens + units) + 2 * (size.steps + 1) * image
     return workspace_bytes(model, size) + recorded
 

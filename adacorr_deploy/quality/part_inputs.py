@@ -17,8 +17,11 @@ from adacorr_deploy.plugins.service_parts import (
     OUTPUT_ERROR_PART,
     SIGNALS_PART,
     blend_part_name,
+    combine_part_name,
     extrapolate_part_name,
+    modulated_part_name,
     predict_part_name,
+    probe_part_name,
 )
 from adacorr_deploy.quality.reference import initial_latents, runtime_noises
 from adacorr_deploy.runtime import Pipeline, SampleRequest
@@ -58,7 +61,7 @@ def part_inputs(reference: Pipeline, request: SampleRequest) -> dict[str, Arrays
     table = table_from_request(request, model, reference.manifest.schedule)
     size = RunSize(batch=request.batch, branches=request.branches, steps=request.steps, history=0)
     noises = runtime_noises(reference, request)
-    studied = {model.blocks.index(blocks): deque[_Evaluation](maxlen=MAX_EVALUATIONS + 1) for blocks in model.blocks}
+    studied = {model.units.index(units): deque[_Evaluation](maxlen=MAX_EVALUATIONS + 1) for units in model.units}
     outputs = deque[NDArray[np.generic]](maxlen=MAX_EVALUATIONS + 1)  # of the model, (1, B, C, H, W) each
     inputs: dict[str, Arrays] = {}
     with reference.lease(size, keeps_reference=lambda block: False) as (space, slots):
@@ -77,7 +80,7 @@ def part_inputs(reference: Pipeline, request: SampleRequest) -> dict[str, Arrays
             outputs.append(space.slots.output.ring[0].read())
     for block, evaluations in studied.items():
         modulation = inputs[model.block_names[block]]["modulation"]
-        inputs |= _block_service_inputs(model, model.blocks[block], modulation, list(evaluations))
+        inputs |= _block_service_inputs(model, model.units[block], modulation, list(evaluations))
     return inputs | _output_service_inputs(inputs["head"], list(outputs))
 
 
@@ -107,7 +110,7 @@ def _image_inputs(
         "embed": {"latents": latents, "branches": image.branches.read()},
         "condition": {"timesteps": image.timesteps.read(), "labels": image.labels.read()},
         "head": {
-            "tokens": space.block_input(len(model.blocks)).read(),
+            "tokens": space.block_input(len(model.units)).read(),
             "modulation": space.blocks.modulation_head.read(),
             "step": image.step.read(),
             "latents": latents,
@@ -120,18 +123,22 @@ def _image_inputs(
 
 
 def _block_service_inputs(
-    model: ModelSpec, blocks: int, modulation: NDArray[np.generic], evaluations: Sequence[_Evaluation]
+    model: ModelSpec, units: int, modulation: NDArray[np.generic], evaluations: Sequence[_Evaluation]
 ) -> dict[str, Arrays]:
-    """Return the inputs of signals, and of predict and blend for parts of `blocks` transformer blocks.
+    """Return the inputs of signals and combine, and of predict, blend, modulated and probe for parts of `units`.
 
     Args:
         model: The model.
-        blocks: Transformer blocks in the part.
-        modulation: Of the part, (S, R, 6n, D).
+        units: In the part.
+        modulation: Of the part, (S, R, 3U, D).
         evaluations: The `MAX_EVALUATIONS` that a slot holds, oldest first, and that of the present step.
     """
     *kept, present = evaluations
     inputs: dict[str, Arrays] = {SIGNALS_PART: {"tokens": present.tokens, "reference": kept[-1].tokens}}
+    observed: Arrays = {"tokens": present.tokens, "modulation": modulation, "step": np.asarray([present.step])}
+    inputs[modulated_part_name(model, units=units)] = observed
+    channels = _channels(model)
+    inputs[probe_part_name(model, units=units)] = {**observed, "weights": channels, "bias": channels[:1]}
     for coefficients in _COEFFICIENTS:
         count = len(coefficients)
         used = kept[-count:]
@@ -142,15 +149,32 @@ def _block_service_inputs(
             "gate_steps": np.asarray([evaluation.step for evaluation in used], dtype=np.int64),
             "coefficients": np.asarray(coefficients[::-1], dtype=np.float32),
         }
-        inputs[predict_part_name(model, blocks=blocks, evaluations=count)] = {"tokens": present.tokens, **history}
-        inputs[blend_part_name(model, blocks=blocks, evaluations=count)] = {
+        inputs[predict_part_name(model, units=units, evaluations=count)] = {"tokens": present.tokens, **history}
+        inputs[blend_part_name(model, units=units, evaluations=count)] = {
             "base": kept[-1].tokens,
             "fresh": present.tokens_out,
             "estimate": np.linspace(*_ESTIMATES, len(present.tokens), dtype=np.float32),
             "thresholds": np.asarray(_THRESHOLDS, dtype=np.float32),
             **history,
         }
+        inputs[combine_part_name(count)] = {
+            "base": present.tokens,
+            "history": np.stack([_residual(evaluation) for evaluation in used])[:, None],
+            "coefficients": history["coefficients"],
+            "scale": 1 + channels,
+            "shift": channels,
+        }
     return inputs
+
+
+def _residual(evaluation: _Evaluation) -> NDArray[np.float32]:
+    """Return what a part added to its tokens, (R, N, D)."""
+    return evaluation.tokens_out.astype(np.float32) - evaluation.tokens.astype(np.float32)
+
+
+def _channels(model: ModelSpec) -> NDArray[np.float32]:
+    """Return a number of its own for each channel, (D,), so that a part which takes the wrong one shows."""
+    return np.linspace(-0.5, 0.5, model.width, dtype=np.float32)
 
 
 def _output_service_inputs(head: Arrays, outputs: Sequence[NDArray[np.generic]]) -> dict[str, Arrays]:

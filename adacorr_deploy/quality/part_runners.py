@@ -109,6 +109,9 @@ _ORACLES: Final[Mapping[str, Callable[..., NDArray[np.generic] | tuple[NDArray[n
     "signals": oracle.signals,
     "predict_": oracle.predict,
     "blend_": oracle.blend,
+    "combine_": oracle.combine,
+    "modulated": oracle.modulated,
+    "probe": oracle.probe,
     "extrapolate_": _extrapolate,
     "output_error": oracle.output_error,
 }

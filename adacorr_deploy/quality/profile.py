@@ -136,7 +136,7 @@ def needed_bytes(model: ModelSpec, request: SampleRequest, quantities: frozenset
     """Return about how much profiling one batch keeps in memory: a workspace and the last steps' tokens, in float32."""
     size = RunSize.of(request, history=0, whole_steps=False)
     tokens = DType.FLOAT32.numpy.itemsize * size.rows * model.tokens * model.width
-    parts, units = len(model.blocks), 2 * sum(model.blocks)
+    parts, units = len(model.units), sum(model.units)
     shape = RunShape(steps=1, parts=1, rows=1, width=1, spans=())
     reach = max((COLLECTORS[quantity](shape).reach for quantity in quantities), default=0)
     kept = parts + 2 + (units if Quantity.UNIT_ERRORS in quantities else 0)
@@ -148,7 +148,7 @@ class _BatchStudy:
 
     def __init__(self, pipeline: Pipeline, request: SampleRequest, options: ProfileOptions) -> None:
         model = pipeline.manifest.model
-        parts = len(model.blocks)
+        parts = len(model.units)
         shape = RunShape(
             steps=request.steps,
             parts=parts,
@@ -233,7 +233,7 @@ def _profile(
         return np.concatenate([batch[quantity][name] for batch in batches], axis=-1)
 
     wanted = options.quantities
-    spans = spans_of(len(pipeline.manifest.model.blocks), options)
+    spans = spans_of(len(pipeline.manifest.model.units), options)
     return Profile(
         key=calibration_key(pipeline, request),
         images=options.images,

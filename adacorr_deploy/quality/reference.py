@@ -38,10 +38,10 @@ def reference_of_bundle(bundle: Bundle, loaded: LoadedModel) -> Pipeline:
         BundleError: If the bundle was built from another checkpoint or another model.
     """
     _check_same_model(bundle, loaded)
-    segment = bundle.manifest.model.blocks[0]
-    parts = {part.spec.name: part for part in loaded.model.parts(DType.FLOAT32, segment)}
+    units = bundle.manifest.model.units[0]
+    parts = {part.spec.name: part for part in loaded.model.parts(DType.FLOAT32, units)}
     backend = TorchBackend({name: part.module for name, part in parts.items()})
-    model = loaded.model.spec(DType.FLOAT32, segment)
+    model = loaded.model.spec(DType.FLOAT32, units)
     manifest = bundle.manifest.model_copy(update={"model": model, "backend": backend.name, "parts": {}})
     with ExitStack() as resources:
         sessions = {}
@@ -59,7 +59,7 @@ def _check_same_model(bundle: Bundle, loaded: LoadedModel) -> None:
             f"and the reference is {loaded.name} (SHA-256 {loaded.checkpoint_sha256}). Give the checkpoint that "
             "the bundle was built from, or rebuild the bundle."
         )
-    if manifest.model != loaded.model.spec(manifest.model.precision, manifest.model.blocks[0]):
+    if manifest.model != loaded.model.spec(manifest.model.precision, manifest.model.units[0]):
         raise BundleError(
             f"{bundle.path} holds another model than the reference {loaded.name}, though their weights are equal. "
             "Give the configuration that the bundle was built with, or rebuild the bundle."

@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 
 from adacorr_deploy.core.sampler_rows import COLUMNS
-from adacorr_deploy.core.specs import MODULATIONS_PER_BLOCK, DType, ModelSpec
+from adacorr_deploy.core.specs import MODULATIONS_PER_UNIT, DType, ModelSpec
 from adacorr_deploy.engines.backend import Backend, Buffer
 from adacorr_deploy.plugins.service_parts import MAX_EVALUATIONS, SIGNAL_COUNT
 from adacorr_deploy.runtime.request import SampleRequest
@@ -84,9 +84,9 @@ class BlockBuffers:
     fresh: Buffer  # (R, N, D): output of a block that is to be corrected
     estimate: Buffer  # (R, N, D): a prediction that does not go to the next block
     zeros: Buffer  # (R, N, D), never written
-    modulation: tuple[Buffer, ...]  # per block (S, R, 6n, D)
+    modulation: tuple[Buffer, ...]  # per block part (S, R, 3U, D)
     modulation_head: Buffer  # (S, R, 2, D)
-    signals: Buffer  # (R, 5) float32
+    signals: Buffer  # (R, 9) float32
     factors: tuple[Factors, ...]  # for 1 … MAX_HISTORY evaluations
     no_factors: Factors  # one coefficient that is 0 for good
     scores: Buffer  # (R,) float32: what a correction weighs
@@ -140,7 +140,7 @@ def allocate_block_buffers(backend: Backend, model: ModelSpec, size: RunSize) ->
         fresh=backend.allocate(tokens, model.precision),
         estimate=backend.allocate(tokens, model.precision),
         zeros=backend.allocate(tokens, model.precision),
-        modulation=tuple(table(MODULATIONS_PER_BLOCK * blocks) for blocks in model.blocks),
+        modulation=tuple(table(MODULATIONS_PER_UNIT * units) for units in model.units),
         modulation_head=table(2),
         signals=backend.allocate((size.rows, SIGNAL_COUNT), DType.FLOAT32),
         factors=tuple(factors(count) for count in range(1, MAX_HISTORY + 1)),

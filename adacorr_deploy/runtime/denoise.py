@@ -293,7 +293,7 @@ def signals_of_branches(rows: NDArray[np.generic], batch: int) -> list[Signals]:
     A row that is not finite makes the branch's value not finite.
 
     Args:
-        rows: (R, 5), the conditional rows first.
+        rows: (R, 9), the conditional rows first.
         batch: B.
     """
     values: list[list[float]] = rows.tolist()
@@ -301,14 +301,19 @@ def signals_of_branches(rows: NDArray[np.generic], batch: int) -> list[Signals]:
 
 
 def _branch_signals(rows: Sequence[Sequence[float]]) -> Signals:
-    offset, p95, spatial, paper_temporal, paper_spatial = zip(*rows, strict=True)
+    offset, p95, spatial, paper_temporal, paper_spatial, *means = zip(*rows, strict=True)
     count = len(rows)
+    change_l1, reference_l1, change_square, reference_square = (sum(column) / count for column in means)
     return Signals(
         relative_offset=_root_mean_square(offset),
         relative_offset_p95=float(np.max(p95)),
         spatial_change=sum(spatial) / count,
         paper_temporal=sum(paper_temporal) / count,
         paper_spatial=sum(paper_spatial) / count,
+        change_l1=change_l1,
+        reference_l1=reference_l1,
+        change_square=change_square,
+        reference_square=reference_square,
     )
 
 

@@ -70,7 +70,7 @@ def planned_run(manifest: Manifest, request: SampleRequest, controller: Controll
     if not 0 <= history <= MAX_HISTORY:
         raise PolicyError(f"history is {history}, allowed are 0 … {MAX_HISTORY} evaluations.")
     table = table_from_request(request, model, manifest.schedule)
-    _check_spans(controller, len(model.blocks))
+    _check_spans(controller, len(model.units))
     whole = keeps_output(controller.spans)
     if whole and table.needs_variance:
         raise PolicyError(

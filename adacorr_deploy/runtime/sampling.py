@@ -95,7 +95,7 @@ def controller_for_request(pipeline: Pipeline, request: SampleRequest, policy: P
         RequestError: If the request is out of range.
     """
     check_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
-    _check_protected_blocks(policy, len(pipeline.manifest.model.blocks))
+    _check_protected_blocks(policy, len(pipeline.manifest.model.units))
     model, bundle, key = pipeline.manifest.model, str(pipeline.bundle.path), calibration_key(pipeline, request)
     calibration, profile = None, None
     if policy.needs_calibration:
@@ -108,7 +108,7 @@ def controller_for_request(pipeline: Pipeline, request: SampleRequest, policy: P
         profile = profile_for_run(measured, key, needed, policy=policy.name, bundle=bundle)
     run = Run(
         steps=policy.sampled_steps(request.steps),
-        blocks=len(model.blocks),
+        blocks=len(model.units),
         elements=model.tokens * model.width,
         lags=policy.lags,
     )

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from adacorr_deploy.caching.decisions import SlotHistory
 from adacorr_deploy.core.errors import EngineError
 from adacorr_deploy.core.samplers import SamplerTable
-from adacorr_deploy.core.specs import MODULATIONS_PER_BLOCK, DType, ModelSpec, unit_names
+from adacorr_deploy.core.specs import MODULATIONS_PER_UNIT, DType, ModelSpec
 from adacorr_deploy.engines.backend import Backend, Buffer, Launch, Session
 from adacorr_deploy.plugins.kernels import NOISE_KERNEL
 from adacorr_deploy.plugins.service_parts import SIGNALS_PART, blend_part_name, predict_part_name
@@ -100,7 +100,7 @@ class Workspace:
         self._run(
             ("head", step % 2, entry),
             lambda: {
-                "tokens": self.blocks.tokens[len(self._model.blocks) % 2],
+                "tokens": self.blocks.tokens[len(self._model.units) % 2],
                 "modulation": self.blocks.modulation_head,
                 "step": image.step,
                 "latents": image.latents[step % 2],
@@ -195,7 +195,7 @@ class Workspace:
                 "modulation": self.blocks.modulation[block],
                 "step": self.image.step,
                 "tokens_out": self.blocks.fresh if aside else self.block_output(block),
-                **{name: units[unit] for unit, name in enumerate(unit_names(self._model.blocks[block]))},
+                **{name: units[unit] for unit, name in enumerate(self._model.unit_names(block))},
             }
 
         self._run((self._model.block_names[block], entry, int(aside)), tensors)
@@ -263,7 +263,7 @@ class Workspace:
         blocks.scores.write(np.full(blocks.scores.shape[0], score, dtype=np.float32))
         blocks.thresholds.write(np.asarray(thresholds, dtype=np.float32))
         self._run(
-            (blend_part_name(self._model, blocks=self._model.blocks[block], evaluations=1), block),
+            (blend_part_name(self._model, units=self._model.units[block], evaluations=1), block),
             lambda: {
                 "base": blocks.estimate,
                 "fresh": blocks.fresh,
@@ -281,11 +281,11 @@ class Workspace:
     # --- Signals -------------------------------------------------------------------------------------------------
 
     def input_signals(self, block: int, slot: CacheSlot) -> Reading:
-        """Compare the block's input with that of its last evaluation, (R, 5)."""
+        """Compare the block's input with that of its last evaluation, (R, 9)."""
         return self._signals((SIGNALS_PART, "input", block), self.block_input(block), _kept(slot))
 
     def error_signals(self, block: int) -> Reading:
-        """Compare the estimate with the block's fresh output, relative to the latter, (R, 5)."""
+        """Compare the estimate with the block's fresh output, relative to the latter, (R, 9)."""
         return self._signals((SIGNALS_PART, "error", block % 2), self.blocks.estimate, self.block_output(block))
 
     def _signals(self, key: tuple[str | int, ...], tokens: Buffer, reference: Buffer) -> Reading:
@@ -296,7 +296,7 @@ class Workspace:
     # --- Launches ------------------------------------------------------------------------------------------------
 
     def _predict_part(self, block: int, evaluations: int) -> str:
-        return predict_part_name(self._model, blocks=self._model.blocks[block], evaluations=evaluations)
+        return predict_part_name(self._model, units=self._model.units[block], evaluations=evaluations)
 
     def _run(self, key: tuple[str | int, ...], tensors: Callable[[], Mapping[str, Buffer]]) -> None:
         """Run the launch called `key`, whose first word is the part's name; bind it if it is the first time."""
@@ -330,9 +330,9 @@ def workspace_bytes(model: ModelSpec, size: RunSize) -> int:
     """Return about how much a workspace of this size takes, with all slots' references: what grows with the model."""
     number = model.precision.numpy.itemsize
     tokens = number * size.rows * model.tokens * model.width
-    units = 2 * (size.history * sum(model.blocks) if size.history else sum(set(model.blocks)))
-    references = len(model.blocks) if size.history or size.output_history else 0
-    modulations = MODULATIONS_PER_BLOCK * sum(model.blocks) + 2
+    units = size.history * sum(model.units) if size.history else sum(set(model.units))
+    references = len(model.units) if size.history or size.output_history else 0
+    modulations = MODULATIONS_PER_UNIT * sum(model.units) + 2
     table = number * size.steps * size.rows * modulations * model.width
     image = DType.FLOAT32.numpy.itemsize * size.batch * math.prod(model.latent_shape)
     return tokens * (units + references + 5) + table + image * (max(size.output_history, 1) + 9)
@@ -341,16 +341,16 @@ def workspace_bytes(model: ModelSpec, size: RunSize) -> int:
 def _allocate_slots(backend: Backend, model: ModelSpec, size: RunSize, zeros: Buffer) -> list[CacheSlot]:
     """Allocate a slot per block. Without a cache the units must still go somewhere: into one ring shared by all."""
 
-    def ring(blocks: int) -> Buffer:
-        shape = (max(size.history, 1), 2 * blocks, size.rows, model.tokens, model.width)
+    def ring(units: int) -> Buffer:
+        shape = (max(size.history, 1), units, size.rows, model.tokens, model.width)
         return backend.allocate(shape, model.precision)
 
-    shared = {} if size.history else {blocks: ring(blocks) for blocks in set(model.blocks)}
+    shared = {} if size.history else {units: ring(units) for units in set(model.units)}
     return [
         CacheSlot(
-            ring=shared[blocks] if shared else ring(blocks), zeros=zeros, history=SlotHistory(capacity=size.history)
+            ring=shared[units] if shared else ring(units), zeros=zeros, history=SlotHistory(capacity=size.history)
         )
-        for blocks in model.blocks
+        for units in model.units
     ]
 
 

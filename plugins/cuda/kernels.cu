@@ -1,5 +1,6 @@
 // Every kernel: one program.
 #include "images.cu"
+#include "modulation.cu"
 #include "noise.cu"
 #include "signals.cu"
 #include "update.cu"

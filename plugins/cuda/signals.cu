@@ -1,7 +1,7 @@
 // How far a block's input is from the one that its slot was filled with: plugins/oracle.py::signals, in one pass.
 //
-// A warp takes a token and leaves four numbers of it in the scratch; the last block of a row to finish turns those of
-// all its tokens into the row's five signals. Every sum has a fixed order that does not depend on the grid, so neither
+// A warp takes a token and leaves eight numbers of it in the scratch; the last block of a row to finish turns those of
+// all its tokens into the row's nine signals. Every sum has a fixed order that does not depend on the grid, so neither
 // do the results' bits.
 #include "elements.cuh"
 #include "reduce.cuh"
@@ -9,11 +9,18 @@
 constexpr int LOADS = 3;  // of each tensor that a lane has under way at once
 constexpr int CACHED_RATIOS = 2048;
 
-struct TokenStatistics {  // 16 bytes
+constexpr int SIGNAL_COUNT = 9;  // plugins/service_parts.py::SIGNAL_COUNT
+constexpr int SUMS = 8;          // over a token's channels
+
+struct alignas(16) TokenStatistics {  // plugins/kernels.py::TOKEN_STATISTICS floats
     float ratio;          // ‖x − x̄‖ / (‖x̄‖ + ε); inf where a number is not finite or its square is not
     float distance;       // ‖x − x̄‖
     float deviation;      // of the channels of x
     float deviation_ref;  // of the channels of x̄
+    float change;         // mean over channels of |x − x̄|
+    float size_ref;       // of |x̄|
+    float change_square;  // of (x − x̄)²
+    float square_ref;     // of x̄²
 };
 
 // E[(x − s)²] − E[x − s]² needs no second pass. s is one of the x, so the first term is at most D times the variance,
@@ -24,7 +31,7 @@ __device__ inline float deviation_of(float sum, float sum_of_squares, float widt
 }
 
 template <typename E, int W>
-__device__ inline void add_elements(float (&sums)[6], Raw<E, W> raw, Raw<E, W> raw_ref, float shift, float shift_ref) {
+__device__ inline void add_elements(float (&sums)[SUMS], Raw<E, W> raw, Raw<E, W> raw_ref, float shift, float shift_ref) {
     float x[W], x_ref[W];
     unpack(raw, x);
     unpack(raw_ref, x_ref);
@@ -37,6 +44,8 @@ __device__ inline void add_elements(float (&sums)[6], Raw<E, W> raw, Raw<E, W> r
         sums[3] = fmaf(above, above, sums[3]);
         sums[4] += above_ref;
         sums[5] = fmaf(above_ref, above_ref, sums[5]);
+        sums[6] += fabsf(difference);
+        sums[7] += fabsf(x_ref[k]);
     }
 }
 
@@ -44,7 +53,7 @@ __device__ inline void add_elements(float (&sums)[6], Raw<E, W> raw, Raw<E, W> r
 template <typename E, int W>
 __device__ TokenStatistics statistics_of(const E* token, const E* reference, int width) {
     const float shift = to_float(token[0]), shift_ref = to_float(reference[0]);
-    float sums[6] = {};
+    float sums[SUMS] = {};
     for (int start = threadIdx.x % WARP * W; start < width; start += LOADS * WARP * W) {
         Raw<E, W> raw[LOADS], raw_ref[LOADS];
 #pragma unroll
@@ -69,14 +78,18 @@ __device__ TokenStatistics statistics_of(const E* token, const E* reference, int
                                                             : __uint_as_float(0x7f800000u);
     result.deviation = deviation_of(sums[2], sums[3], wide);
     result.deviation_ref = deviation_of(sums[4], sums[5], wide);
+    result.change = sums[6] / wide;
+    result.size_ref = sums[7] / wide;
+    result.change_square = sums[0] / wide;
+    result.square_ref = sums[1] / wide;
     return result;
 }
 
 // The rank-th largest ratio, bit by bit from the top: as no ratio is negative or NaN, their bits order as they do.
-__device__ float largest_ratio(const float4* statistics, int tokens, int rank) {
+__device__ float largest_ratio(const float4* halves, int tokens, int rank) {
     __shared__ unsigned cached[CACHED_RATIOS];
     for (int i = threadIdx.x; i < tokens && i < CACHED_RATIOS; i += blockDim.x) {
-        cached[i] = __float_as_uint(__ldcg(statistics + i).x);
+        cached[i] = __float_as_uint(__ldcg(halves + 2 * i).x);
     }
     unsigned found = 0;
     for (int bit = 30; bit >= 0; --bit) {
@@ -86,7 +99,7 @@ __device__ float largest_ratio(const float4* statistics, int tokens, int rank) {
             const int i = start + threadIdx.x;
             bool at_least = false;
             if (i < tokens) {  // each thread reads what it has cached itself
-                at_least = (i < CACHED_RATIOS ? cached[i] : __float_as_uint(__ldcg(statistics + i).x)) >= candidate;
+                at_least = (i < CACHED_RATIOS ? cached[i] : __float_as_uint(__ldcg(halves + 2 * i).x)) >= candidate;
             }
             count += __syncthreads_count(at_least);
         }
@@ -95,19 +108,23 @@ __device__ float largest_ratio(const float4* statistics, int tokens, int rank) {
     return __uint_as_float(found);
 }
 
-// The five signals of a row, by one block.
-__device__ void write_signals(const float4* statistics, int tokens, float* signals) {
-    float sums[4] = {};
+// The signals of a row, by one block; a token's statistics are two float4.
+__device__ void write_signals(const float4* halves, int tokens, float* signals) {
+    float sums[SUMS] = {};
     for (int i = threadIdx.x; i < tokens; i += blockDim.x) {
-        const float4 of_token = __ldcg(statistics + i);
+        const float4 of_token = __ldcg(halves + 2 * i), means = __ldcg(halves + 2 * i + 1);
         sums[0] = fmaf(of_token.x, of_token.x, sums[0]);
         sums[1] += of_token.y;
         sums[2] += of_token.z;
         sums[3] += of_token.w;
+        sums[4] += means.x;
+        sums[5] += means.y;
+        sums[6] += means.z;
+        sums[7] += means.w;
     }
     sum_over_block(sums);
     const int rank = tokens - static_cast<int>((95ll * tokens + 99) / 100) + 1;  // plugins/oracle.py::p95_rank
-    const float p95 = largest_ratio(statistics, tokens, rank);
+    const float p95 = largest_ratio(halves, tokens, rank);
     if (threadIdx.x == 0) {
         const float count = static_cast<float>(tokens);
         const float spread = sums[2] / count, spread_ref = sums[3] / count;
@@ -116,6 +133,8 @@ __device__ void write_signals(const float4* statistics, int tokens, float* signa
         signals[2] = fabsf(spread - spread_ref) / (spread_ref + EPSILON);
         signals[3] = sums[1] / count;
         signals[4] = spread;
+#pragma unroll
+        for (int i = 4; i < SUMS; ++i) signals[i + 1] = sums[i] / count;
     }
 }
 
@@ -142,8 +161,8 @@ template <typename E>
 __device__ void signals_of_row(const E* tokens, const E* reference, int count, int width, float* signals,
                                float* scratch) {
     const long long row = blockIdx.y;
-    float4* const of_row = reinterpret_cast<float4*>(scratch) + row * (count + 1);  // a counter, then the tokens
-    float4* const statistics = of_row + 1;
+    TokenStatistics* const of_row = reinterpret_cast<TokenStatistics*>(scratch) + row * (count + 1);
+    TokenStatistics* const statistics = of_row + 1;  // behind a counter
     tokens += row * count * width;
     reference += row * count * width;
     const bool vectors = width % vector_width<E> == 0 && aligned(tokens) && aligned(reference);
@@ -154,13 +173,17 @@ __device__ void signals_of_row(const E* tokens, const E* reference, int count, i
         const TokenStatistics found = vectors ? statistics_of<E, vector_width<E>>(token, token_ref, width)
                                               : statistics_of<E, 1>(token, token_ref, width);
         if (threadIdx.x % WARP == 0) {
-            statistics[i] = make_float4(found.ratio, found.distance, found.deviation, found.deviation_ref);
+            float4* const halves = reinterpret_cast<float4*>(statistics + i);
+            halves[0] = make_float4(found.ratio, found.distance, found.deviation, found.deviation_ref);
+            halves[1] = make_float4(found.change, found.size_ref, found.change_square, found.square_ref);
         }
     }
-    if (is_last_of_row(reinterpret_cast<unsigned*>(of_row))) write_signals(statistics, count, signals + row * 5);
+    if (is_last_of_row(reinterpret_cast<unsigned*>(of_row))) {
+        write_signals(reinterpret_cast<const float4*>(statistics), count, signals + row * SIGNAL_COUNT);
+    }
 }
 
-// tokens, reference (R, N, D); signals (R, 5). scratch (R, N + 1, 4) must be zero before its first launch with these
+// tokens, reference (R, N, D); signals (R, 9). scratch (R, N + 1, 8) must be zero before its first launch with these
 // sizes, and each launch leaves it fit for the next; where the grid has one block per row, it may hold anything.
 #define SIGNALS(NAME, ELEMENT)                                                                                    \
     extern "C" __global__ void __launch_bounds__(1024)                                                            \

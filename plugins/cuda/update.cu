@@ -1,4 +1,5 @@
-// What a slot says a block would give, and its blend with a fresh output: plugins/oracle.py::predict and ::blend.
+// What a slot says a block or a span would give, and its blend with a fresh output: plugins/oracle.py::predict, ::blend
+// and ::combine.
 //
 // A thread takes the same channels of a few tokens, so that it makes their weights c·g once, adds every kept result to
 // them in float32 and writes them once: one pass over everything, the residual's add fused in.
@@ -27,8 +28,31 @@ __device__ inline void add_weighted(float (&sums)[W], const float (&weights)[W],
     for (int k = 0; k < W; ++k) sums[k] = fmaf(weights[k], values[k], sums[k]);
 }
 
-// Adds Σₜ Σᵤ (cₜ·gateᵤ) ⊙ history[t, u] to the sums of tokens, whose places in a row are given. Units come in pairs,
-// the attention and the MLP of a transformer block: a pair's loads are all under way before any of them is used.
+// Adds Σᵤ (c·gateᵤ) ⊙ results[u] of UNITS units to the sums of tokens, whose places in a row are given: the loads are all
+// under way before any of them is used. `gates` points at the first unit's; each unit has three rows of modulation.
+template <typename E, int W, int UNITS>
+__device__ inline void add_units(float (&sums)[TOKENS][W], const E* results, const E* gates_of_units, float coefficient,
+                                 long long stride, int width, const int (&places)[TOKENS]) {
+    Raw<E, W> raw[UNITS][TOKENS], gates[UNITS];
+#pragma unroll
+    for (int unit = 0; unit < UNITS; ++unit) {
+#pragma unroll
+        for (int i = 0; i < TOKENS; ++i) raw[unit][i] = load<E, W>(results + unit * stride + places[i]);
+        gates[unit] = load<E, W>(gates_of_units + 3 * unit * width);
+    }
+#pragma unroll
+    for (int unit = 0; unit < UNITS; ++unit) {
+        float weights[W];
+        unpack(gates[unit], weights);
+#pragma unroll
+        for (int k = 0; k < W; ++k) weights[k] *= coefficient;
+#pragma unroll
+        for (int i = 0; i < TOKENS; ++i) add_weighted(sums[i], weights, raw[unit][i]);
+    }
+}
+
+// Adds Σₜ Σᵤ (cₜ·gateᵤ) ⊙ history[t, u] to the sums of tokens. Units come in pairs, the attention and the MLP of a
+// transformer block, or alone, where a part is a half of one.
 template <typename E, int W>
 __device__ inline void add_history(float (&sums)[TOKENS][W], const Slot<E>& slot, const int (&places)[TOKENS],
                                    int channel) {
@@ -37,25 +61,15 @@ __device__ inline void add_history(float (&sums)[TOKENS][W], const Slot<E>& slot
     for (int evaluation = 0; evaluation < slot.evaluations; ++evaluation) {
         const float coefficient = slot.coefficients[evaluation];
         const long long row = slot.gate_steps[evaluation] * gridDim.y + blockIdx.y;
-        const E* modulation = slot.modulation + row * 3 * slot.units * slot.width + channel;
+        const E* gates = slot.modulation + (row * 3 * slot.units + 2) * slot.width + channel;
+        int left = slot.units;
 #pragma unroll 1
-        for (int block = 0; block < slot.units / 2; ++block, results += 2 * stride, modulation += 6 * slot.width) {
-            Raw<E, W> raw[2][TOKENS], gates[2];
-#pragma unroll
-            for (int unit = 0; unit < 2; ++unit) {
-#pragma unroll
-                for (int i = 0; i < TOKENS; ++i) raw[unit][i] = load<E, W>(results + unit * stride + places[i]);
-                gates[unit] = load<E, W>(modulation + (3 * unit + 2) * slot.width);  // rows 2 and 5 of the block's six
-            }
-#pragma unroll
-            for (int unit = 0; unit < 2; ++unit) {
-                float weights[W];
-                unpack(gates[unit], weights);
-#pragma unroll
-                for (int k = 0; k < W; ++k) weights[k] *= coefficient;
-#pragma unroll
-                for (int i = 0; i < TOKENS; ++i) add_weighted(sums[i], weights, raw[unit][i]);
-            }
+        for (; left > 1; left -= 2, results += 2 * stride, gates += 6 * slot.width) {
+            add_units<E, W, 2>(sums, results, gates, coefficient, stride, slot.width, places);
+        }
+        if (left > 0) {
+            add_units<E, W, 1>(sums, results, gates, coefficient, stride, slot.width, places);
+            results += stride;
         }
     }
 }
@@ -147,3 +161,62 @@ BLEND(float32, float)
 BLEND(float16, Float16)
 BLEND(bfloat16, BFloat16)
 #undef BLEND
+
+// A span's residuals: `history` (T, R, N, D) with a coefficient each, `scale` and `shift` (D).
+template <typename E>
+struct Residuals {
+    const E* history;
+    const float *coefficients, *scale, *shift;
+    int tokens, width, evaluations;
+};
+
+// base + scale ⊙ Σₜ cₜ·history[t] + shift for one row, W elements at a time. A coefficient of ±1, a scale of 1 and a
+// shift of 0 leave a residual's bits as they are.
+template <typename E, int W>
+__device__ void combine_row(const E* base, const Residuals<E>& of, E* out) {
+    const int vectors = of.width / W, groups = (of.tokens + TOKENS - 1) / TOKENS;
+    const long long row_size = static_cast<long long>(of.tokens) * of.width, row = blockIdx.y * row_size;
+    for (int item = blockIdx.x * blockDim.x + threadIdx.x; item < vectors * groups; item += gridDim.x * blockDim.x) {
+        const int channel = item % vectors * W, first = item / vectors * TOKENS;
+        float summed[TOKENS][W] = {};
+        int places[TOKENS];  // past the last token, the last one again, as in update_row
+#pragma unroll
+        for (int i = 0; i < TOKENS; ++i) places[i] = min(first + i, of.tokens - 1) * of.width + channel;
+        for (int t = 0; t < of.evaluations; ++t) {
+            const E* const results = of.history + t * (gridDim.y * row_size) + row;
+            float weights[W];
+#pragma unroll
+            for (int k = 0; k < W; ++k) weights[k] = of.coefficients[t] * of.scale[channel + k];
+#pragma unroll
+            for (int i = 0; i < TOKENS; ++i) add_weighted(summed[i], weights, load<E, W>(results + places[i]));
+        }
+#pragma unroll
+        for (int i = 0; i < TOKENS; ++i) {
+            float values[W];
+            unpack(load<E, W>(base + row + places[i]), values);
+#pragma unroll
+            for (int k = 0; k < W; ++k) values[k] = values[k] + summed[i][k] + of.shift[channel + k];
+            store<E, W>(out + row + places[i], pack<E, W>(values));
+        }
+    }
+}
+
+// base, tokens_out (R, N, D); the rest as in Residuals. Grid: blocks of a row × rows.
+#define COMBINE(NAME, ELEMENT)                                                                                       \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                            \
+        adacorr_combine_##NAME(const ELEMENT* base, const ELEMENT* history, const float* coefficients,               \
+                               const float* scale, const float* shift, int count, int width, int evaluations,        \
+                               ELEMENT* tokens_out) {                                                                \
+        const Residuals<ELEMENT> of{history, coefficients, scale, shift, count, width, evaluations};                 \
+        const bool vectors = width % vector_width<ELEMENT> == 0 && aligned(base) && aligned(history) &&              \
+                             aligned(tokens_out);                                                                    \
+        if (vectors) {                                                                                               \
+            combine_row<ELEMENT, vector_width<ELEMENT>>(base, of, tokens_out);                                       \
+        } else {                                                                                                     \
+            combine_row<ELEMENT, 1>(base, of, tokens_out);                                                           \
+        }                                                                                                            \
+    }
+COMBINE(float32, float)
+COMBINE(float16, Float16)
+COMBINE(bfloat16, BFloat16)
+#undef COMBINE

@@ -136,7 +136,7 @@ def model_spec(*, blocks: int) -> ModelSpec:
         tokens=4,
         width=4,
         num_classes=3,
-        blocks=(1,) * blocks,
+        units=(2,) * blocks,
         learned_variance=False,
     )
 

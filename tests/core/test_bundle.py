@@ -29,7 +29,7 @@ MODEL = {
     "tokens": 4,
     "width": 8,
     "num_classes": 2,
-    "blocks": [1],
+    "units": [2],
     "learned_variance": False,
 }
 

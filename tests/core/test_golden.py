@@ -50,7 +50,7 @@ def test_the_largest_size_is_enough_for_every_model_and_hardly_more(side: int, c
         tokens=1,
         width=4,
         num_classes=10**6,
-        blocks=(1,),
+        units=(2,),
         learned_variance=False,
     )
     written = len(golden(*np.full((2, *shape), 1 / 3, np.float32)).model_dump_json())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ def manifest() -> Manifest:
             tokens=4,
             width=8,
             num_classes=2,
-            blocks=(1,),
+            units=(2,),
             learned_variance=False,
         ),
         checkpoint_sha256="0" * 64,
@@ -161,3 +162,18 @@ def test_garbage_in_a_field_never_fails_otherwise(value: object, field: str) -> 
     except BundleError:
         return
     assert field in ("parts", "files", "class_names", "tool_versions")  # whose empty forms are valid here
+
+
+@pytest.mark.parametrize("units", [(2,), (8, 8, 4), (1, 1), (1,) * 56])
+def test_parts_of_whole_blocks_or_of_halves_are_accepted(units: tuple[int, ...]) -> None:
+    model = manifest().model
+    text = manifest().model_copy(update={"model": replace(model, units=units)}).model_dump_json()
+    assert manifest_from_json(text, where="here").model.units == units
+
+
+@pytest.mark.parametrize("units", [(), (0,), (-2,), (3,), (1, 2), (1, 1, 1)])
+def test_parts_that_no_model_has_are_refused(units: tuple[int, ...]) -> None:
+    model = manifest().model
+    text = manifest().model_copy(update={"model": replace(model, units=units)}).model_dump_json()
+    with pytest.raises(BundleError, match=r"model\.units is .*, allowed are multiples of 2, or 1 for each"):
+        manifest_from_json(text, where="here")

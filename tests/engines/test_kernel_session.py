@@ -41,7 +41,7 @@ def _model(precision: DType, width: int = 24) -> ModelSpec:
         tokens=21,
         width=width,
         num_classes=10,
-        blocks=(2,),
+        units=(4,),
         learned_variance=False,
     )
 
@@ -99,7 +99,7 @@ def test_signals(library: KernelLibrary, precision: DType, width: int) -> None:
 @pytest.mark.parametrize("precision", _PRECISIONS)
 @pytest.mark.parametrize("evaluations", [1, 3])
 def test_predict(library: KernelLibrary, precision: DType, evaluations: int) -> None:
-    spec = predict_spec(_model(precision), blocks=2, evaluations=evaluations)
+    spec = predict_spec(_model(precision), units=4, evaluations=evaluations)
     inputs = _inputs(spec)
     gate_steps = inputs["gate_steps"].astype(np.int64)
     wide = _wide(inputs)
@@ -110,7 +110,7 @@ def test_predict(library: KernelLibrary, precision: DType, evaluations: int) -> 
 
 @pytest.mark.parametrize("precision", _PRECISIONS)
 def test_blend(library: KernelLibrary, precision: DType) -> None:
-    spec = blend_spec(_model(precision), blocks=2, evaluations=2)
+    spec = blend_spec(_model(precision), units=4, evaluations=2)
     inputs = _inputs(spec)
     inputs["estimate"] = np.array([0.0, 0.15, 0.3, np.nan], dtype=np.float32)
     inputs["thresholds"] = np.array([0.1, 0.2, 1.0], dtype=np.float32)
@@ -171,7 +171,7 @@ def test_launches_follow_their_inputs_and_are_counted(library: KernelLibrary) ->
 def test_a_chain_of_kernels_becomes_one_graph(library: KernelLibrary) -> None:
     device = library.device
     model = _model(DType.FLOAT32)
-    predict, signals = predict_spec(model, blocks=2, evaluations=2), signals_spec(model)
+    predict, signals = predict_spec(model, units=4, evaluations=2), signals_spec(model)
     buffers = _allocate(device, predict, _inputs(predict))
     measured = {
         "tokens": buffers["tokens_out"],

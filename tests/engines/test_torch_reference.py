@@ -26,7 +26,7 @@ MODEL = ModelSpec(
     tokens=7,
     width=8,
     num_classes=10,
-    blocks=(1,),
+    units=(2,),
     learned_variance=False,
 )
 SIZES = {"rows": 3, "steps": 4}

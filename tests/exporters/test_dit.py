@@ -56,7 +56,7 @@ def relative_error(actual: NDArray[np.generic], expected: NDArray[np.generic]) -
 def test_a_part_in_onnx_runtime_equals_the_part_in_pytorch(
     name: str, precision: DType, tolerance: float, dit: DiTTransformer2DModel, exported: Export
 ) -> None:
-    parts = exported(precision, 1)
+    parts = exported(precision, 2)
     spec = parts.specs[name]
     inputs = random_inputs(spec, batch=2, branches=2, steps=3)
     expected = in_torch(reference_modules(loaded(dit))[name], inputs, spec)
@@ -69,24 +69,24 @@ def test_a_part_in_onnx_runtime_equals_the_part_in_pytorch(
 
 
 def chained(
-    parts: Exported, latents: NDArray[np.generic], timesteps: list[float], labels: list[int], step: int, segment: int
+    parts: Exported, latents: NDArray[np.generic], timesteps: list[float], labels: list[int], step: int
 ) -> tuple[NDArray[np.generic], Mapping[str, NDArray[np.generic]]]:
     """Run embed, condition and the blocks as the runtime does; return the last tokens and the modulations."""
     branches = len(labels) // len(latents)
     conditions: Arrays = {"timesteps": np.array(timesteps, np.float32), "labels": np.array(labels, np.int64)}
     modulations = parts.run("condition", conditions)
     tokens = parts.run("embed", {"latents": latents, "branches": np.ones(branches, np.float32)})["tokens"]
-    for index in range(-(-3 // segment)):
+    for index, name in enumerate(name for name in parts.specs if name.startswith("block_")):
         inputs = {"tokens": tokens, "modulation": modulations[f"modulation_{index:02d}"], "step": np.array([step])}
-        tokens = parts.run(f"block_{index:02d}", inputs)["tokens_out"]
+        tokens = parts.run(name, inputs)["tokens_out"]
     return tokens, modulations
 
 
 def guided_step(
-    parts: Exported, latents: NDArray[np.generic], guidance: NDArray[np.generic], labels: list[int], segment: int = 1
+    parts: Exported, latents: NDArray[np.generic], guidance: NDArray[np.generic], labels: list[int]
 ) -> tuple[Mapping[str, NDArray[np.generic]], Arrays]:
     """Run the chain with its head at the middle one of three steps; return its results and the head's inputs."""
-    tokens, modulations = chained(parts, latents, [900.0, 500.0, 20.0], labels, 1, segment)
+    tokens, modulations = chained(parts, latents, [900.0, 500.0, 20.0], labels, 1)
     draw = np.random.default_rng(5)
     inputs = {
         "tokens": tokens,
@@ -102,15 +102,15 @@ def guided_step(
 
 
 @pytest.mark.parametrize(("batch", "branches"), [(1, 1), (3, 1), (1, 2), (2, 2)])
-@pytest.mark.parametrize("segment", [1, 2])
+@pytest.mark.parametrize("units", [1, 2, 4])
 def test_the_chain_of_parts_equals_the_whole_model(
-    batch: int, branches: int, segment: int, dit: DiTTransformer2DModel, exported: Export
+    batch: int, branches: int, units: int, dit: DiTTransformer2DModel, exported: Export
 ) -> None:
     latents = np.random.default_rng(batch).standard_normal((batch, 4, 8, 8), np.float32)
     labels = [*range(batch), *([NULL_LABEL] * batch * (branches - 1))]
     weights = np.array([[4.0], [-3.0]], np.float32) if branches == 2 else np.array([[1.0]], np.float32)
     guidance = np.repeat(weights, batch, axis=1)
-    results, head = guided_step(exported(DType.FLOAT32, segment), latents, guidance, labels, segment)
+    results, head = guided_step(exported(DType.FLOAT32, units), latents, guidance, labels)
 
     rows = torch.from_numpy(np.concatenate([latents] * branches))
     output: Tensor = dit(rows, torch.full((len(rows),), 500.0), torch.tensor(labels)).sample
@@ -125,7 +125,7 @@ def test_the_chain_of_parts_equals_the_whole_model(
 
 
 def test_the_monolithic_step_equals_the_chain(exported: Export) -> None:
-    parts = exported(DType.FLOAT32, 1)
+    parts = exported(DType.FLOAT32, 2)
     latents = np.random.default_rng(7).standard_normal((2, 4, 8, 8), np.float32)
     guidance = np.array([[4, 4], [-3, -3]], np.float32)
     results, head = guided_step(parts, latents, guidance, [1, 2, NULL_LABEL, NULL_LABEL])
@@ -138,7 +138,7 @@ def test_the_monolithic_step_equals_the_chain(exported: Export) -> None:
 
 def test_a_reused_units_sum_is_the_blocks_residual(exported: Export) -> None:
     """What the caches rely on: tokens_out = tokens + gate_msa · attention_0 + gate_mlp · mlp_0."""
-    parts = exported(DType.FLOAT32, 1)
+    parts = exported(DType.FLOAT32, 2)
     inputs = random_inputs(parts.specs["block_01"], batch=2, branches=1, steps=4)
     outputs = parts.run("block_01", inputs)
     rows = inputs["modulation"][3]
@@ -148,7 +148,7 @@ def test_a_reused_units_sum_is_the_blocks_residual(exported: Export) -> None:
 
 def test_without_learned_variance_the_noise_column_is_the_standard_deviation() -> None:
     head = reference_modules(loaded(random_dit(learned_variance=False)))["head"]
-    spec = next(part.spec for part in loaded(random_dit()).model.parts(DType.FLOAT32, 1) if part.spec.name == "head")
+    spec = next(part.spec for part in loaded(random_dit()).model.parts(DType.FLOAT32, 2) if part.spec.name == "head")
     inputs = random_inputs(spec, batch=2, branches=1, steps=2)
     results = in_torch(head, inputs, spec)
     of_latents, of_output, of_noise, _, _, of_carried, _, _ = inputs["coefficients"][1]
@@ -157,15 +157,15 @@ def test_without_learned_variance_the_noise_column_is_the_standard_deviation() -
     assert relative_error(results["latents_out"], expected) < 1e-6
 
 
-@pytest.mark.parametrize("segment", [1, 2])
-def test_blocks_with_embedders_of_their_own_are_conditioned_by_their_own(segment: int) -> None:
+@pytest.mark.parametrize("units", [(1,) * 6, (2, 2, 2), (4, 2)])
+def test_blocks_with_embedders_of_their_own_are_conditioned_by_their_own(units: tuple[int, ...]) -> None:
     model = random_dit()
     assert embedders_agree(model)
     for index, block in enumerate(model.transformer_blocks):
         torch.nn.init.normal_(block.norm1.emb.class_embedder.embedding_table.weight, std=0.1 * (index + 1))
     assert not embedders_agree(model)
     blocks = list(model.transformer_blocks)
-    condition = ConditionPart(model, (1, 1, 1) if segment == 1 else (2, 1))
+    condition = ConditionPart(model, units)
     timesteps, labels = torch.tensor([700.0, 3.0]), torch.tensor([4, NULL_LABEL])
     *modulations, head = condition(timesteps, labels)
     of_blocks = torch.cat(modulations, dim=2)

@@ -47,10 +47,10 @@ def built(
 
     @cache
     def build(precision: DType, weights: WeightLayout) -> Bundle:
-        parts = exported(precision, 1)
+        parts = exported(precision, 2)
 
         def copy_parts(
-            model: LoadedModel, directory: Path, precision: DType, segment: int, progress: Progress | None
+            model: LoadedModel, directory: Path, precision: DType, units: int, progress: Progress | None
         ) -> dict[str, PartSpec]:
             specs = {name: spec for name, spec in parts.specs.items() if name != "step"}
             for name in specs:

@@ -15,7 +15,7 @@ PRECISIONS = (DType.FLOAT32, DType.FLOAT16)
 
 
 def model_spec(
-    *, tokens: int = 7, width: int = 8, blocks: tuple[int, ...] = (1,), precision: DType = DType.FLOAT32
+    *, tokens: int = 7, width: int = 8, units: tuple[int, ...] = (2,), precision: DType = DType.FLOAT32
 ) -> ModelSpec:
     return ModelSpec(
         family="dit",
@@ -24,7 +24,7 @@ def model_spec(
         tokens=tokens,
         width=width,
         num_classes=10,
-        blocks=blocks,
+        units=units,
         learned_variance=False,
     )
 

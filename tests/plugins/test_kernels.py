@@ -13,7 +13,7 @@ from adacorr_deploy.plugins import service_part_specs
 from adacorr_deploy.plugins.kernels import ELEMENT_BYTES, KERNELS, NOISE_KERNEL, kernel_launch, kernel_of_part
 from tests.plugins.service_models import model_spec
 
-DIT_XL = model_spec(tokens=256, width=1152, blocks=(1, 4), precision=DType.FLOAT16)
+DIT_XL = model_spec(tokens=256, width=1152, units=(2, 8), precision=DType.FLOAT16)
 PARTS = service_part_specs(DIT_XL)
 
 
@@ -40,8 +40,8 @@ def test_launches_at_dit_xl_size() -> None:
     """Batch 8 with guidance: enough blocks for every multiprocessor of the largest GPUs, several times over."""
     signals = kernel_launch(KERNELS["signals"], "float16", shapes_of(PARTS["signals"], rows=16))
     assert (signals.entry, signals.integers) == ("adacorr_signals_float16", (256, 1152))
-    assert (signals.grid, signals.block, signals.scratch) == ((32, 16, 1), (256, 1, 1), (16, 257, 4))
-    predict = kernel_launch(KERNELS["predict"], DType.BFLOAT16, shapes_of(PARTS["predict_2_n4"], rows=16, steps=50))
+    assert (signals.grid, signals.block, signals.scratch) == ((32, 16, 1), (256, 1, 1), (16, 257, 8))
+    predict = kernel_launch(KERNELS["predict"], DType.BFLOAT16, shapes_of(PARTS["predict_2_u8"], rows=16, steps=50))
     assert (predict.entry, predict.integers) == ("adacorr_predict_bfloat16", (256, 1152, 2, 8))
     assert (predict.grid, predict.block, predict.scratch) == ((144, 16, 1), (128, 1, 1), None)
     blend = kernel_launch(KERNELS["blend"], "float32", shapes_of(PARTS["blend_3"], rows=16, steps=50))

@@ -33,11 +33,11 @@ def signals_of(tokens: NDArray[np.floating], reference: NDArray[np.floating]) ->
 
 def history_inputs(model: ModelSpec, seed: int, *, rows: int, evaluations: int, steps: int = 5) -> Inputs:
     rng = np.random.default_rng(seed)
-    blocks, p = model.blocks[0], model.precision.numpy
+    units, p = model.units[0], model.precision.numpy
     shape = (rows, model.tokens, model.width)
     return {
-        "history": rng.standard_normal((evaluations, 2 * blocks, *shape)).astype(p),
-        "modulation": rng.standard_normal((steps, rows, 6 * blocks, model.width)).astype(p),
+        "history": rng.standard_normal((evaluations, units, *shape)).astype(p),
+        "modulation": rng.standard_normal((steps, rows, 3 * units, model.width)).astype(p),
         "gate_steps": rng.integers(0, steps, evaluations),
         "coefficients": rng.uniform(-2, 3, evaluations).astype(np.float32),
     }
@@ -104,7 +104,8 @@ def test_relative_signals_do_not_depend_on_the_scale(seed: int, exponent: int) -
     scale = np.float32(2.0**exponent)
     plain, scaled = signals_of(current, reference), signals_of(scale * current, scale * reference)
     np.testing.assert_allclose(scaled[:, :3], plain[:, :3], rtol=1e-3, atol=1e-6)  # ε is not scaled: 1e-6·2⁶ of a norm
-    np.testing.assert_allclose(scaled[:, 3:], scale * plain[:, 3:], rtol=1e-4)
+    np.testing.assert_allclose(scaled[:, 3:7], scale * plain[:, 3:7], rtol=1e-4)
+    np.testing.assert_allclose(scaled[:, 7:], scale**2 * plain[:, 7:], rtol=1e-4)
 
 
 @EXAMPLES
@@ -153,13 +154,13 @@ def test_largest_float16_values_do_not_overflow() -> None:
     rows=rows_of_a_batch,
     tokens=token_counts,
     evaluations=st.integers(1, 3),
-    blocks=st.sampled_from([1, 2]),
+    units=st.sampled_from([1, 2, 4]),
     precision=precisions,
 )
 def test_predict_matches_the_oracle(
-    seed: int, rows: int, tokens: int, evaluations: int, blocks: int, precision: DType
+    seed: int, rows: int, tokens: int, evaluations: int, units: int, precision: DType
 ) -> None:
-    model = model_spec(tokens=tokens, blocks=(blocks,), precision=precision)
+    model = model_spec(tokens=tokens, units=(units,), precision=precision)
     x = noise(seed, rows, tokens, model.width, precision=precision)
     inputs = history_inputs(model, seed + 1, rows=rows, evaluations=evaluations)
     (found,) = run(model, f"predict_{evaluations}", tokens=x, **inputs)
@@ -195,11 +196,11 @@ def test_rows_of_a_batch_do_not_mix() -> None:
 @given(
     estimate=st.lists(st.floats(0, 0.5, width=32), min_size=1, max_size=4),
     evaluations=st.integers(1, 3),
-    blocks=st.sampled_from([1, 2]),
+    units=st.sampled_from([1, 2, 4]),
     precision=precisions,
 )
-def test_blend_matches_the_oracle(estimate: list[float], evaluations: int, blocks: int, precision: DType) -> None:
-    model = model_spec(blocks=(blocks,), precision=precision)
+def test_blend_matches_the_oracle(estimate: list[float], evaluations: int, units: int, precision: DType) -> None:
+    model = model_spec(units=(units,), precision=precision)
     inputs = blend_inputs(model, estimate, evaluations=evaluations)
     tokens_out, weight = run(model, f"blend_{evaluations}", **inputs)
     expected_tokens, expected_weight = oracle.blend(**inputs)
@@ -255,6 +256,71 @@ def test_thresholds_that_give_no_number_recompute() -> None:
     inputs = blend_inputs(model, [0.05, 0.2])
     inputs["thresholds"] = np.array([np.nan, 0.3, 1.0], np.float32)
     np.testing.assert_array_equal(run(model, "blend_2", **inputs)[1], 1)
+
+
+# --- spans ------------------------------------------------------------------------------------------------------------
+
+
+def residual_inputs(model: ModelSpec, seed: int, *, rows: int, evaluations: int) -> Inputs:
+    rng, shape = np.random.default_rng(seed), (rows, model.tokens, model.width)
+    return {
+        "base": rng.standard_normal(shape).astype(model.precision.numpy),
+        "history": rng.standard_normal((evaluations, 1, *shape)).astype(model.precision.numpy),
+        "coefficients": rng.uniform(-2, 3, evaluations).astype(np.float32),
+        "scale": rng.uniform(0.5, 1.5, model.width).astype(np.float32),
+        "shift": rng.uniform(-0.5, 0.5, model.width).astype(np.float32),
+    }
+
+
+@EXAMPLES
+@given(seed=seeds, rows=rows_of_a_batch, tokens=token_counts, evaluations=st.integers(1, 3), precision=precisions)
+def test_combine_matches_the_oracle(seed: int, rows: int, tokens: int, evaluations: int, precision: DType) -> None:
+    model = model_spec(tokens=tokens, precision=precision)
+    inputs = residual_inputs(model, seed, rows=rows, evaluations=evaluations)
+    (found,) = run(model, f"combine_{evaluations}", **inputs)
+    assert found.dtype == precision.numpy
+    np.testing.assert_allclose(found, oracle.combine(**inputs), rtol=0, atol=40 * TOLERANCE[precision])
+
+
+@EXAMPLES
+@given(seed=seeds, precision=precisions)
+def test_combine_makes_a_residual_and_gives_it_back_exactly(seed: int, precision: DType) -> None:
+    """What a span keeps is fl(y − x); what stands for it later is fl(x' + that), not one rounding more."""
+    model, ones, zeros = model_spec(precision=precision), np.ones(8, np.float32), np.zeros(8, np.float32)
+    x, y, later = (noise(seed + i, 2, model.tokens, model.width, precision=precision) for i in range(3))
+    affine: Inputs = {"scale": ones, "shift": zeros}
+    (kept,) = run(model, "combine_1", base=y, history=x[None, None], coefficients=-ones[:1], **affine)
+    np.testing.assert_array_equal(kept, y - x)
+    (reused,) = run(model, "combine_1", base=later, history=kept[None, None], coefficients=ones[:1], **affine)
+    np.testing.assert_array_equal(reused, later + (y - x))
+
+
+@EXAMPLES
+@given(
+    seed=seeds,
+    rows=rows_of_a_batch,
+    tokens=token_counts,
+    units=st.sampled_from([1, 2, 4]),
+    precision=precisions,
+    size=st.sampled_from([0.1, 1.0, 30.0]),
+)
+def test_modulated_and_its_probe_match_the_oracle(
+    seed: int, rows: int, tokens: int, units: int, precision: DType, size: float
+) -> None:
+    model = model_spec(tokens=tokens, width=16, units=(units,), precision=precision)
+    rng = np.random.default_rng(seed)
+    inputs = {
+        "tokens": (size * noise(seed, rows, tokens, 16) + 2).astype(precision.numpy),
+        "modulation": noise(seed + 1, 4, rows, 3 * units, 16, precision=precision),
+        "step": rng.integers(0, 4, 1),
+    }
+    probing: Inputs = {"weights": noise(seed + 2, 16), "bias": noise(seed + 3, 1)}
+    (found,) = run(model, "modulated", **inputs)
+    expected = oracle.modulated(**inputs)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=10 * TOLERANCE[precision] + 1e-3 * (size > 1))
+    (probed,) = run(model, "probe", **inputs, **probing)
+    tolerance = 100 * TOLERANCE[precision]  # a sum over 16 channels, of terms of up to about 6
+    np.testing.assert_allclose(probed, oracle.probe(**inputs, **probing), rtol=0, atol=tolerance)
 
 
 # --- whole steps -----------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ def test_signals_of_a_case_worked_out_by_hand() -> None:
     reference = np.array([[[3.0, 4.0], [0.0, 2.0]]], np.float32)  # norms 5 and 2, deviations 0.5 and 1
     tokens = np.array([[[3.0, 5.0], [0.0, 4.0]]], np.float32)  # moved by 1 and 2, deviations 1 and 2
     expected = [np.sqrt((0.2**2 + 1.0**2) / 2), 1.0, 1.0, 1.5, 1.5]
+    expected += [(1 + 2) / 4, (3 + 4 + 2) / 4, (1 + 4) / 4, (9 + 16 + 4) / 4]
     np.testing.assert_allclose(oracle.signals(tokens, reference)[0], expected, rtol=1e-5)
 
 
@@ -30,6 +31,32 @@ def test_prediction_worked_out_by_hand() -> None:
         np.ones((1, 1, 1), np.float32), history, modulation, np.array([1, 0]), np.array([2.0, -1.0], np.float32)
     )
     assert result.item() == 1 + 2 * (1 * 5 + 3 * 7) - (10 * 11 + 20 * 13)
+
+
+def test_combination_worked_out_by_hand() -> None:
+    """Two residuals of one token of two channels, extrapolated with weights 2 and −1, then mapped per channel."""
+    result = oracle.combine(
+        np.array([[[1.0, 1.0]]], np.float32),
+        np.array([5.0, 7.0, 11.0, 13.0], np.float32).reshape(2, 1, 1, 1, 2),
+        np.array([2.0, -1.0], np.float32),
+        scale=np.array([1.0, 10.0], np.float32),
+        shift=np.array([0.0, 0.5], np.float32),
+    )
+    np.testing.assert_array_equal(result[0, 0], [1 + (10 - 11), 1 + 10 * (14 - 13) + 0.5])
+
+
+def test_modulated_and_its_probe_worked_out_by_hand() -> None:
+    """Tokens (1, 3) and (10, 20) are both (−1, 1) once normalised; shift and scale are rows 0 and 1 of step 1."""
+    tokens = np.array([[[1.0, 3.0], [10.0, 20.0]]], np.float32)
+    modulation = np.zeros((2, 1, 3, 2), np.float32)
+    modulation[1, 0] = [[0.5, 0.25], [1.0, 3.0], [9.0, 9.0]]
+    step = np.array([1])
+    expected = [-1 * 2 + 0.5, 1 * 4 + 0.25]
+    np.testing.assert_allclose(oracle.modulated(tokens, modulation, step)[0], [expected] * 2, rtol=1e-5)
+    weights, bias = np.array([2.0, -1.0], np.float32), np.array([0.125], np.float32)
+    np.testing.assert_allclose(
+        oracle.probe(tokens, modulation, step, weights, bias), [2 * -1.5 - 4.25 + 0.125], rtol=1e-5
+    )
 
 
 def test_weight_is_a_ramp_between_the_thresholds_and_one_where_nothing_is_known() -> None:

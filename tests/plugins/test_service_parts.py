@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from adacorr_deploy.core.specs import DType, PartSpec
-from adacorr_deploy.plugins import blend_part_name, common_block_count, predict_part_name, service_part_specs
+from adacorr_deploy.plugins import blend_part_name, common_unit_count, predict_part_name, service_part_specs
 from adacorr_deploy.plugins.onnx_functions import DOMAIN, service_parts
 from tests.plugins.service_models import PRECISIONS, model_spec
 
@@ -36,7 +36,7 @@ def expected_tensors(spec: PartSpec) -> dict[str, tuple[int, tuple[int | str, ..
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_each_onnx_part_is_valid_and_has_the_tensors_of_its_spec(precision: DType) -> None:
-    model = model_spec(blocks=(2, 2, 1), precision=precision)
+    model = model_spec(units=(4, 4, 1), precision=precision)
     parts = service_parts(model)
     assert {name: spec for name, (spec, _) in parts.items()} == service_part_specs(model)
     for spec, proto in parts.values():
@@ -57,14 +57,14 @@ def test_each_part_is_one_node_of_our_domain_that_asks_for_a_plugin() -> None:
 
 
 def test_only_block_parts_of_an_uncommon_size_carry_their_size_in_the_name() -> None:
-    model = model_spec(blocks=(4, 4, 4, 1))
-    assert common_block_count(model) == 4
-    assert predict_part_name(model, blocks=4, evaluations=2) == "predict_2"
-    assert predict_part_name(model, blocks=1, evaluations=2) == "predict_2_n1"
-    assert blend_part_name(model, blocks=1, evaluations=3) == "blend_3_n1"
+    model = model_spec(units=(8, 8, 8, 2))
+    assert common_unit_count(model) == 8
+    assert predict_part_name(model, units=8, evaluations=2) == "predict_2"
+    assert predict_part_name(model, units=2, evaluations=2) == "predict_2_u2"
+    assert blend_part_name(model, units=2, evaluations=3) == "blend_3_u2"
     specs = service_part_specs(model)
-    assert len(specs) == 1 + 2 * 2 * 3 + 3 + 1  # signals, predict and blend of two sizes, extrapolate, output_error
-    for name, units in {"predict_2": 8, "predict_2_n1": 2}.items():
+    assert len(specs) == 1 + 2 * (2 * 3 + 2) + 3 + 3 + 1  # of two sizes: predict, blend, modulated and probe
+    for name, units in {"predict_2": 8, "predict_2_u2": 2}.items():
         (history,) = (tensor for tensor in specs[name].inputs if tensor.name == "history")
         assert history.shape[:2] == (2, units)
 

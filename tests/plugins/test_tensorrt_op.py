@@ -33,7 +33,7 @@ def registered(fake: FakeTensorRT, name: str) -> Registered:
 
 def described(name: str, precision: DType = DType.FLOAT16) -> list[TensorDesc]:
     """Return the inputs of a part at DiT-XL's size as TensorRT would describe them: rows and steps unknown."""
-    model = model_spec(tokens=256, width=1152, blocks=(1,), precision=precision)
+    model = model_spec(tokens=256, width=1152, units=(2,), precision=precision)
     spec, _ = service_parts(model)[PARTS[name]]
     types = {**TYPES, DType.INT64: DataType.INT64}
     return [TensorDesc([-1 if isinstance(d, str) else d for d in t.shape], types[t.dtype]) for t in spec.inputs]
@@ -80,7 +80,7 @@ def test_types_of_inputs_and_outputs_are_the_part_s_own(fake: FakeTensorRT, name
 @pytest.mark.parametrize("precision", TYPES)
 def test_outputs_have_the_shapes_of_the_part(fake: FakeTensorRT, precision: DType) -> None:
     for name, shapes in {
-        "AdaCorrSignals": [(-1, 5), (-1, 257, 4)],
+        "AdaCorrSignals": [(-1, 9), (-1, 257, 8)],
         "AdaCorrPredict": [(-1, 256, 1152)],
         "AdaCorrBlend": [(-1, 256, 1152), (-1,)],
     }.items():

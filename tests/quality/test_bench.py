@@ -79,7 +79,7 @@ def test_rho_is_that_of_the_traces_and_of_the_engines_counters(pipeline: Pipelin
     results = [sample_with_policy(pipeline, request, FORA) for request in requests(pipeline, OPTIONS)]
     assert [len(result.latents) for result in results] == [2, 2, 1]
     assert {result.rho for result in results} == {row.rho}
-    full = STEPS * len(pipeline.manifest.model.blocks)
+    full = STEPS * len(pipeline.manifest.model.units)
     assert sum(result.launches for result in results) == round((1 - row.rho) * full * len(results))
     assert 0.4 < row.rho < 2 / 3
 

@@ -355,7 +355,7 @@ def test_a_model_that_overflows_is_refused(tmp_path: Path, predictor: Predictor,
 
 
 @pytest.mark.parametrize(
-    ("predictor", "part"), [(PREDICTORS[0], "predict_2_n2"), (PREDICTORS[1], "extrapolate_2")], ids=["blocks", "output"]
+    ("predictor", "part"), [(PREDICTORS[0], "predict_2_u4"), (PREDICTORS[1], "extrapolate_2")], ids=["blocks", "output"]
 )
 def test_a_prediction_that_overflows_can_not_be_skipped(tmp_path: Path, predictor: Predictor, part: str) -> None:
     """In float16 it may; steps that it does not touch are calibrated as ever."""
@@ -380,7 +380,7 @@ def test_signals_that_overflow_leave_a_limit_that_nothing_passes(tmp_path: Path)
     with Pipeline.open(write_bundle(tmp_path / "tiny", model), backend=FakeBackend(functions)) as pipeline:
         calibration = calibrate(pipeline, options())
     assert calibration.offset_limits == ((0.0,) * 6,) * STEPS
-    assert calibration.paper_floors == (0.0,) * len(model.spec.blocks)
+    assert calibration.paper_floors == (0.0,) * len(model.spec.units)
     assert calibration_from_json(calibration.model_dump_json(), where="here") == calibration
 
 

@@ -32,11 +32,11 @@ from adacorr_deploy.runtime import Pipeline, SampleRequest
 from tests.runtime.conftest import write_bundle
 from tests.runtime.fake_backend import FakeBackend
 from tests.runtime.scripted import PlainRun, Script
-from tests.runtime.tiny_dit import BLOCKS, SCHEDULE, WIDTH, TinyDiT
+from tests.runtime.tiny_dit import SCHEDULE, UNITS, WIDTH, TinyDiT
 
 STEPS, IMAGES, GUIDANCE = 8, 2, 3.0
 OPTIONS = ProfileOptions(steps=STEPS, guidance=GUIDANCE, images=IMAGES)
-PARTS = len(BLOCKS)
+PARTS = len(UNITS)
 
 Array = NDArray[np.float64]
 
@@ -109,7 +109,7 @@ def test_unit_errors_are_means_over_the_depth_of_results_before_their_gates(pipe
     table = sampler_table(SCHEDULE, Sampler.DDIM, 4)
     tables = model.condition({"timesteps": table.timesteps, "labels": request.rows(3)})
     errors: dict[str, list[float]] = {"attention": [], "mlp": []}
-    for part, blocks in enumerate(BLOCKS):
+    for part, units in enumerate(UNITS):
         now, before = (
             model.block(
                 part,
@@ -121,7 +121,7 @@ def test_unit_errors_are_means_over_the_depth_of_results_before_their_gates(pipe
             )
             for step in (3, 1)
         )
-        for kind, block in itertools.product(errors, range(blocks)):
+        for kind, block in itertools.product(errors, range(units // 2)):
             fresh, kept = (np.asarray(units[f"{kind}_{block}"], np.float64) for units in (now, before))
             errors[kind].append(float((size(fresh - kept) / size(fresh)).mean()))
     assert one.unit_errors is not None

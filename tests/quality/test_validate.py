@@ -249,4 +249,4 @@ def test_the_bundle_is_opened_once_each_part_too_and_all_is_closed(
     assert bundles == [bundle.path]
     assert sorted(opened["engine"]) == sorted(closed["engine"]) == sorted(bundle.manifest.parts)
     assert sorted(opened["reference"]) == sorted(closed["reference"])
-    assert len(opened["reference"]) == len(set(opened["reference"])) == len(bundle.manifest.model.blocks) + 3
+    assert len(opened["reference"]) == len(set(opened["reference"])) == len(bundle.manifest.model.units) + 3

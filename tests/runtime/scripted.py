@@ -120,7 +120,7 @@ class PlainRun:
         latents, draws = stream.at(0), itertools.count(1)
         carried = np.zeros_like(latents)
         tables = model.condition({"timesteps": table.timesteps, "labels": request.rows(model.spec.num_classes)})
-        slots = [PlainSlot() for _ in model.spec.blocks]
+        slots = [PlainSlot() for _ in model.spec.units]
         for step in range(request.steps):
             tokens = f32(model.embed({"latents": latents, "branches": np.ones(request.branches)})["tokens"])
             for block, slot in enumerate(slots):

@@ -18,12 +18,13 @@ Tensors = Mapping[str, NDArray[np.generic]]
 Part = Callable[[Tensors], dict[str, NDArray[np.generic]]]
 
 TOKENS, WIDTH, SIDE = 4, 4, 4
-BLOCKS = (1, 2, 1)  # the middle part is a segment of two transformer blocks
+UNITS = (2, 4, 2)  # the middle part is a segment of two transformer blocks
+HALVES = (1,) * sum(UNITS)  # the same model, cut into attention and MLP halves
 SCHEDULE = NoiseSchedule(betas=tuple(np.linspace(1e-4, 0.02, 100).tolist()))
 EPSILON = 1e-6
 
 
-def tiny_spec(*, learned_variance: bool = False) -> ModelSpec:
+def tiny_spec(*, learned_variance: bool = False, units: tuple[int, ...] = UNITS) -> ModelSpec:
     return ModelSpec(
         family="tiny",
         precision=DType.FLOAT32,
@@ -31,7 +32,7 @@ def tiny_spec(*, learned_variance: bool = False) -> ModelSpec:
         tokens=TOKENS,
         width=WIDTH,
         num_classes=3,
-        blocks=BLOCKS,
+        units=units,
         learned_variance=learned_variance,
     )
 
@@ -39,8 +40,8 @@ def tiny_spec(*, learned_variance: bool = False) -> ModelSpec:
 class TinyDiT:
     """The parts' mathematics. Every row is computed by itself, so results do not depend on the batch."""
 
-    def __init__(self, *, learned_variance: bool = False, seed: int = 0) -> None:
-        self.spec = tiny_spec(learned_variance=learned_variance)
+    def __init__(self, *, learned_variance: bool = False, seed: int = 0, units: tuple[int, ...] = UNITS) -> None:
+        self.spec = tiny_spec(learned_variance=learned_variance, units=units)
         random = np.random.default_rng(seed)
 
         def weight(*shape: int) -> Array:
@@ -48,32 +49,25 @@ class TinyDiT:
 
         self._embed, self._position = weight(4, WIDTH), weight(TOKENS, WIDTH)
         self._labels, self._frequencies = weight(4, WIDTH), weight(WIDTH)
-        self._modulation = [weight(WIDTH, 6 * blocks * WIDTH) for blocks in BLOCKS]
+        self._modulation = np.concatenate([weight(WIDTH, 3 * count * WIDTH) for count in UNITS], axis=1)
         self._modulation_head = weight(WIDTH, 2 * WIDTH)
-        self._mix = [weight(blocks, TOKENS, TOKENS) for blocks in BLOCKS]
-        self._attention = [weight(blocks, WIDTH, WIDTH) for blocks in BLOCKS]
-        self._mlp = [weight(blocks, WIDTH, WIDTH) for blocks in BLOCKS]
+        self._mix, self._attention, self._mlp = (
+            np.concatenate([weight(count // 2, size, size) for count in UNITS]) for size in (TOKENS, WIDTH, WIDTH)
+        )
         self._head = weight(WIDTH, 4 * (2 if learned_variance else 1))
 
     def parts(self) -> dict[str, tuple[PartSpec, Part]]:
         """Return every part of the bundle by name."""
         parts: dict[str, tuple[PartSpec, Part]] = {
             "embed": (_embed_spec(), self.embed),
-            "condition": (_condition_spec(), self.condition),
+            "condition": (_condition_spec(self.spec.units), self.condition),
         }
         for index, name in enumerate(self.spec.block_names):
-            parts[name] = (_block_spec(name, BLOCKS[index]), self._block_part(index))
+            parts[name] = (_block_spec(name, self.spec.unit_names(index)), self._block_part(index))
         parts["head"] = (_head_spec(), self.head)
-        parts["signals"] = (_signals_spec(), signals)
-        for entries in (1, 2, 3):
-            for blocks, suffix in ((1, ""), (2, "_n2")):
-                for kind, function in (("predict", predict), ("blend", blend)):
-                    name = f"{kind}_{entries}{suffix}"
-                    parts[name] = (_cached_spec(name, kind, entries, blocks), function)
-        specs = service_part_specs(tiny_spec())
-        for count in range(1, 4):
-            parts[f"extrapolate_{count}"] = (specs[f"extrapolate_{count}"], extrapolate)
-        parts["output_error"] = (specs["output_error"], output_error)
+        for name, spec in service_part_specs(self.spec).items():
+            stem = next(stem for stem in SERVICE_PARTS if name.startswith(stem))
+            parts[name] = (spec, SERVICE_PARTS[stem])
         return parts
 
     def _block_part(self, index: int) -> Part:
@@ -89,26 +83,31 @@ class TinyDiT:
         time = np.sin(_f32(tensors["timesteps"])[:, None] * self._frequencies)  # (S, D)
         hidden = time[:, None] + self._labels[tensors["labels"].astype(np.int64)]  # (S, R, D)
         shape = hidden.shape[:2]
+        rows = np.tanh(hidden @ self._modulation).reshape(*shape, -1, WIDTH)
+        ends = 3 * np.cumsum(self.spec.units)
         modulations = {
-            f"modulation_{index:02d}": np.tanh(hidden @ weight).reshape(*shape, -1, WIDTH)
-            for index, weight in enumerate(self._modulation)
+            f"modulation_{index:02d}": rows[:, :, end - 3 * count : end]
+            for index, (end, count) in enumerate(zip(ends, self.spec.units, strict=True))
         }
         return {**modulations, "modulation_head": (hidden @ self._modulation_head).reshape(*shape, 2, WIDTH)}
 
     def block(self, index: int, tensors: Tensors) -> dict[str, NDArray[np.generic]]:
         tokens = _f32(tensors["tokens"])
-        modulation = _f32(tensors["modulation"])[int(tensors["step"][0])]  # (R, 6n, D)
+        modulation = _f32(tensors["modulation"])[int(tensors["step"][0])]  # (R, 3U, D)
         units: dict[str, NDArray[np.generic]] = {}
-        for inner in range(BLOCKS[index]):
-            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = np.moveaxis(
-                modulation[:, 6 * inner : 6 * inner + 6, None], 1, 0
-            )
-            mixed = self._mix[index][inner] @ (np.tanh(tokens) * (1 + scale_a) + shift_a)
-            units[f"attention_{inner}"] = attention = mixed @ self._attention[index][inner]
-            tokens = tokens + gate_a * attention
-            units[f"mlp_{inner}"] = mlp = np.tanh((tokens * (1 + scale_m) + shift_m) @ self._mlp[index][inner])
-            tokens = tokens + gate_m * mlp
+        first = sum(self.spec.units[:index])
+        for inner, name in enumerate(self.spec.unit_names(index)):
+            shift, scale, gate = np.moveaxis(modulation[:, 3 * inner : 3 * inner + 3, None], 1, 0)
+            units[name] = self._unit(first + inner, tokens, shift, scale)
+            tokens = tokens + gate * units[name]
         return {"tokens_out": tokens, **units}
+
+    def _unit(self, unit: int, tokens: Array, shift: Array, scale: Array) -> Array:
+        block = unit // 2
+        if unit % 2 == 0:
+            mixed = self._mix[block] @ (np.tanh(tokens) * (1 + scale) + shift)
+            return np.asarray(mixed @ self._attention[block])
+        return np.asarray(np.tanh((tokens * (1 + scale) + shift) @ self._mlp[block]))
 
     def head(self, tensors: Tensors) -> dict[str, NDArray[np.generic]]:
         step = int(tensors["step"][0])
@@ -142,8 +141,30 @@ def signals(tensors: Tensors) -> dict[str, NDArray[np.generic]]:
         np.abs(spread / (spread_before + EPSILON) - 1),
         offset.mean(axis=-1),
         spread,
+        np.abs(tokens - reference).mean(axis=(1, 2)),
+        np.abs(reference).mean(axis=(1, 2)),
+        np.square(tokens - reference).mean(axis=(1, 2)),
+        np.square(reference).mean(axis=(1, 2)),
     ]
     return {"signals": np.stack(columns, axis=1)}
+
+
+def combine(tensors: Tensors) -> dict[str, NDArray[np.generic]]:
+    weights = _f32(tensors["coefficients"])[:, None, None, None, None] * _f32(tensors["scale"])
+    summed = (weights * _f32(tensors["history"])).sum(axis=(0, 1), dtype=np.float32)
+    return {"tokens_out": _f32(tensors["base"]) + summed + _f32(tensors["shift"])}
+
+
+def modulated(tensors: Tensors) -> dict[str, NDArray[np.generic]]:
+    tokens = _f32(tensors["tokens"])
+    shift, scale = np.moveaxis(_f32(tensors["modulation"])[int(tensors["step"][0])][:, :2, None], 1, 0)
+    deviation = np.sqrt(tokens.var(axis=2, keepdims=True) + np.float32(1e-6))
+    return {"tokens_out": (tokens - tokens.mean(axis=2, keepdims=True)) / deviation * (1 + scale) + shift}
+
+
+def probe(tensors: Tensors) -> dict[str, NDArray[np.generic]]:
+    means = modulated(tensors)["tokens_out"].mean(axis=1)
+    return {"probe": np.asarray(means @ _f32(tensors["weights"]) + _f32(tensors["bias"]), np.float32)}
 
 
 def extrapolate(tensors: Tensors) -> dict[str, NDArray[np.generic]]:
@@ -175,13 +196,25 @@ def _residual(tensors: Tensors) -> Array:
     total = np.zeros(history.shape[2:], dtype=np.float32)
     for entry, (coefficient, step) in enumerate(zip(tensors["coefficients"], tensors["gate_steps"], strict=True)):
         for unit in range(history.shape[1]):
-            gate = modulation[int(step), :, 6 * (unit // 2) + (2, 5)[unit % 2], None]  # (R, 1, D)
+            gate = modulation[int(step), :, 3 * unit + 2, None]  # (R, 1, D)
             total += (_f32(coefficient) * gate) * history[entry, unit]
     return total
 
 
 def _f32(values: NDArray[np.generic] | np.generic) -> Array:
     return np.asarray(values, dtype=np.float32)
+
+
+SERVICE_PARTS: Mapping[str, Part] = {  # by the first words of their names
+    "signals": signals,
+    "predict": predict,
+    "blend": blend,
+    "combine": combine,
+    "modulated": modulated,
+    "probe": probe,
+    "extrapolate": extrapolate,
+    "output_error": output_error,
+}
 
 
 # --- Specs -------------------------------------------------------------------------------------------------------
@@ -207,8 +240,8 @@ def _embed_spec() -> PartSpec:
     return PartSpec(name="embed", inputs=(_image("latents"), _f("branches", BRANCHES)), outputs=(_rows("tokens"),))
 
 
-def _condition_spec() -> PartSpec:
-    tables = [_f(f"modulation_{i:02d}", STEPS, ROWS, 6 * blocks, WIDTH) for i, blocks in enumerate(BLOCKS)]
+def _condition_spec(units: tuple[int, ...]) -> PartSpec:
+    tables = [_f(f"modulation_{i:02d}", STEPS, ROWS, 3 * count, WIDTH) for i, count in enumerate(units)]
     return PartSpec(
         name="condition",
         inputs=(_f("timesteps", STEPS), _i("labels", ROWS)),
@@ -216,12 +249,11 @@ def _condition_spec() -> PartSpec:
     )
 
 
-def _block_spec(name: str, blocks: int) -> PartSpec:
-    units = [_rows(f"{kind}_{inner}") for inner in range(blocks) for kind in ("attention", "mlp")]
+def _block_spec(name: str, units: tuple[str, ...]) -> PartSpec:
     return PartSpec(
         name=name,
-        inputs=(_rows("tokens"), _f("modulation", STEPS, ROWS, 6 * blocks, WIDTH), _i("step", 1)),
-        outputs=(_rows("tokens_out"), *units),
+        inputs=(_rows("tokens"), _f("modulation", STEPS, ROWS, 3 * len(units), WIDTH), _i("step", 1)),
+        outputs=(_rows("tokens_out"), *(_rows(unit) for unit in units)),
     )
 
 
@@ -240,20 +272,3 @@ def _head_spec() -> PartSpec:
         ),
         outputs=(_image("latents_out"), _image("model_output"), _image("carried_out")),
     )
-
-
-def _signals_spec() -> PartSpec:
-    return PartSpec(name="signals", inputs=(_rows("tokens"), _rows("reference")), outputs=(_f("signals", ROWS, 5),))
-
-
-def _cached_spec(name: str, kind: str, entries: int, blocks: int) -> PartSpec:
-    cache = (
-        _f("history", entries, 2 * blocks, ROWS, TOKENS, WIDTH),
-        _f("modulation", STEPS, ROWS, 6 * blocks, WIDTH),
-        _i("gate_steps", entries),
-        _f("coefficients", entries),
-    )
-    if kind == "predict":
-        return PartSpec(name=name, inputs=(_rows("tokens"), *cache), outputs=(_rows("tokens_out"),))
-    mixing = (_rows("base"), _rows("fresh"), _f("estimate", ROWS), _f("thresholds", 3))
-    return PartSpec(name=name, inputs=(*cache, *mixing), outputs=(_rows("tokens_out"), _f("weight", ROWS)))

@@ -14,7 +14,8 @@ from tests.engines.stand_in import run_on_stand_in
 from tests.plugins.host_kernels import needs_compiler
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "benchmarks" / "kernels.py"
-KERNELS = {"signals", "predict_1", "blend_3_n2", "extrapolate_2", "output_error", "philox_normal"}
+BLOCK_KERNELS = {"signals", "predict_1", "blend_3_u4", "combine_2", "modulated_u1", "probe"}
+KERNELS = BLOCK_KERNELS | {"extrapolate_2", "output_error", "philox_normal"}
 
 
 def test_without_a_gpu_it_says_so_in_one_line() -> None:

@@ -160,7 +160,7 @@ class RunArms:
         return {f"run_{name}": seconds, f"loop_{name}": result.seconds}  # the loop clears no slots
 
     def _run_of(self, pipeline: Pipeline) -> Run:
-        return Run(steps=self._request.steps, blocks=len(pipeline.manifest.model.blocks))
+        return Run(steps=self._request.steps, blocks=len(pipeline.manifest.model.units))
 
     def _reuse_times(self) -> Times:
         """Time the prediction and the signals of all blocks, over slots that hold two evaluations."""
@@ -373,7 +373,7 @@ def measure(args: argparse.Namespace, folder: Path) -> Report:
         machine=before,
         model={
             "name": loaded.name,
-            "blocks": len(model.blocks),
+            "blocks": len(model.units),
             "width": model.width,
             "tokens": model.tokens,
             "batch": request.batch,
@@ -385,7 +385,7 @@ def measure(args: argparse.Namespace, folder: Path) -> Report:
         max_abs_difference_to_chain=step_arms.differences,
         median_seconds={arm: statistics.median(times[arm] for times in rounds) for arm in rounds[0]},
         fastest_seconds={arm: min(times[arm] for times in rounds) for arm in rounds[0]},
-        figures=figures(rounds, len(model.blocks), request.steps, run_arms.rho),
+        figures=figures(rounds, len(model.units), request.steps, run_arms.rho),
     )
 
 

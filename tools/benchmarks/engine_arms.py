@@ -63,7 +63,7 @@ class Bench:
 
     @property
     def blocks(self) -> int:
-        return len(self._model.blocks)
+        return len(self._model.units)
 
     def runner(self, arm: Arm) -> Runner:
         """Return what runs an arm.
@@ -198,7 +198,7 @@ class BlocksRunner:
         self._engines.use_graphs(self._arm.graphs)
         steps, reuses = self._request.steps, self._arm.rho > 0
         evaluated = evaluated_steps(steps, self._arm.rho, first=HISTORY)
-        run = Run(steps=steps, blocks=len(self._pipeline.manifest.model.blocks))
+        run = Run(steps=steps, blocks=len(self._pipeline.manifest.model.units))
         controller = static_controller(PredictorKind(self._arm.reuse), run, evaluated)
         result = self._pipeline.sample(self._request, controller, history=HISTORY if reuses else 0)
         return Outcome(latents=result.latents, rho=result.rho)
@@ -250,7 +250,7 @@ class ServicesRunner:
             for block, slot in enumerate(slots):
                 space.input_signals(block, slot)()
                 space.blend(block, slot, *_HALF)
-        wanted = SIGNALS_PART, blend_part_name(self._pipeline.manifest.model, blocks=1, evaluations=1)
+        wanted = SIGNALS_PART, blend_part_name(self._pipeline.manifest.model, units=2, evaluations=1)
         self._launches = engines.fused([launch for name, launch in opened.bound[before:] if name in wanted])
 
     def __call__(self) -> Outcome:

@@ -54,7 +54,7 @@ ODD_SHAPES: Final = (
     (2, 257, 144),
     (2, 256, 1152),
 )  # rows, tokens, width
-MEASURED: Final = ("signals", "predict_1", "predict_2", "predict_3", "blend_2")
+MEASURED: Final = ("signals", "predict_1", "predict_2", "predict_3", "blend_2", "combine_1", "modulated", "probe")
 STEPS: Final = 5
 THRESHOLDS: Final = (0.1, 0.3, 1.0)  # an estimate of 0.2 mixes half and half: both sides are read
 CACHES_BYTES: Final = 512 << 20  # more than any GPU's
@@ -148,7 +148,7 @@ def _model(precision: DType, tokens: int, width: int, latent: tuple[int, int, in
         tokens=tokens,
         width=width,
         num_classes=1000,
-        blocks=(1, 2),
+        units=(2, 1, 4),
         learned_variance=True,
     )
 
@@ -229,6 +229,9 @@ ORACLES: Final[Mapping[str, Callable[[Arrays, tuple[int, ...]], dict[str, Array]
     "signals": lambda inputs, _: {"signals": oracle.signals(**inputs)},
     "predict": lambda inputs, _: {"tokens_out": oracle.predict(**inputs)},
     "blend": lambda inputs, _: dict(zip(("tokens_out", "weight"), oracle.blend(**inputs), strict=True)),
+    "combine": lambda inputs, _: {"tokens_out": oracle.combine(**inputs)},
+    "modulated": lambda inputs, _: {"tokens_out": oracle.modulated(**inputs)},
+    "probe": lambda inputs, _: {"probe": oracle.probe(**inputs)},
     "extrapolate": _extrapolate,
     "output_error": lambda inputs, _: {"error": oracle.output_error(**inputs)},
     "philox_normal": _noise,
@@ -263,9 +266,10 @@ def _speeds(device: Device, library: KernelLibrary, batches: Sequence[int], roun
 
 def _moved_bytes(spec: PartSpec, sizes: Sizes) -> int:
     shapes = {tensor.name: tensor.resolved(sizes) for tensor in (*spec.inputs, *spec.outputs)}
-    if "modulation" in shapes:  # of which only the gates of each evaluation and unit are read
-        evaluations, units, rows, _, width = shapes["history"]
-        shapes["modulation"] = (evaluations, units, rows, width)
+    if "modulation" in shapes:  # of which only the gates of each evaluation and unit, or a shift and a scale, are read
+        _, rows, _, width = shapes["modulation"]
+        count = math.prod(shapes["history"][:2]) if "history" in shapes else 2
+        shapes["modulation"] = (count, rows, width)
     types = {tensor.name: tensor.dtype.numpy.itemsize for tensor in (*spec.inputs, *spec.outputs)}
     return sum(math.prod(shape) * types[name] for name, shape in shapes.items())
 

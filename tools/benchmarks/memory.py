@@ -32,7 +32,7 @@ from adacorr_deploy.core.bundle import Bundle, open_bundle
 from adacorr_deploy.core.manifest import Manifest
 from adacorr_deploy.core.sampler_rows import COLUMNS
 from adacorr_deploy.core.shapes import BATCH, BRANCHES, ROWS, STEPS
-from adacorr_deploy.core.specs import MODULATIONS_PER_BLOCK, DType, ModelSpec
+from adacorr_deploy.core.specs import MODULATIONS_PER_UNIT, DType, ModelSpec
 from adacorr_deploy.engines.host_memory import HostBuffer
 from adacorr_deploy.engines.onnxruntime_cpu import OnnxRuntimeBackend
 from adacorr_deploy.plugins.service_parts import SIGNAL_COUNT
@@ -92,7 +92,7 @@ def measured(path: Path, policy: str, request: SampleRequest) -> dict[str, int]:
 
 def controller_of(policy: str, manifest: Manifest, request: SampleRequest) -> tuple[Controller, int]:
     """Return a controller and the evaluations that its slots keep. What it decides changes no buffer."""
-    run = Run(steps=request.steps, blocks=len(manifest.model.blocks))
+    run = Run(steps=request.steps, blocks=len(manifest.model.units))
     if policy == "none":
         return controller_for_policy(PRESETS["none"], run, None), 0
     if policy == "robust":
@@ -120,7 +120,7 @@ def _calibration(manifest: Manifest, request: SampleRequest) -> Calibration:
         skip_costs=((costs,) * PREDICTED,) * steps,
         probe=Probe(block=0, expected=(((0.1,) * PREDICTED,) * PREDICTED,) * steps, slope=1.0),
         offset_limits=((1.0,) * PREDICTED,) * steps,
-        paper_floors=(1.0,) * len(model.blocks),
+        paper_floors=(1.0,) * len(model.units),
     )
 
 
@@ -165,8 +165,8 @@ def buffer_terms(model: ModelSpec, size: RunSize, references: int) -> list[Term]
     """Return what the runtime allocates for a run; `references` block inputs are kept for signals."""
     p, S, R, B, K = model.precision.numpy.itemsize, size.steps, size.rows, size.batch, size.branches
     tokens = R * model.tokens * model.width * p
-    units = 2 * sum(model.blocks if size.history else set(model.blocks))
-    modulation = MODULATIONS_PER_BLOCK * sum(model.blocks) + 2
+    units = sum(model.units if size.history else set(model.units))
+    modulation = MODULATIONS_PER_UNIT * sum(model.units) + 2
     image = math.prod(model.latent_shape) * B * DType.FLOAT32.numpy.itemsize
     outputs = max(size.output_history, 1)
     slots = (

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from adacorr_deploy.plugins import oracle
+from adacorr_deploy.plugins.service_parts import SIGNAL_COUNT
 from tests.plugins.host_kernels import (
     FLOAT32,
     PRECISIONS,
@@ -35,7 +36,7 @@ BOTH = ("tokens", "reference")
 def run_signals(
     tokens: Array, reference: Array, precision: str, *, seed: int = 0, unaligned: Collection[str] = ()
 ) -> Array:
-    inputs, outputs = {"tokens": tokens, "reference": reference}, {"signals": ((len(tokens), 5), FLOAT32)}
+    inputs, outputs = {"tokens": tokens, "reference": reference}, {"signals": ((len(tokens), SIGNAL_COUNT), FLOAT32)}
     launch = launch_of("signals", precision, inputs, outputs)
     return run_launch(launch, inputs, outputs, seed=seed, unaligned=unaligned)["signals"]
 
@@ -96,7 +97,7 @@ def test_signals_are_the_same_bits_in_any_order_and_off_any_alignment(precision:
 def test_signals_are_the_same_bits_for_any_grid_and_one_block_takes_any_scratch(threads: int) -> None:
     """TensorRT's plugin has no zeroed memory, so it launches one block per row."""
     tokens, reference = pair((2, 100, 64), "float16")
-    outputs = {"signals": ((2, 5), FLOAT32)}
+    outputs = {"signals": ((2, SIGNAL_COUNT), FLOAT32)}
     inputs = {"tokens": tokens, "reference": reference}
     usual = launch_of("signals", "float16", inputs, outputs)
     found: list[Array] = []
@@ -109,8 +110,8 @@ def test_signals_are_the_same_bits_for_any_grid_and_one_block_takes_any_scratch(
 
 
 def test_a_scratch_serves_launch_after_launch() -> None:
-    outputs = {"signals": ((3, 5), FLOAT32)}
-    scratch = np.zeros((3, 61, 4), np.float32)
+    outputs = {"signals": ((3, SIGNAL_COUNT), FLOAT32)}
+    scratch = np.zeros((3, 61, 8), np.float32)
     for seed in range(4):
         tokens, reference = normal(seed, (3, 60, 24)), normal(seed + 9, (3, 60, 24))
         inputs = {"tokens": tokens, "reference": reference}

@@ -61,7 +61,7 @@ def assert_close(found: Array, expected: Array, precision: str) -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("evaluations", "units"), [(1, 2), (2, 2), (3, 2), (2, 4)])
+@pytest.mark.parametrize(("evaluations", "units"), [(1, 2), (2, 2), (3, 2), (2, 4), (1, 1), (3, 1), (2, 3)])
 def test_predict_matches_the_oracle(precision: str, shape: tuple[int, ...], evaluations: int, units: int) -> None:
     inputs = {"tokens": normal(5, shape, precision), **slot_inputs(shape, precision, evaluations, units)}
     expected = oracle.predict(**wide(inputs, precision))

@@ -40,6 +40,7 @@ constexpr int argument_count(void (*)(Arguments...)) {
 #define ENTRIES(NAME) ENTRY(NAME##_float32), ENTRY(NAME##_float16), ENTRY(NAME##_bfloat16)
 constexpr Entry KERNELS[] = {
     ENTRIES(adacorr_signals),   ENTRIES(adacorr_predict),    ENTRIES(adacorr_blend),
+    ENTRIES(adacorr_combine),   ENTRIES(adacorr_modulated),  ENTRIES(adacorr_probe),
     ENTRY(adacorr_extrapolate), ENTRY(adacorr_output_error), ENTRY(adacorr_philox_normal),
     ENTRY(adacorr_decide),      ENTRY(adacorr_note_evaluation),
     ENTRY(faulty_barrier),      ENTRY(faulty_shuffle),       ENTRY(faulty_write),
