@@ -211,7 +211,7 @@ def _arrays_of_trace(trace: Trace) -> dict[str, NDArray[np.generic]]:
 
 
 def _trajectory_specs(steps: int, images: tuple[int, ...], pipeline: Pipeline) -> dict[str, ArraySpec]:
-    table = (steps, len(pipeline.manifest.model.blocks))
+    table = (steps, len(pipeline.manifest.model.units))
     return {
         "actions": ArraySpec(dtype="U", shape=table),
         "reasons": ArraySpec(dtype="U", shape=table),

@@ -84,7 +84,7 @@ class BatchingEngine:
             self._resources = resources.pop_all()
         self._max_active_rows = 2 * self.buckets.largest if max_active_rows is None else max_active_rows
         self._pool = WorkspacePool(pipeline, idle_bytes=idle_bytes)
-        self._sweep = Sweep(len(pipeline.manifest.model.blocks))
+        self._sweep = Sweep(len(pipeline.manifest.model.units))
         self._queue: deque[Ticket] = deque()
         self._active: list[ActiveRun] = []  # in order of admission; written by the thread alone, under the lock
         self._counts = Counts()

@@ -17,7 +17,7 @@ import numpy as np
 
 from adacorr_deploy.core.errors import RequestError
 from adacorr_deploy.core.shapes import ROWS, STEPS
-from adacorr_deploy.core.specs import MODULATIONS_PER_BLOCK, DType, unit_names
+from adacorr_deploy.core.specs import MODULATIONS_PER_UNIT, DType
 from adacorr_deploy.engines.backend import Buffer, Launch
 from adacorr_deploy.runtime.batch_buckets import MAX_BUCKET_ROWS, Buckets, BucketTrial, agreeing_buckets
 from adacorr_deploy.runtime.denoise import BlockWork
@@ -67,10 +67,8 @@ class SharedBlocks:
         sizes = _launchable(sizes, axes[ROWS] if axes is not None else None)
         self._table_steps = axes[STEPS][0] if axes is not None else 1
         self._buffers = self._allocate(max(sizes))
-        self._modulation = {  # by rows, and by transformer blocks of a part: (1, R, 6n, D)
-            (rows, blocks): self._allocate_modulation(rows, blocks)
-            for rows in sizes
-            for blocks in {*self._model.blocks}
+        self._modulation = {  # by rows, and by units of a part: (1, R, 3U, D)
+            (rows, units): self._allocate_modulation(rows, units) for rows in sizes for units in {*self._model.units}
         }
         self.buckets = self._tried(sizes)
 
@@ -80,7 +78,7 @@ class SharedBlocks:
         Raises:
             EngineError: If the engine fails; no seat then holds anything new that its request would read.
         """
-        modulation = self._modulation[bucket, self._model.blocks[block]][0]
+        modulation = self._modulation[bucket, self._model.units[block]][0]
         for place, seat in _placed(seats):
             _part(self._buffers.tokens, place).copy_from(_part(seat.work.space.block_input(block), _rows(seat)))
             table = seat.work.space.blocks.modulation[block][seat.work.step]
@@ -107,23 +105,23 @@ class SharedBlocks:
         return _RowBuffers(
             tokens=backend.allocate(tokens, model.precision),
             tokens_out=backend.allocate(tokens, model.precision),
-            units=tuple(backend.allocate(tokens, model.precision) for _ in unit_names(max(model.blocks))),
+            units=tuple(backend.allocate(tokens, model.precision) for _ in range(max(model.units))),
             step=backend.allocate((1,), DType.INT64),
         )
 
-    def _allocate_modulation(self, rows: int, blocks: int) -> Buffer:
-        shape = (self._table_steps, rows, MODULATIONS_PER_BLOCK * blocks, self._model.width)
+    def _allocate_modulation(self, rows: int, units: int) -> Buffer:
+        shape = (self._table_steps, rows, MODULATIONS_PER_UNIT * units, self._model.width)
         return self._pipeline.backend.allocate(shape, self._model.precision)
 
     def _launch(self, block: int, bucket: int) -> Launch:
         launch = self._launches.get((block, bucket))
         if launch is None:
-            buffers, blocks, rows = self._buffers, self._model.blocks[block], slice(0, bucket)
-            units = zip(unit_names(blocks), buffers.units, strict=False)
+            buffers, rows = self._buffers, slice(0, bucket)
+            units = zip(self._model.unit_names(block), buffers.units, strict=False)
             launch = self._launches[block, bucket] = self._pipeline.session(self._model.block_names[block]).bind(
                 {
                     "tokens": _part(buffers.tokens, rows),
-                    "modulation": self._modulation[bucket, blocks],
+                    "modulation": self._modulation[bucket, self._model.units[block]],
                     "step": buffers.step,
                     "tokens_out": _part(buffers.tokens_out, rows),
                     **{name: _part(unit, rows) for name, unit in units},
@@ -136,16 +134,17 @@ class SharedBlocks:
     def _tried(self, sizes: Sequence[int]) -> Buckets:
         """Launch one block of each structure with every bucket, its rows all the same, and compare what comes out."""
         random = np.random.default_rng(0)
-        blocks = [self._model.blocks.index(count) for count in sorted({*self._model.blocks})]
+        structures = [self._model.unit_names(block) for block in range(len(self._model.units))]
+        blocks = sorted({structures.index(structure) for structure in structures})
         numpy_type = self._model.precision.numpy
         tokens = random.standard_normal(self._buffers.tokens.shape[1:]).astype(numpy_type)
         tables = {
-            block: random.standard_normal(self._modulation[sizes[0], self._model.blocks[block]].shape[2:]) / 4
+            block: random.standard_normal(self._modulation[sizes[0], self._model.units[block]].shape[2:]) / 4
             for block in blocks
         }
         self._buffers.tokens.write(np.repeat(tokens[None], max(sizes), axis=0))
         for rows, block in itertools.product(sizes, blocks):
-            modulation = self._modulation[rows, self._model.blocks[block]]
+            modulation = self._modulation[rows, self._model.units[block]]
             modulation.write(np.broadcast_to(tables[block].astype(numpy_type), modulation.shape).copy())
         results = {rows: self._result(rows, blocks) for rows in sizes}
         rounds = [{rows: sum(self._timed(block, rows) for block in blocks) for rows in sizes} for _ in range(_ROUNDS)]
@@ -161,7 +160,7 @@ class SharedBlocks:
         results = []
         for block in blocks:
             self._launch(block, rows).run()
-            outputs = (self._buffers.tokens_out, *self._buffers.units[: len(unit_names(self._model.blocks[block]))])
+            outputs = (self._buffers.tokens_out, *self._buffers.units[: self._model.units[block]])
             for output in outputs:
                 first, *others = (row.tobytes() for row in _part(output, slice(0, rows)).read())
                 if any(other != first for other in others):

@@ -228,7 +228,11 @@ def test_the_loop_asks_for_every_launch_of_a_block_and_makes_none_itself(
 
 def test_branches_are_summed_up_apart_and_nan_is_never_lost() -> None:
     rows = f32(np.asarray([[3, 1, 2, 1, 1], [4, 5, 4, 3, 1], [1, 2, 3, 4, 5], [1, math.nan, 3, math.nan, 5]]))
+    means = f32(np.asarray([[1, 2, 3, 4], [3, 6, 9, 12], [5, 5, 5, 5], [math.inf, 5, 5, 5]]))
+    rows = np.concatenate([rows, means], axis=1)
     cond, uncond = signals_of_branches(rows, 2)
+    assert (cond.change_l1, cond.reference_l1, cond.change_square, cond.reference_square) == (2, 4, 6, 8)
+    assert math.isinf(uncond.change_l1)
     assert cond.relative_offset == pytest.approx(math.sqrt(12.5))
     assert (cond.relative_offset_p95, cond.spatial_change, cond.paper_temporal) == (5.0, 3.0, 2.0)
     assert math.isnan(uncond.relative_offset_p95)
