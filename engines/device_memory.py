@@ -115,6 +115,7 @@ class DeviceBuffer:
                 f"A buffer of shape {self._shape}, {self._dtype.value} can't take one of shape {source.shape}, "
                 f"{source.dtype.value}."
             )
+        self._device.make_current()  # the caller's thread may be one that has launched nothing yet
         with self._device.errors("A copy on the GPU failed"):
             self._device.copy(self._address, source.address, self.size_bytes)
 

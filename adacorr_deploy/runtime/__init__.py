@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adacorr_deploy.runtime.batch_stats import EngineStats
+from adacorr_deploy.runtime.batch_desk import EngineStats
 from adacorr_deploy.runtime.batch_ticket import Ending, Outcome, Ticket
 from adacorr_deploy.runtime.batching import BatchingEngine
 from adacorr_deploy.runtime.buffers import MAX_HISTORY

@@ -50,7 +50,7 @@ class SharedBlocks:
     """The block parts of a pipeline, bound to buffers of their own for every bucket."""
 
     def __init__(self, pipeline: Pipeline, sizes: Sequence[int]) -> None:
-        """Allocate the buffers, and try every bucket.
+        """Allocate the buffers.
 
         Args:
             pipeline: Held by the caller.
@@ -58,19 +58,18 @@ class SharedBlocks:
 
         Raises:
             RequestError: If a size is out of range, or the engines take none of them.
-            EngineError: If there is no memory for the buffers, or an engine fails.
+            EngineError: If there is no memory for the buffers.
         """
         self._pipeline = pipeline
         self._model = pipeline.manifest.model
         self._launches: dict[tuple[int, int], Launch] = {}
         axes = pipeline.compiled_axes
-        sizes = _launchable(sizes, axes[ROWS] if axes is not None else None)
+        self._sizes = sizes = _launchable(sizes, axes[ROWS] if axes is not None else None)
         self._table_steps = axes[STEPS][0] if axes is not None else 1
         self._buffers = self._allocate(max(sizes))
         self._modulation = {  # by rows, and by units of a part: (1, R, 3U, D)
             (rows, units): self._allocate_modulation(rows, units) for rows in sizes for units in {*self._model.units}
         }
-        self.buckets = self._tried(sizes)
 
     def run(self, block: int, seats: Sequence[Seat], *, bucket: int) -> None:
         """Evaluate a block for the rows of all seats, at most `bucket`, in one launch.
@@ -131,8 +130,13 @@ class SharedBlocks:
 
     # --- Trials --------------------------------------------------------------------------------------------------
 
-    def _tried(self, sizes: Sequence[int]) -> Buckets:
-        """Launch one block of each structure with every bucket, its rows all the same, and compare what comes out."""
+    def tried(self) -> Buckets:
+        """Launch one block of each structure with every bucket, its rows all the same, and compare what comes out.
+
+        Raises:
+            EngineError: If an engine fails.
+        """
+        sizes = self._sizes
         random = np.random.default_rng(0)
         structures = [self._model.unit_names(block) for block in range(len(self._model.units))]
         blocks = sorted({structures.index(structure) for structure in structures})

@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from adacorr_deploy.caching.decisions import Action
 from adacorr_deploy.caching.policy import policy_named
 from adacorr_deploy.core.errors import EngineError, RequestError
-from adacorr_deploy.core.samplers import Sampler
+from adacorr_deploy.core.samplers import allowed_samplers
 from adacorr_deploy.runtime import Pipeline, SampleRequest, sample_with_policy
 from adacorr_deploy.runtime.active_run import ActiveRun
+from adacorr_deploy.runtime.batch_lane import Sweep
 from adacorr_deploy.runtime.batch_ticket import Ending
-from adacorr_deploy.runtime.batching import BatchingEngine, Sweep
+from adacorr_deploy.runtime.batching import BatchingEngine
 from tests.runtime.batching_world import Box, Job, Stage, submit
 from tests.runtime.fake_backend import FakeBackend, FakeBuffer
-from tests.runtime.tiny_dit import Array, Tensors, TinyDiT
+from tests.runtime.tiny_dit import SCHEDULE, Array, Tensors, TinyDiT
 
 JOBS = st.builds(
     Job,
@@ -28,7 +29,7 @@ JOBS = st.builds(
     steps=st.integers(1, 5),
     guidance=st.sampled_from([1.0, 3.0]),
     seed=st.integers(0, 3),
-    sampler=st.sampled_from(Sampler),
+    sampler=st.sampled_from(allowed_samplers(SCHEDULE)),
     actions=st.lists(st.sampled_from(Action), min_size=1, max_size=12).map(tuple),
     whole_steps=st.booleans(),
     measures=st.booleans(),
@@ -40,7 +41,7 @@ JOBS = st.builds(
 
 def kept_numbers(engine: BatchingEngine) -> list[Array]:
     """What the slots of idle workspaces hold."""
-    spaces = [space for _, space in engine._pool._idle.values()]
+    spaces = [space for pool in engine._pools for _, space in pool._idle.values()]
     slots = [slot for space in spaces for slot in (*space.slots._slots, space.slots.output) if slot.history.capacity]
     buffers = [buffer for slot in slots for buffer in (slot.ring, slot._reference) if buffer is not None]
     return [buffer.values.astype(np.float32) for buffer in buffers if isinstance(buffer, FakeBuffer)]
@@ -50,14 +51,15 @@ def kept_numbers(engine: BatchingEngine) -> list[Array]:
     jobs=st.lists(JOBS, min_size=1, max_size=6),
     buckets=st.sets(st.integers(1, 9), min_size=1, max_size=3),
     max_active_rows=st.integers(1, 12),
+    lanes=st.integers(1, 3),
 )
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_request_computes_what_it_computes_alone(
-    bundle: Path, model: TinyDiT, jobs: list[Job], buckets: set[int], max_active_rows: int
+    bundle: Path, model: TinyDiT, jobs: list[Job], buckets: set[int], max_active_rows: int, lanes: int
 ) -> None:
     with Pipeline.open(bundle, backend=FakeBackend.of(model)) as pipeline:
         alone = [job.alone(pipeline) for job in jobs]
-        with BatchingEngine(pipeline, buckets=sorted(buckets), max_active_rows=max_active_rows) as engine:
+        with BatchingEngine(pipeline, buckets=sorted(buckets), max_active_rows=max_active_rows, lanes=lanes) as engine:
             stage = Stage(engine, jobs)
             outcomes = stage.play()
             stats = engine.stats()

