@@ -109,6 +109,7 @@ def controller_for_request(pipeline: Pipeline, request: SampleRequest, policy: P
     run = Run(
         steps=policy.sampled_steps(request.steps),
         blocks=len(model.units),
+        halves=model.halves,
         elements=model.tokens * model.width,
         lags=policy.lags,
     )
