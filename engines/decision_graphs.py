@@ -19,7 +19,7 @@ class BlockDecision:
     """One block's decision, taken anew whenever the graph runs (`plugins/cuda/decisions.cu`).
 
     Attributes:
-        signals: (R, 5) float32: those of the block's input, made before.
+        signals: (R, 9) float32: those of the block's input, made before.
         step: (1,) int64: the present one.
         filled: (1,) int64: the step of the slot's last evaluation, or `plugins.decision_kernels.NEVER`.
         rule: (9,) int64: `plugins.decision_kernels.rule_row`.

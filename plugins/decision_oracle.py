@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from adacorr_deploy.caching.block_rules import BlockRule
 from adacorr_deploy.plugins.decision_kernels import CASES, NEVER, REASONS, Verdict
 
-_CHECKED: Final = [0, 2, 3, 4]  # columns of the signals that must be finite: all but the 95th percentile
+_CHECKED: Final = [0, 2, 3, 4]  # columns of the signals that must be finite, as `Signals.finite` has it
 
 
 def decide(
@@ -20,7 +20,7 @@ def decide(
 
     Args:
         rule: Of the block.
-        signals: What the signals part gave for its input, (R, 5); not read where a guard holds.
+        signals: What the signals part gave for its input, (R, 9); not read where a guard holds.
         images: B; R is a multiple of it, the conditional rows first.
         step: Of the run, 0 … steps − 1.
         steps: S.

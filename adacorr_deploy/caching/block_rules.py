@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adacorr_deploy.caching.policy import PaperGate, Policy
+from adacorr_deploy.caching.gates.adacorrection import PaperGate
+from adacorr_deploy.caching.policy_model import Policy
 from adacorr_deploy.core.errors import PolicyError
 
 

@@ -21,6 +21,7 @@ class Placement(str, Enum):
     BLOCK = "block"  # before each block
     STEP = "step"  # once, at the step's first block; it decides for all
     LAG = "lag"  # those of the step before: a GPU never waits for the host
+    DEVICE = "device"  # before each block, by the GPU itself, in a graph
 
 
 class SpanCache(str, Enum):

@@ -100,6 +100,8 @@ class Policy(BaseModel):
         match self.gate:
             case AdaCorrectionGate():
                 return (Placement.STEP, Placement.LAG)
+            case PaperGate() if self.predictor.history == 1:
+                return (Placement.BLOCK, Placement.DEVICE)
             case gate if not gate.observes:
                 return ()
             case _ if self.division.granularity is Granularity.PARTS:
@@ -155,7 +157,7 @@ class Policy(BaseModel):
     def _decides_where_it_can(self) -> Policy:
         if self.decide is not None and self.decide not in self.placements:
             known = ", ".join(placement.value for placement in self.placements) or "nothing: it measures nothing"
-            raise ValueError(f"decide is {self.decide.value}; this gate takes {known}")
+            raise ValueError(f"decide is {self.decide.value}; this gate, with this predictor, takes {known}")
         return self
 
     @model_validator(mode="after")

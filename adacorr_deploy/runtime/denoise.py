@@ -250,8 +250,7 @@ class Denoiser:
         return signals
 
     def _stop_if_cancelled(self, step: int) -> None:
-        if self.cancelled is not None and self.cancelled():
-            raise SamplingCancelledError(f"Cancelled at step {step + 1} of {self.trace.steps}; nothing was kept.")
+        stop_if_cancelled(self.cancelled, step, self.trace.steps)
 
     def _report(self, step: int) -> None:
         if self._suspect:
@@ -264,12 +263,31 @@ class Denoiser:
 
     def _finite_latents(self, step: int) -> NDArray[np.float32]:
         latents = self.space.read_latents(step)
-        if not np.isfinite(latents).all():
-            raise EngineError(
-                f"The latents hold NaN or infinite values after step {step + 1} of {self.trace.steps}. "
-                "Check the model with adacorr-validate; in fp16 build it with --precision fp32."
-            )
+        check_finite(latents, step, self.trace.steps)
         return latents
+
+
+def stop_if_cancelled(cancelled: Callable[[], bool] | None, step: int, steps: int) -> None:
+    """Ask a caller whether its request goes on at `step`.
+
+    Raises:
+        SamplingCancelledError: If not.
+    """
+    if cancelled is not None and cancelled():
+        raise SamplingCancelledError(f"Cancelled at step {step + 1} of {steps}; nothing was kept.")
+
+
+def check_finite(latents: NDArray[np.float32], step: int, steps: int) -> None:
+    """Refuse the latents that `step` made if there is no image in them.
+
+    Raises:
+        EngineError: If they hold NaN or infinite values.
+    """
+    if not np.isfinite(latents).all():
+        raise EngineError(
+            f"The latents hold NaN or infinite values after step {step + 1} of {steps}. "
+            "Check the model with adacorr-validate; in fp16 build it with --precision fp32."
+        )
 
 
 def typical_error(rows: Sequence[float], batch: int) -> float:

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
+from adacorr_deploy.caching.block_rules import BlockRule, block_rules
 from adacorr_deploy.caching.calibration import (
     Calibration,
     CalibrationKey,
@@ -16,7 +17,7 @@ from adacorr_deploy.caching.calibration import (
     check_blocks,
 )
 from adacorr_deploy.caching.controllers import Run, controller_for_policy, quantities_needed
-from adacorr_deploy.caching.decisions import Controller
+from adacorr_deploy.caching.decisions import Controller, Placement
 from adacorr_deploy.caching.policy import UNCALIBRATED, PaperGate, Policy
 from adacorr_deploy.caching.profile import profile_for_run
 from adacorr_deploy.core.bundle import CALIBRATION_DIR, Bundle, verified_content
@@ -25,6 +26,7 @@ from adacorr_deploy.core.samplers import quiet_samplers
 from adacorr_deploy.core.schedules import Schedule
 from adacorr_deploy.core.untrusted import clipped
 from adacorr_deploy.runtime.denoise import LatentsObserver, Progress
+from adacorr_deploy.runtime.device_decisions import sample_decided_on_device
 from adacorr_deploy.runtime.pipeline import Pipeline, SampleResult
 from adacorr_deploy.runtime.planned_run import PlannedRun, planned_run
 from adacorr_deploy.runtime.profiles import profiles
@@ -59,6 +61,16 @@ def sample_with_policy(
         EngineError: If an engine fails or the latents become NaN.
     """
     controller = controller_for_request(pipeline, request, policy)
+    if policy.placement is Placement.DEVICE:
+        return sample_decided_on_device(
+            pipeline,
+            planned_run(pipeline.manifest, request, controller, history=policy.history),
+            rules_for_request(pipeline, request, policy),
+            fresh_gates=policy.predictor.kind.fresh_gates,
+            progress=progress,
+            cancelled=cancelled,
+            on_latents=on_latents,
+        )
     result = pipeline.sample(
         replace(request, steps=policy.sampled_steps(request.steps)),
         controller,
@@ -93,18 +105,15 @@ def controller_for_request(pipeline: Pipeline, request: SampleRequest, policy: P
         CalibrationError: If the policy needs a calibration that the bundle doesn't hold for this run.
         PolicyError: If the policy protects a block that the bundle doesn't have.
         RequestError: If the request is out of range.
+        EngineError: If the policy decides on the device, and the backend can't.
     """
-    check_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
-    _check_protected_blocks(policy, len(pipeline.manifest.model.units))
-    model, bundle, key = pipeline.manifest.model, str(pipeline.bundle.path), calibration_key(pipeline, request)
-    calibration, profile = None, None
-    if policy.needs_calibration:
-        _check_no_noise(request, policy, pipeline.manifest.schedule)
-        found = calibrations(pipeline.bundle).values()
-        predictor = None if isinstance(policy.gate, PaperGate) else policy.predictor
-        calibration = calibration_for_run(found, key, predictor, policy=policy.name, bundle=bundle)
+    calibration = _calibration_for_request(pipeline, request, policy)
+    if policy.placement is Placement.DEVICE:
+        pipeline.backend.decision_graphs()  # refused before the work starts, where there are none
+    model, profile = pipeline.manifest.model, None
     if needed := quantities_needed(policy):
-        measured = profiles(pipeline.bundle).values()
+        measured, bundle = profiles(pipeline.bundle).values(), str(pipeline.bundle.path)
+        key = calibration_key(pipeline, request)
         profile = profile_for_run(measured, key, needed, policy=policy.name, bundle=bundle)
     run = Run(
         steps=policy.sampled_steps(request.steps),
@@ -114,6 +123,30 @@ def controller_for_request(pipeline: Pipeline, request: SampleRequest, policy: P
         lags=policy.lags,
     )
     return controller_for_policy(policy, run, calibration, profile)
+
+
+def rules_for_request(pipeline: Pipeline, request: SampleRequest, policy: Policy) -> tuple[BlockRule, ...]:
+    """Return the rule of each block part, of a policy that decides on the device; errors as `controller_for_request`.
+
+    Raises:
+        PolicyError: Also if the policy has no such rules.
+    """
+    calibration = _calibration_for_request(pipeline, request, policy)
+    floors = calibration.paper_floors if calibration is not None else None
+    return block_rules(policy, floors, len(pipeline.manifest.model.units))
+
+
+def _calibration_for_request(pipeline: Pipeline, request: SampleRequest, policy: Policy) -> Calibration | None:
+    """Check a request and a policy, and return the calibration that it needs, if it does."""
+    check_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
+    _check_protected_blocks(policy, len(pipeline.manifest.model.units))
+    if not policy.needs_calibration:
+        return None
+    _check_no_noise(request, policy, pipeline.manifest.schedule)
+    found = calibrations(pipeline.bundle).values()
+    predictor = None if isinstance(policy.gate, PaperGate) else policy.predictor
+    key = calibration_key(pipeline, request)
+    return calibration_for_run(found, key, predictor, policy=policy.name, bundle=str(pipeline.bundle.path))
 
 
 def _check_no_noise(request: SampleRequest, policy: Policy, schedule: Schedule) -> None:

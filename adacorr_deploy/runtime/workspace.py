@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,9 @@ from adacorr_deploy.runtime.buffers import (
 )
 from adacorr_deploy.runtime.request import NoiseStream, SampleRequest
 from adacorr_deploy.runtime.slots import CacheSlot, SlotPool, Window
+
+if TYPE_CHECKING:
+    from adacorr_deploy.runtime.device_steps import DecidedSteps
 
 Noise = NDArray[np.float32] | int  # (B, C, H, W), or which draw of the request's own
 Reading = Callable[[], NDArray[np.generic]]  # waits for what was measured, and returns it
@@ -48,9 +52,11 @@ class Workspace:
         self._fuse = fuse
         self._fused: dict[tuple[int, ...], Launch | None] = {}
         self._factors_written: dict[int, Window] = {}
+        self._collected: list[Launch] | None = None  # instead of being run, while `launches` asks for them
         self.image = image
         self.blocks = blocks
         self.slots = slots
+        self.decided_steps: dict[bool, DecidedSteps] = {}  # of runs that decide on the device, by whose gates they use
 
     # --- Around the blocks ---------------------------------------------------------------------------------------
 
@@ -79,9 +85,15 @@ class Workspace:
             },
         )
 
+    def begin_step(self, step: int, noise: Noise | None) -> None:
+        """Say which step is next, and what its head adds, to work that was bound before."""
+        self.image.step.write(np.asarray([step], dtype=np.int64))
+        if noise is not None:
+            self._fill(self.image.noise, noise)
+
     def embed(self, step: int) -> None:
         """Start a step: latents → tokens."""
-        self.image.step.write(np.asarray([step], dtype=np.int64))
+        self.begin_step(step, None)
         self._run(
             ("embed", step % 2),
             lambda: {
@@ -253,6 +265,20 @@ class Workspace:
         self._factors_written[window.entries] = window
         return factors
 
+    def predict_held(self, block: int, slot: CacheSlot, factors: Factors, tokens: Buffer, tokens_out: Buffer) -> None:
+        """Predict from the ring's first entry, by factors that are not the host's to write."""
+        self._run(
+            (self._predict_part(block, 1), "held", block, tokens.address, factors.gate_steps.address),
+            lambda: {
+                "tokens": tokens,
+                "history": slot.ring[0:1],
+                "modulation": self.blocks.modulation[block],
+                "gate_steps": factors.gate_steps,
+                "coefficients": factors.coefficients,
+                "tokens_out": tokens_out,
+            },
+        )
+
     def blend(self, block: int, slot: CacheSlot, score: float, thresholds: tuple[float, float, float]) -> None:
         """Weigh the score, and mix estimate and fresh output, (1 − w)·estimate + w·fresh, into the block's output.
 
@@ -262,8 +288,13 @@ class Workspace:
         blocks = self.blocks
         blocks.scores.write(np.full(blocks.scores.shape[0], score, dtype=np.float32))
         blocks.thresholds.write(np.asarray(thresholds, dtype=np.float32))
+        self.blend_scored(block, slot, blocks.thresholds)
+
+    def blend_scored(self, block: int, slot: CacheSlot, thresholds: Buffer) -> None:
+        """Do the same where the scores stand in their buffer already, and the thresholds, (3,), in one of their own."""
+        blocks = self.blocks
         self._run(
-            (blend_part_name(self._model, units=self._model.units[block], evaluations=1), block),
+            (blend_part_name(self._model, units=self._model.units[block], evaluations=1), block, thresholds.address),
             lambda: {
                 "base": blocks.estimate,
                 "fresh": blocks.fresh,
@@ -272,7 +303,7 @@ class Workspace:
                 "gate_steps": blocks.no_factors.gate_steps,
                 "coefficients": blocks.no_factors.coefficients,
                 "estimate": blocks.scores,
-                "thresholds": blocks.thresholds,
+                "thresholds": thresholds,
                 "tokens_out": self.block_output(block),
                 "weight": blocks.weights,
             },
@@ -295,6 +326,16 @@ class Workspace:
 
     # --- Launches ------------------------------------------------------------------------------------------------
 
+    def launches(self, work: Callable[[], object]) -> tuple[Launch, ...]:
+        """Return what calls of the methods above would launch, bound and in order, without running it."""
+        collected: list[Launch] = []
+        self._collected = collected
+        try:
+            work()
+        finally:
+            self._collected = None
+        return tuple(collected)
+
     def _predict_part(self, block: int, evaluations: int) -> str:
         return predict_part_name(self._model, units=self._model.units[block], evaluations=evaluations)
 
@@ -303,7 +344,10 @@ class Workspace:
         launch = self._launches.get(key)
         if launch is None:
             launch = self._launches[key] = self._session(str(key[0])).bind(tensors())
-        launch.run()
+        if self._collected is None:
+            launch.run()
+        else:
+            self._collected.append(launch)
 
     def _session(self, part: str) -> Session:
         if part not in self._sessions:

@@ -7,7 +7,7 @@
 extern "C" __device__ void cudaGraphSetConditional(unsigned long long condition, unsigned value);
 #endif
 
-constexpr int SIGNALS = 5;  // of a row: caching/decisions.py::Signals
+constexpr int ROW_SIGNALS = 9;  // of which four are read: caching/decisions.py::Signals
 constexpr int RECORD = 5;   // numbers of a decision in the trace: plugins/decision_kernels.py
 
 // The cases of a block's switch, and what the trace says.
@@ -37,14 +37,14 @@ __device__ inline long long guard_reason(const Rule& rule, long long step, long 
 }
 
 // The rows of one guidance branch are averaged, and the larger score of the branches decides; false where a number is
-// not finite. Signals are as in signals.cu: paper_temporal and paper_spatial are the last two of a row.
+// not finite. Signals are as in signals.cu: paper_temporal and paper_spatial are a row's fourth and fifth.
 __device__ inline bool paper_score(const float* signals, int rows, int images, double lambda, double& score) {
     bool finite = true;
     score = 0.0;
     for (int first = 0; first < rows; first += images) {
         double temporal = 0.0, spatial = 0.0;
         for (int row = first; row < first + images; ++row) {
-            const float* const of = signals + row * SIGNALS;
+            const float* const of = signals + row * ROW_SIGNALS;
             finite = finite && is_finite(of[0]) && is_finite(of[2]) && is_finite(of[3]) && is_finite(of[4]);
             temporal += static_cast<double>(of[3]);
             spatial += static_cast<double>(of[4]);
@@ -81,7 +81,7 @@ __device__ inline Verdict verdict_of(const Rule& rule, const float* signals, int
     return Verdict{weight == 1.0 ? EVALUATE : CORRECT, ABOVE_EPSILON, score, weight};
 }
 
-// signals (R, 5); step (1,): the present one; filled (1,): the step of the slot's last evaluation, −1 before it; rule: a
+// signals (R, 9); step (1,): the present one; filled (1,): the step of the slot's last evaluation, −1 before it; rule: a
 // block's row; scores (R,): the score for the blend; trace (S, L, RECORD), whose row of this step and block is written.
 // `condition` is that of the switch that follows. At a step outside the run nothing is done: the first launch, which
 // loads the kernel, needs no switch. Grid: one warp, whose lanes all decide the same.

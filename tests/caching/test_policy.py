@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from adacorr_deploy.caching.decisions import Placement
 from adacorr_deploy.caching.guards import Guards
 from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS, AdaCorrectionGate, Policy, policy_named
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
@@ -172,8 +173,19 @@ def test_a_policy_decides_only_where_its_gate_can_read() -> None:
     assert {name for name, policy in PRESETS.items() if policy.lags} == {"robust-lag"}
     assert policy_named("robust-lag@3").lags
     for name, placement in (("paper-lazy", "lag"), ("paper-exact", "step"), ("robust", "block"), ("fora", "lag")):
-        with pytest.raises(ValidationError, match=rf"decide is {placement}; this gate takes"):
+        with pytest.raises(ValidationError, match=rf"decide is {placement}; this gate, with this predictor, takes"):
             Policy.model_validate({**PRESETS[name].model_dump(by_alias=True), "decide": placement})
+
+
+@pytest.mark.parametrize("gate", [{"kind": "paper"}, {"kind": "paper", "lazy": True}])
+def test_the_device_decides_for_gates_that_keep_one_evaluation_of_a_block(gate: dict[str, object]) -> None:
+    raw = {"name": "mine", "gate": gate, "decide": "device"}
+    for kind in ("hold", "gated"):
+        policy = Policy.model_validate({**raw, "predictor": {"kind": kind}})
+        assert policy.placement is Placement.DEVICE and not policy.lags
+        assert policy.placements == (Placement.BLOCK, Placement.DEVICE), "the host decides where nobody asks"
+    with pytest.raises(ValidationError, match="decide is device; this gate, with this predictor, takes block"):
+        Policy.model_validate({**raw, "predictor": {"kind": "gated-taylor"}})
 
 
 def test_fewer_steps_is_the_only_policy_that_changes_the_sampler() -> None:

@@ -63,10 +63,9 @@ def signal_rows(draw: st.DrawFn) -> tuple[int, NDArray[np.float32]]:
     images, branches = draw(st.integers(1, 3)), draw(st.integers(1, 2))
     usual = draw(st.booleans())  # else NaN and the like are among them
     number = st.floats(0, 2, width=32) if usual else NUMBERS
-    rows = draw(
-        st.lists(st.lists(number, min_size=5, max_size=5), min_size=images * branches, max_size=images * branches)
-    )
-    return images, np.array(rows, np.float32)
+    count = images * branches * SIGNAL_COUNT
+    values = draw(st.lists(number, min_size=count, max_size=count))
+    return images, np.array(values, np.float32).reshape(-1, SIGNAL_COUNT)
 
 
 def integer(value: int) -> GuardedBuffer:
@@ -151,4 +150,4 @@ def test_both_languages_lay_out_the_same_rows() -> None:
     assert f"RECORD = {len(RECORD_COLUMNS)};" in text
     rule = text.partition("struct Rule {")[2].partition("}")[0]
     assert re.findall(r"(\w+)[,;]", rule.replace("_bits", "")) == list(RULE_COLUMNS)
-    assert f"SIGNALS = {SIGNAL_COUNT};" in text
+    assert f"ROW_SIGNALS = {SIGNAL_COUNT};" in text
