@@ -53,6 +53,10 @@ class SkipCosts:
             return math.inf
         return self._added[step - skipped][min(gap, self.max_gap) - 1][skipped]
 
+    def increments(self, first: int) -> Sequence[Sequence[float]]:
+        """Return what each further skipped step adds to a skip that begins at `first`, [gap − 1][skipped]."""
+        return self._added[first]
+
 
 def _increments(row: Sequence[float]) -> list[float]:
     """Return what each further skipped step adds; infinite from the first that can't be skipped."""
@@ -76,19 +80,19 @@ class Plan:
 
     def _solve(self) -> list[list[list[float]]]:
         """Return ahead[step][gap − 1][skipped]: the least cost from that state to the end."""
-        costs, max_gap, added = self._costs, self._costs.max_gap, self._costs.added
-        ahead = [[[0.0] * (self._max_skipped + 1) for _ in range(max_gap)]]
+        costs, price, max_gap, longest = self._costs, self._price, self._costs.max_gap, self._max_skipped
+        gaps = [min(skipped + 1, max_gap) - 1 for skipped in range(longest + 1)]  # what evaluating now leaves
+        ahead = [[[0.0] * (longest + 1) for _ in range(max_gap)]]
         for step in range(costs.steps - 1, -1, -1):
             after = ahead[-1]
             # Evaluating leads to the gap that the skipped steps leave, whatever the gap was before.
-            here = [
-                [self._price + after[min(skipped + 1, max_gap) - 1][0] for skipped in range(self._max_skipped + 1)]
-                for _ in range(max_gap)
-            ]
-            for skipped in range(self._max_skipped):
+            evaluating = [price + after[gap][0] for gap in gaps]
+            here = [evaluating.copy() for _ in range(max_gap)]
+            for skipped in range(longest):
                 if self._may_skip(step, skipped):
-                    for gap, row in enumerate(here):
-                        row[skipped] = min(row[skipped], added(step, gap + 1, skipped) + after[gap][skipped + 1])
+                    added = costs.increments(step - skipped)
+                    for row, then, more in zip(here, after, added, strict=True):
+                        row[skipped] = min(row[skipped], more[skipped] + then[skipped + 1])
             ahead.append(here)
         ahead.reverse()
         return ahead

@@ -12,7 +12,15 @@ from pydantic import ValidationError
 
 from adacorr_deploy.caching.decisions import Placement
 from adacorr_deploy.caching.guards import Guards
-from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS, AdaCorrectionGate, Policy, policy_named
+from adacorr_deploy.caching.policy import (
+    DEFAULT_POLICY,
+    FILE_PRESETS,
+    PAPERS,
+    PRESETS,
+    AdaCorrectionGate,
+    Policy,
+    policy_named,
+)
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
 from adacorr_deploy.core.errors import PolicyError
 
@@ -43,6 +51,20 @@ def test_the_policy_files_of_the_documentation_load_and_every_field_is_in_it(tmp
         for name, field in model.model_fields.items():
             assert re.search(rf"(^|`|\[){field.alias or name}\b", section, re.MULTILINE), (model, name)
     assert all(f"`{gate.model_fields['kind'].default}`" in section for gate in gates)
+
+
+def test_the_documentations_table_has_every_policy_its_predictor_and_its_paper() -> None:
+    text = METHOD.read_text(encoding="utf-8").partition("## The table of policies")[2].partition("\n## ")[0]
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    for name, policy in PRESETS.items():
+        row_name = name.removesuffix("-blocks").removesuffix("-lag")  # these share a row
+        row = next((row for row in rows if re.search(rf"`{row_name}[`@]", row)), None)
+        assert row is not None, name
+        paper = policy.gate.paper or PAPERS.get(name, "")
+        assert paper in row, name
+        assert not policy.caches or f"`{policy.predictor.kind.value}`" in row or name.endswith("-blocks"), name
+        assert ("profile" in row) == bool(policy.quantities), name
+    assert all(f"`{name}@FILE`" in text for name in FILE_PRESETS)
 
 
 def test_a_toml_file_is_read(tmp_path: Path) -> None:
