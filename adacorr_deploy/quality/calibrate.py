@@ -47,7 +47,7 @@ from adacorr_deploy.quality.skip_measurements import (
 )
 from adacorr_deploy.runtime import Pipeline, SampleRequest, check_request
 from adacorr_deploy.runtime.buffers import RunSize
-from adacorr_deploy.runtime.denoise import signals_of_branches
+from adacorr_deploy.runtime.observer import signals_of_branches
 from adacorr_deploy.runtime.request import NoiseStream, check_integer, table_from_request
 from adacorr_deploy.runtime.sampling import calibration_key
 from adacorr_deploy.runtime.workspace import workspace_bytes

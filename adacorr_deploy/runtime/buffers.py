@@ -7,10 +7,12 @@ from typing import Final
 
 import numpy as np
 
+from adacorr_deploy.caching.decisions import Span, SpanCache, unit_spans
 from adacorr_deploy.core.sampler_rows import COLUMNS
 from adacorr_deploy.core.specs import MODULATIONS_PER_UNIT, DType, ModelSpec
 from adacorr_deploy.engines.backend import Backend, Buffer
 from adacorr_deploy.plugins.service_parts import MAX_EVALUATIONS, SIGNAL_COUNT
+from adacorr_deploy.runtime.layout import token_places
 from adacorr_deploy.runtime.request import SampleRequest
 
 MAX_HISTORY: Final = MAX_EVALUATIONS  # a slot keeps no more than the predict parts can use
@@ -18,24 +20,41 @@ MAX_HISTORY: Final = MAX_EVALUATIONS  # a slot keeps no more than the predict pa
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSize:
-    """The sizes that buffers depend on: B, K, S, and T of the blocks and of the output (0: nothing is cached)."""
+    """What buffers depend on: B, K, S, T of the blocks and of the output (0: nothing is cached), and the spans.
+
+    `spans` is empty where each part is a span that keeps its units, or the whole step is one.
+    """
 
     batch: int
     branches: int
     steps: int
     history: int = 0
     output_history: int = 0
+    spans: tuple[Span, ...] = ()
 
     @classmethod
-    def of(cls, request: SampleRequest, *, history: int, whole_steps: bool) -> RunSize:
-        """Return the size of a request whose policy keeps `history` evaluations, of blocks or of whole steps."""
+    def of(cls, request: SampleRequest, *, history: int, whole_steps: bool, spans: tuple[Span, ...] = ()) -> RunSize:
+        """Return the size of a request whose policy keeps `history` evaluations, of blocks, spans or whole steps."""
         return cls(
             batch=request.batch,
             branches=request.branches,
             steps=request.steps,
             history=0 if whole_steps else history,
             output_history=history if whole_steps else 0,
+            spans=spans,
         )
+
+    def kept_parts(self, parts: int) -> frozenset[int]:
+        """Return which of the block parts have a slot of their own, for their units."""
+        if not self.history:
+            return frozenset()
+        units = [span.first for span in self.spans if span.cache is SpanCache.UNITS]
+        return frozenset(units if self.spans else range(parts))
+
+    @property
+    def residuals(self) -> int:
+        """Residuals that are kept, (R, N, D) each."""
+        return self.history * sum(span.cache is SpanCache.RESIDUAL for span in self.spans)
 
     @property
     def rows(self) -> int:
@@ -80,7 +99,9 @@ class ImageBuffers:
 class BlockBuffers:
     """What stands between the blocks, in the model's precision."""
 
-    tokens: tuple[Buffer, Buffer]  # (R, N, D); block i reads [i % 2] and writes the other
+    tokens: tuple[Buffer, ...]  # (R, N, D); a block reads one and writes another, as `places` says
+    histories: tuple[Buffer, ...]  # (1, 1, R, N, D): the same memory, as a slot's ring
+    places: tuple[int, ...]  # which of them stands at each boundary between block parts
     fresh: Buffer  # (R, N, D): output of a block that is to be corrected
     estimate: Buffer  # (R, N, D): a prediction that does not go to the next block
     zeros: Buffer  # (R, N, D), never written
@@ -135,8 +156,12 @@ def allocate_block_buffers(backend: Backend, model: ModelSpec, size: RunSize) ->
             coefficients=backend.allocate((count,), DType.FLOAT32), gate_steps=backend.allocate((count,), DType.INT64)
         )
 
+    places = token_places(size.spans or unit_spans(len(model.units)))
+    histories = tuple(backend.allocate((1, 1, *tokens), model.precision) for _ in range(1 + max(places)))
     return BlockBuffers(
-        tokens=(backend.allocate(tokens, model.precision), backend.allocate(tokens, model.precision)),
+        tokens=tuple(history[0][0] for history in histories),
+        histories=histories,
+        places=places,
         fresh=backend.allocate(tokens, model.precision),
         estimate=backend.allocate(tokens, model.precision),
         zeros=backend.allocate(tokens, model.precision),

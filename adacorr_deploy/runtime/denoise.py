@@ -15,9 +15,20 @@ from typing import Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from adacorr_deploy.caching.decisions import Action, Controller, Decision, Signals, SlotHistory, keeps_output
+from adacorr_deploy.caching.decisions import (
+    Action,
+    Controller,
+    Decision,
+    Kept,
+    SlotHistory,
+    Span,
+    SpanCache,
+    keeps_output,
+)
 from adacorr_deploy.core.errors import EngineError, PolicyError, SamplingCancelledError
+from adacorr_deploy.runtime.observer import Observer, signals_of_branches
 from adacorr_deploy.runtime.slots import CacheSlot
+from adacorr_deploy.runtime.span_launches import output_change
 from adacorr_deploy.runtime.trace import Trace
 from adacorr_deploy.runtime.workspace import Reading, Workspace
 
@@ -84,11 +95,11 @@ class Denoiser:
     progress: Progress | None
     cancelled: Callable[[], bool] | None
     on_latents: LatentsObserver | None = None
-    _suspect: bool = False  # something was not finite in this step
-    _errors: deque[tuple[int, int, Reading]] = field(default_factory=deque)  # step and block; not yet read
-    _signals_of: dict[int, tuple[int, Reading]] = field(
-        default_factory=dict
-    )  # block → when it was filled, last signals
+    observer: Observer = field(init=False)
+    _errors: deque[tuple[int, int, Reading]] = field(default_factory=deque)  # step and span; not yet read
+
+    def __post_init__(self) -> None:
+        self.observer = Observer(space=self.space, controller=self.controller, batch=self.batch)
 
     def run(self) -> NDArray[np.float32]:
         """Denoise this request alone, and return the final latents, (B, C, H, W).
@@ -110,19 +121,16 @@ class Denoiser:
             EngineError: If an engine fails, or the latents are not finite.
             PolicyError: If the controller asks for what its slot can't give.
         """
-        whole_steps = keeps_output(self.controller.spans)
+        spans = self.controller.spans
         for step, noise in enumerate(self.draws):
             self._deliver_errors(step)
             self.space.embed(step)
-            if whole_steps:
+            if keeps_output(spans):
                 yield from self._whole_step(step, noise)
             else:
-                for block, slot in enumerate(self.slots):
-                    self._stop_if_cancelled(step)
-                    signals = self._signals(step, block, slot.history)
-                    decision = self.controller.decide(step, block, slot.history, signals)
-                    self.trace.record(step, block, decision, slot.history.age(step))
-                    yield from self._act(step, block, slot, decision)
+                for index, (span, slot) in enumerate(zip(spans, self.space.slots.spans, strict=True)):
+                    decision = self._decided(step, index, slot.history)
+                    yield from self._act(step, index, span, slot, decision)
                 self.space.head(step, noise)
             self._report(step)
 
@@ -134,13 +142,19 @@ class Denoiser:
         """
         return self._finite_latents(self.trace.steps - 1)
 
+    def _decided(self, step: int, index: int, history: SlotHistory) -> Decision:
+        """Measure what the controller asks for, take its decision on a span, and note it for each of its parts."""
+        self._stop_if_cancelled(step)
+        decision = self.controller.decide(step, index, history, self.observer.signals(step, index, history))
+        self.observer.keep(step, index, Kept.STEP)
+        for part in self.controller.spans[index].parts:
+            self.trace.record(step, part, decision, history.age(step))
+        return decision
+
     def _whole_step(self, step: int, noise: int | None) -> Iterator[BlockWork]:
         """Decide once for all blocks: extrapolate the model's output, or evaluate it."""
         output = self.space.slots.output
-        self._stop_if_cancelled(step)
-        decision = self.controller.decide(step, 0, output.history, self._signals(step, 0, output.history))
-        for block in range(len(self.slots)):
-            self.trace.record(step, block, decision, output.history.age(step))
+        decision = self._decided(step, 0, output.history)
         if decision.action is Action.REUSE:
             prediction = self.controller.prediction(step, 0, output.history)
             self.space.extrapolate(step, noise, output.window(prediction))
@@ -154,22 +168,17 @@ class Denoiser:
         if measures:  # before the head, which overwrites the ring's oldest entry
             prediction = self.controller.prediction(step, 0, output.history)
             self.space.predict_output_aside(step, output.window(prediction))
-        yield from self._evaluate_blocks(step)
+        compares = bool(output.history.steps) and self.controller.observes_change(step, 0, output.history)
+        before = output.ring[output.newest_entry][0].read() if compares else None
+        self.observer.keep(step, 0, Kept.EVALUATION)
+        yield self._work(step, 0, self.slots)
         entry = output.next_entry
         self.space.head(step, noise)
         output.record(step)
         if measures:
             self._measured(step, 0, self.space.output_error(entry))
-
-    def _evaluate_blocks(self, step: int) -> Iterator[BlockWork]:
-        if all(slot.reference is None for slot in self.slots[1:]):
-            self._keep_reference(0, self.slots[0])
-            yield self._work(step, 0, self.slots)
-            return
-        for block, slot in enumerate(self.slots):
-            self._stop_if_cancelled(step)
-            self._keep_reference(block, slot)
-            yield self._work(step, block, (slot,))
+        if before is not None:
+            self._changed(step, 0, output_change(output.ring[entry][0].read(), before))
 
     def _work(self, step: int, first: int, slots: Sequence[CacheSlot], *, aside: bool = False) -> BlockWork:
         return BlockWork(
@@ -181,81 +190,88 @@ class Denoiser:
             stop_if_cancelled=self._stop_if_cancelled,
         )
 
-    def _act(self, step: int, block: int, slot: CacheSlot, decision: Decision) -> Iterator[BlockWork]:
-        if decision.action is Action.REUSE:
-            prediction = self.controller.prediction(step, block, slot.history)
-            self.space.reuse(block, slot, slot.window(prediction))
-        elif decision.action is Action.EVALUATE:
-            yield from self._evaluate(step, block, slot)
+    def _act(self, step: int, index: int, span: Span, slot: CacheSlot, decision: Decision) -> Iterator[BlockWork]:
+        if decision.action is Action.EVALUATE:
+            yield from self._evaluate(step, index, span, slot)
+        elif span.cache is SpanCache.NONE:
+            raise PolicyError(f"A policy reuses or corrects span {index}, which keeps nothing. Let it evaluate it.")
+        elif decision.action is Action.REUSE:
+            window = slot.window(self.controller.prediction(step, index, slot.history))
+            if span.cache is SpanCache.RESIDUAL:
+                self.space.spans.reuse(index, window)
+            else:
+                self.space.reuse(span.first, slot, window)
         else:
-            yield from self._correct(step, block, slot, decision)
+            yield from self._correct(step, index, span, slot, decision)
 
-    def _evaluate(self, step: int, block: int, slot: CacheSlot) -> Iterator[BlockWork]:
-        measures = bool(slot.history.steps) and self.controller.measures_error(step, block, slot.history)
+    def _evaluate(self, step: int, index: int, span: Span, slot: CacheSlot) -> Iterator[BlockWork]:
+        measures = bool(slot.history.steps) and self.controller.measures_error(step, index, slot.history)
         if measures:  # before the evaluation, which overwrites the ring's oldest entry
-            prediction = self.controller.prediction(step, block, slot.history)
-            self.space.predict_aside(block, slot, slot.window(prediction))
-        yield self._work(step, block, (slot,))
-        self._refill(step, block, slot)
+            window = slot.window(self.controller.prediction(step, index, slot.history))
+            if span.cache is SpanCache.RESIDUAL:
+                self.space.spans.predict_aside(index, window)
+            else:
+                self.space.predict_aside(span.first, slot, window)
+        self.observer.keep(step, index, Kept.EVALUATION)
+        yield self._work(step, span.first, self.slots[span.first : span.stop])
         if measures:
-            self._measured(step, block, self.space.error_signals(block))
+            self._measured(step, index, self.space.error_signals(span.stop - 1))
+        self._refill(step, index, span, slot)
 
-    def _measured(self, step: int, block: int, reading: Reading) -> None:
-        self._errors.append((step, block, reading))
+    def _refill(self, step: int, index: int, span: Span, slot: CacheSlot) -> None:
+        """Note that the slot holds what this step's evaluation gave, and bring a residual there."""
+        compares = bool(slot.history.steps) and self.controller.observes_change(step, index, slot.history)
+        if span.cache is not SpanCache.RESIDUAL:
+            if compares:
+                raise PolicyError(f"A policy compares what span {index} keeps; that can be done with residuals alone.")
+            slot.record(step)
+        elif compares:
+            reading = self.space.spans.keep_compared(index)
+            slot.record(step)
+            self._changed(step, index, reading())
+        elif slot.history.capacity:
+            self.space.spans.keep(index)
+            slot.record(step)
+
+    def _changed(self, step: int, index: int, rows: NDArray[np.generic]) -> None:
+        signals = signals_of_branches(rows, self.batch)
+        self.observer.suspect |= not all(branch.finite for branch in signals)
+        self.controller.record_change(step, index, signals)
+
+    def _measured(self, step: int, index: int, reading: Reading) -> None:
+        self._errors.append((step, index, reading))
         if not self.controller.lags:
             self._deliver_errors(step + _ERROR_LAG)
 
     def _deliver_errors(self, step: int) -> None:
         """Tell the controller the errors that are due: by now a GPU has gone on to later work, so nothing waits."""
         while self._errors and self._errors[0][0] + _ERROR_LAG <= step:
-            measured_at, block, reading = self._errors.popleft()
+            measured_at, index, reading = self._errors.popleft()
             rows = np.atleast_2d(reading().T)[0]  # of signals, the first column is the relative error
             error = typical_error(rows.tolist(), self.batch)
-            self._suspect |= not math.isfinite(error)
-            self.controller.record_error(measured_at, block, error)
+            self.observer.suspect |= not math.isfinite(error)
+            self.controller.record_error(measured_at, index, error)
 
-    def _correct(self, step: int, block: int, slot: CacheSlot, decision: Decision) -> Iterator[BlockWork]:
+    def _correct(self, step: int, index: int, span: Span, slot: CacheSlot, decision: Decision) -> Iterator[BlockWork]:
+        if span.cache is not SpanCache.UNITS:
+            raise PolicyError(f"A policy corrects span {index}, which keeps no units. Let it evaluate or reuse it.")
         if decision.score is None or decision.thresholds is None:
-            raise PolicyError(f"A policy corrects block {block} at step {step} without a score and its thresholds.")
-        prediction = self.controller.prediction(step, block, slot.history)
+            raise PolicyError(f"A policy corrects span {index} at step {step} without a score and its thresholds.")
+        prediction, block = self.controller.prediction(step, index, slot.history), span.first
         predict = self.space.predict_cached if prediction.onto_kept_input else self.space.predict_aside
         predict(block, slot, slot.window(prediction))
+        self.observer.keep(step, index, Kept.EVALUATION)
         yield self._work(step, block, (slot,), aside=True)
-        self._refill(step, block, slot)
+        self._refill(step, index, span, slot)
         self.space.blend(block, slot, decision.score, decision.thresholds)
-
-    def _refill(self, step: int, block: int, slot: CacheSlot) -> None:
-        """Note that the slot holds the fresh units of this step, and the input that they came from."""
-        slot.record(step)
-        self._keep_reference(block, slot)
-
-    def _keep_reference(self, block: int, slot: CacheSlot) -> None:
-        if slot.reference is not None:
-            slot.reference.copy_from(self.space.block_input(block))
-
-    def _signals(self, step: int, block: int, history: SlotHistory) -> list[Signals] | None:
-        if not history.steps or not self.controller.needs_signals(step, block, history):
-            return None
-        filled, reading = history.steps[0], self.space.input_signals(block, self.slots[block])
-        if self.controller.lags:
-            (filled_then, reading_then), self._signals_of[block] = (
-                self._signals_of.get(block, (None, reading)),
-                (filled, reading),
-            )
-            if filled_then != filled:  # the slot was refilled since, or nothing was measured
-                return None
-            reading = reading_then
-        signals = signals_of_branches(reading(), self.batch)
-        self._suspect |= not all(branch.finite for branch in signals)
-        return signals
 
     def _stop_if_cancelled(self, step: int) -> None:
         stop_if_cancelled(self.cancelled, step, self.trace.steps)
 
     def _report(self, step: int) -> None:
-        if self._suspect:
+        if self.observer.suspect:
             self._finite_latents(step)
-            self._suspect = False
+            self.observer.suspect = False
         if self.on_latents is not None:
             self.on_latents(step, self.space.read_latents(step))
         if self.progress is not None:
@@ -302,38 +318,3 @@ def typical_error(rows: Sequence[float], batch: int) -> float:
     if not all(math.isfinite(error) for error in images):
         return math.nan
     return math.exp(math.fsum(math.log(max(error, _SMALLEST_ERROR)) for error in images) / batch)
-
-
-def signals_of_branches(rows: NDArray[np.generic], batch: int) -> list[Signals]:
-    """Sum up the signals part's rows, one `Signals` per guidance branch.
-
-    A branch's offset is the RMS over its B images, its 95th percentile the largest of theirs, and the rest their mean.
-    A row that is not finite makes the branch's value not finite.
-
-    Args:
-        rows: (R, 9), the conditional rows first.
-        batch: B.
-    """
-    values: list[list[float]] = rows.tolist()
-    return [_branch_signals(values[first : first + batch]) for first in range(0, len(values), batch)]
-
-
-def _branch_signals(rows: Sequence[Sequence[float]]) -> Signals:
-    offset, p95, spatial, paper_temporal, paper_spatial, *means = zip(*rows, strict=True)
-    count = len(rows)
-    change_l1, reference_l1, change_square, reference_square = (sum(column) / count for column in means)
-    return Signals(
-        relative_offset=_root_mean_square(offset),
-        relative_offset_p95=float(np.max(p95)),
-        spatial_change=sum(spatial) / count,
-        paper_temporal=sum(paper_temporal) / count,
-        paper_spatial=sum(paper_spatial) / count,
-        change_l1=change_l1,
-        reference_l1=reference_l1,
-        change_square=change_square,
-        reference_square=reference_square,
-    )
-
-
-def _root_mean_square(values: Sequence[float]) -> float:
-    return math.sqrt(sum(value * value for value in values) / len(values))

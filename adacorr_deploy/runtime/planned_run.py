@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from adacorr_deploy.caching.decisions import Controller, keeps_output, unit_spans, whole_step_spans
+from adacorr_deploy.caching.decisions import Controller, Observed, keeps_output
 from adacorr_deploy.core.errors import PolicyError
 from adacorr_deploy.core.manifest import Manifest
 from adacorr_deploy.core.samplers import SamplerTable
 from adacorr_deploy.core.specs import ModelSpec
-from adacorr_deploy.core.untrusted import clipped
 from adacorr_deploy.runtime.buffers import MAX_HISTORY, RunSize
 from adacorr_deploy.runtime.denoise import Denoiser, LatentsObserver, Progress
+from adacorr_deploy.runtime.layout import check_spans, own_layout
 from adacorr_deploy.runtime.request import SampleRequest, check_request, draws_of_steps, table_from_request
 from adacorr_deploy.runtime.slots import CacheSlot
 from adacorr_deploy.runtime.trace import Branch, Trace
@@ -29,10 +29,12 @@ class PlannedRun:
     controller: Controller
     size: RunSize
 
-    def keeps_reference(self, block: int) -> bool:
-        """Whether the block's slot keeps the input of its last evaluation."""
-        spans = self.controller.spans  # one for each part, or one whose input is the first part's
-        return self.size.caches and block < len(spans) and self.controller.observation(block) is not None
+    def keeps_reference(self, span: int) -> bool:
+        """Whether a span's slot keeps what is observed of it; a probe is compared with nothing."""
+        if not self.size.caches or span >= len(self.controller.spans):
+            return False
+        observation = self.controller.observation(span)
+        return observation is not None and observation.what is not Observed.PROBE
 
     def start(
         self,
@@ -45,6 +47,7 @@ class PlannedRun:
     ) -> Denoiser:
         """Write the inputs into a workspace of `size` and compute the modulation of all steps; return the loop."""
         space.prepare(self.request, self.table, self.request.latents)
+        space.spans.begin(self.controller)
         return Denoiser(
             space=space,
             slots=slots,
@@ -70,20 +73,13 @@ def planned_run(manifest: Manifest, request: SampleRequest, controller: Controll
     if not 0 <= history <= MAX_HISTORY:
         raise PolicyError(f"history is {history}, allowed are 0 … {MAX_HISTORY} evaluations.")
     table = table_from_request(request, model, manifest.schedule)
-    _check_spans(controller, len(model.units))
+    check_spans(controller.spans, len(model.units))
     whole = keeps_output(controller.spans)
     if whole and table.needs_variance:
         raise PolicyError(
             f"sampler {request.sampler.value} takes its noise from the model's variance, which a policy over whole "
             "steps does not predict. Choose a policy with a block predictor, or --sampler ddim."
         )
-    size = RunSize.of(request, history=history, whole_steps=whole)
+    spans = own_layout(controller.spans, len(model.units))
+    size = RunSize.of(request, history=history, whole_steps=whole, spans=spans)
     return PlannedRun(model=model, request=request, table=table, controller=controller, size=size)
-
-
-def _check_spans(controller: Controller, blocks: int) -> None:
-    if controller.spans not in (unit_spans(blocks), whole_step_spans(blocks)):
-        raise PolicyError(
-            f"The policy divides {blocks} block parts into {clipped(controller.spans)}; runs can do a span for each "
-            "part, which keeps its units, or one for the whole step. Choose such a policy."
-        )

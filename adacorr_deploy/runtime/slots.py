@@ -35,9 +35,9 @@ class Window:
 
 @dataclass(slots=True)
 class CacheSlot:
-    """The cache of one block: both guidance branches of one request stand in its rows."""
+    """The cache of one span: both guidance branches of one request stand in its rows."""
 
-    ring: Buffer  # (T, U, R, N, D): units of the last T evaluations
+    ring: Buffer  # (T, U, R, N, D): a part's units, or (T, 1, R, N, D): a span's residuals, of the last T evaluations
     zeros: Buffer  # (R, N, D), never written
     history: SlotHistory  # steps of those evaluations, newest first; its capacity is 0 in a run that keeps no cache
     keeps_reference: bool = False  # whether this request's policy wants `reference`
@@ -46,13 +46,32 @@ class CacheSlot:
 
     @property
     def reference(self) -> Buffer | None:
-        """The block's input at the last evaluation, (R, N, D); None where the policy does not want it."""
+        """What is observed, as it was earlier, (R, N, D); None where the policy does not want it.
+
+        Of a policy that observes the input, it is the input of the last evaluation.
+        """
         return self._reference if self.keeps_reference else None
+
+    @property
+    def kept_reference(self) -> Buffer:
+        """The reference of a policy that wants one.
+
+        Raises:
+            EngineError: If it doesn't.
+        """
+        if self.reference is None:
+            raise EngineError("The slot keeps no reference input. Let the policy's controller observe the input.")
+        return self.reference
 
     @property
     def next_entry(self) -> int:
         """The ring entry that the next evaluation overwrites: the oldest."""
         return self._filled % self.ring.shape[0]
+
+    @property
+    def newest_entry(self) -> int:
+        """The ring entry of the last evaluation."""
+        return (self._filled - 1) % self.ring.shape[0]
 
     def record(self, step: int) -> None:
         """Note that the units in `next_entry` are those of an evaluation at `step`."""
@@ -111,10 +130,21 @@ class CacheSlot:
 
 
 class SlotPool:
-    """The slots of one workspace, lent to one request at a time: one per block, and one for the model's output."""
+    """The slots of one workspace, lent to one request at a time: one per block part, and one for the model's output.
 
-    def __init__(self, slots: Sequence[CacheSlot], output: CacheSlot, allocate_reference: Callable[[], Buffer]) -> None:
+    Where the workspace is laid out for spans, one per span besides: of one that keeps units it is its part's. The slots
+    of parts that keep nothing themselves share one ring, since their units must still go somewhere.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[CacheSlot],
+        output: CacheSlot,
+        allocate_reference: Callable[[], Buffer],
+        spans: Sequence[CacheSlot] = (),
+    ) -> None:
         self._slots = tuple(slots)
+        self.spans = tuple(spans) or self._slots  # a span over the whole step keeps its reference in the first
         self.output = output
         self._allocate_reference = allocate_reference
         self._lent = False
@@ -124,7 +154,10 @@ class SlotPool:
 
     @contextmanager
     def lease(self, *, keeps_reference: Callable[[int], bool]) -> Iterator[tuple[CacheSlot, ...]]:
-        """Lend the slots, cleared; they are cleared again when they come back, however the request ends.
+        """Lend the parts' slots, cleared; all are cleared again when they come back, however the request ends.
+
+        Args:
+            keeps_reference: Says it of each span, by index.
 
         Raises:
             EngineError: If another request holds them.
@@ -133,12 +166,14 @@ class SlotPool:
             raise EngineError("These cache slots belong to another request. Wait until it has ended.")
         self._lent = True
         try:
-            for block, slot in enumerate(self._slots):
-                slot.keep_reference(self._allocate_reference if keeps_reference(block) else None)
-                slot.clear()
-            self.output.clear()
+            for index, slot in enumerate(self.spans):
+                slot.keep_reference(self._allocate_reference if keeps_reference(index) else None)
+            self._clear()
             yield self._slots
         finally:
             self._lent = False  # first: an interrupt while clearing must not lock the pool, and a lease clears anyway
-            for slot in (*self._slots, self.output):
-                slot.clear()
+            self._clear()
+
+    def _clear(self) -> None:
+        for slot in {id(slot): slot for slot in (*self._slots, *self.spans, self.output)}.values():
+            slot.clear()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from adacorr_deploy.caching.decisions import SlotHistory
+from adacorr_deploy.caching.decisions import SlotHistory, Span, SpanCache
 from adacorr_deploy.core.errors import EngineError
 from adacorr_deploy.core.samplers import SamplerTable
 from adacorr_deploy.core.specs import MODULATIONS_PER_UNIT, DType, ModelSpec
@@ -26,6 +26,7 @@ from adacorr_deploy.runtime.buffers import (
 )
 from adacorr_deploy.runtime.request import NoiseStream, SampleRequest
 from adacorr_deploy.runtime.slots import CacheSlot, SlotPool, Window
+from adacorr_deploy.runtime.span_launches import Allocate, SpanLaunches
 
 if TYPE_CHECKING:
     from adacorr_deploy.runtime.device_steps import DecidedSteps
@@ -45,6 +46,7 @@ class Workspace:
         blocks: BlockBuffers,
         slots: SlotPool,
         fuse: Callable[[Sequence[Launch]], Launch | None],
+        allocate: Allocate,
     ) -> None:
         self._model = model
         self._sessions = sessions
@@ -56,6 +58,7 @@ class Workspace:
         self.image = image
         self.blocks = blocks
         self.slots = slots
+        self.spans = SpanLaunches(self, model, allocate)
         self.decided_steps: dict[bool, DecidedSteps] = {}  # of runs that decide on the device, by whose gates they use
 
     # --- Around the blocks ---------------------------------------------------------------------------------------
@@ -75,7 +78,7 @@ class Workspace:
         image.coefficients.write(table.coefficients)
         image.labels.write(request.rows(self._model.num_classes))
         outputs = {f"modulation_{index:02d}": buffer for index, buffer in enumerate(self.blocks.modulation)}
-        self._run(
+        self.run(
             ("condition",),
             lambda: {
                 "timesteps": image.timesteps,
@@ -94,7 +97,7 @@ class Workspace:
     def embed(self, step: int) -> None:
         """Start a step: latents → tokens."""
         self.begin_step(step, None)
-        self._run(
+        self.run(
             ("embed", step % 2),
             lambda: {
                 "latents": self.image.latents[step % 2],
@@ -109,10 +112,10 @@ class Workspace:
         entry = self.slots.output.next_entry
         if noise is not None:
             self._fill(image.noise, noise)
-        self._run(
+        self.run(
             ("head", step % 2, entry),
             lambda: {
-                "tokens": self.blocks.tokens[len(self._model.units) % 2],
+                "tokens": self.block_input(len(self._model.units)),
                 "modulation": self.blocks.modulation_head,
                 "step": image.step,
                 "latents": image.latents[step % 2],
@@ -140,7 +143,7 @@ class Workspace:
     def output_error(self, entry: int) -> Reading:
         """Compare the output predicted aside with the fresh one in a ring entry: relative error, (B,)."""
         image = self.image
-        self._run(
+        self.run(
             ("output_error", entry),
             lambda: {
                 "predicted": image.predicted_output,
@@ -154,7 +157,7 @@ class Workspace:
         image = self.image
         factors = image.output_factors[window.entries - 1]
         factors.write(np.asarray(window.coefficients, dtype=np.float32))
-        self._run(
+        self.run(
             (f"extrapolate_{window.entries}", use, step % 2, window.start),
             lambda: {
                 "latents": image.latents[step % 2],
@@ -175,7 +178,7 @@ class Workspace:
         if isinstance(noise, int) and NOISE_KERNEL in self._sessions:
             image = self.image
             image.noise_draw.write(np.asarray([noise], dtype=np.int64))
-            self._run(
+            self.run(
                 (NOISE_KERNEL, target.address),
                 lambda: {"keys": image.noise_keys, "draw": image.noise_draw, "noise": target},
             )
@@ -191,10 +194,14 @@ class Workspace:
     # --- Blocks --------------------------------------------------------------------------------------------------
 
     def block_input(self, block: int) -> Buffer:
-        return self.blocks.tokens[block % 2]
+        return self.blocks.tokens[self.blocks.places[block]]
 
     def block_output(self, block: int) -> Buffer:
-        return self.blocks.tokens[(block + 1) % 2]
+        return self.blocks.tokens[self.blocks.places[block + 1]]
+
+    def block_input_as_history(self, block: int) -> Buffer:
+        """Return a block's input as a slot's ring of one residual, (1, 1, R, N, D): the same memory."""
+        return self.blocks.histories[self.blocks.places[block]]
 
     def evaluate(self, block: int, slot: CacheSlot, *, aside: bool = False) -> None:
         """Run the block's engine: units to the slot's ring, output to the next block (or `aside`, to be corrected)."""
@@ -210,7 +217,7 @@ class Workspace:
                 **{name: units[unit] for unit, name in enumerate(self._model.unit_names(block))},
             }
 
-        self._run((self._model.block_names[block], entry, int(aside)), tensors)
+        self.run((self._model.block_names[block], entry, int(aside)), tensors)
 
     def evaluate_fused(self, first: int, slots: Sequence[CacheSlot]) -> bool:
         """Run consecutive blocks in one launch, if the backend makes one of those that have run: say whether."""
@@ -236,13 +243,13 @@ class Workspace:
 
     def predict_cached(self, block: int, slot: CacheSlot, window: Window) -> None:
         """Compute the cached output into the estimate buffer: the input of the last evaluation, plus the residual."""
-        self._predict(block, slot, window, "cached", _kept(slot), self.blocks.estimate)
+        self._predict(block, slot, window, "cached", slot.kept_reference, self.blocks.estimate)
 
     def _predict(
         self, block: int, slot: CacheSlot, window: Window, use: str, tokens: Buffer, tokens_out: Buffer
     ) -> None:
-        factors = self._factors(window)
-        self._run(
+        factors = self.factors(window)
+        self.run(
             (self._predict_part(block, window.entries), use, block, window.start),
             lambda: {
                 "tokens": tokens,
@@ -254,7 +261,7 @@ class Workspace:
             },
         )
 
-    def _factors(self, window: Window) -> Factors:
+    def factors(self, window: Window) -> Factors:
         """Return the buffers with a window's factors; most blocks of a step share them, so they are written once."""
         factors = self.blocks.factors[window.entries - 1]
         written = self._factors_written.pop(window.entries, None)  # an interrupt while writing leaves them unknown
@@ -267,7 +274,7 @@ class Workspace:
 
     def predict_held(self, block: int, slot: CacheSlot, factors: Factors, tokens: Buffer, tokens_out: Buffer) -> None:
         """Predict from the ring's first entry, by factors that are not the host's to write."""
-        self._run(
+        self.run(
             (self._predict_part(block, 1), "held", block, tokens.address, factors.gate_steps.address),
             lambda: {
                 "tokens": tokens,
@@ -293,7 +300,7 @@ class Workspace:
     def blend_scored(self, block: int, slot: CacheSlot, thresholds: Buffer) -> None:
         """Do the same where the scores stand in their buffer already, and the thresholds, (3,), in one of their own."""
         blocks = self.blocks
-        self._run(
+        self.run(
             (blend_part_name(self._model, units=self._model.units[block], evaluations=1), block, thresholds.address),
             lambda: {
                 "base": blocks.estimate,
@@ -313,15 +320,17 @@ class Workspace:
 
     def input_signals(self, block: int, slot: CacheSlot) -> Reading:
         """Compare the block's input with that of its last evaluation, (R, 9)."""
-        return self._signals((SIGNALS_PART, "input", block), self.block_input(block), _kept(slot))
+        return self.compare(("input", block), self.block_input(block), slot.kept_reference)
 
     def error_signals(self, block: int) -> Reading:
         """Compare the estimate with the block's fresh output, relative to the latter, (R, 9)."""
-        return self._signals((SIGNALS_PART, "error", block % 2), self.blocks.estimate, self.block_output(block))
+        use = "error", self.blocks.places[block + 1]
+        return self.compare(use, self.blocks.estimate, self.block_output(block))
 
-    def _signals(self, key: tuple[str | int, ...], tokens: Buffer, reference: Buffer) -> Reading:
+    def compare(self, use: tuple[str | int, ...], tokens: Buffer, reference: Buffer) -> Reading:
+        """Compare tokens with a reference, (R, 9); `use` names the pair, always the same two buffers."""
         signals = self.blocks.signals
-        self._run(key, lambda: {"tokens": tokens, "reference": reference, "signals": signals})
+        self.run((SIGNALS_PART, *use), lambda: {"tokens": tokens, "reference": reference, "signals": signals})
         return signals.read_later()
 
     # --- Launches ------------------------------------------------------------------------------------------------
@@ -339,7 +348,7 @@ class Workspace:
     def _predict_part(self, block: int, evaluations: int) -> str:
         return predict_part_name(self._model, units=self._model.units[block], evaluations=evaluations)
 
-    def _run(self, key: tuple[str | int, ...], tensors: Callable[[], Mapping[str, Buffer]]) -> None:
+    def run(self, key: tuple[str | int, ...], tensors: Callable[[], Mapping[str, Buffer]]) -> None:
         """Run the launch called `key`, whose first word is the part's name; bind it if it is the first time."""
         launch = self._launches.get(key)
         if launch is None:
@@ -362,20 +371,24 @@ def allocate_workspace(backend: Backend, model: ModelSpec, sessions: Mapping[str
     """Allocate everything that runs of one size need."""
     image = allocate_image_buffers(backend, model, size)
     blocks = allocate_block_buffers(backend, model, size)
+    parts = _allocate_slots(backend, model, size, blocks.zeros)
     slots = SlotPool(
-        _allocate_slots(backend, model, size, blocks.zeros),
+        parts,
         _allocate_output_slot(backend, model, size),
         allocate_reference=lambda: backend.allocate(blocks.zeros.shape, blocks.zeros.dtype),
+        spans=[_span_slot(backend, span, size, parts, blocks.zeros) for span in size.spans],
     )
-    return Workspace(model, sessions, image, blocks, slots, backend.fuse)
+    return Workspace(model, sessions, image, blocks, slots, backend.fuse, backend.allocate)
 
 
 def workspace_bytes(model: ModelSpec, size: RunSize) -> int:
     """Return about how much a workspace of this size takes, with all slots' references: what grows with the model."""
     number = model.precision.numpy.itemsize
     tokens = number * size.rows * model.tokens * model.width
-    units = size.history * sum(model.units) if size.history else sum(set(model.units))
-    references = len(model.units) if size.history or size.output_history else 0
+    kept = size.kept_parts(len(model.units))
+    units = size.history * sum(model.units[part] for part in kept)
+    units += sum({count for part, count in enumerate(model.units) if part not in kept}) + size.residuals
+    references = len(size.spans) or len(model.units) if size.caches else 0
     modulations = MODULATIONS_PER_UNIT * sum(model.units) + 2
     table = number * size.steps * size.rows * modulations * model.width
     image = DType.FLOAT32.numpy.itemsize * size.batch * math.prod(model.latent_shape)
@@ -383,19 +396,34 @@ def workspace_bytes(model: ModelSpec, size: RunSize) -> int:
 
 
 def _allocate_slots(backend: Backend, model: ModelSpec, size: RunSize, zeros: Buffer) -> list[CacheSlot]:
-    """Allocate a slot per block. Without a cache the units must still go somewhere: into one ring shared by all."""
+    """Allocate a slot per block part. Units that nobody keeps must still go somewhere: into one ring for all."""
+    kept = size.kept_parts(len(model.units))
 
-    def ring(units: int) -> Buffer:
-        shape = (max(size.history, 1), units, size.rows, model.tokens, model.width)
-        return backend.allocate(shape, model.precision)
+    def ring(units: int, entries: int) -> Buffer:
+        return backend.allocate((entries, units, size.rows, model.tokens, model.width), model.precision)
 
-    shared = {} if size.history else {units: ring(units) for units in set(model.units)}
+    shared = {
+        units: ring(units, 1) for units in {model.units[part] for part in range(len(model.units)) if part not in kept}
+    }
     return [
         CacheSlot(
-            ring=shared[units] if shared else ring(units), zeros=zeros, history=SlotHistory(capacity=size.history)
+            ring=ring(units, size.history) if part in kept else shared[units],
+            zeros=zeros,
+            history=SlotHistory(capacity=size.history if part in kept else 0),
         )
-        for units in model.units
+        for part, units in enumerate(model.units)
     ]
+
+
+def _span_slot(backend: Backend, span: Span, size: RunSize, parts: Sequence[CacheSlot], zeros: Buffer) -> CacheSlot:
+    """Return the slot of a span: its part's where it keeps units or nothing, else a ring of residuals."""
+    if span.cache is not SpanCache.RESIDUAL:
+        return parts[span.first]
+    return CacheSlot(
+        ring=backend.allocate((max(size.history, 1), 1, *zeros.shape), zeros.dtype),
+        zeros=zeros,
+        history=SlotHistory(capacity=size.history),
+    )
 
 
 def _allocate_output_slot(backend: Backend, model: ModelSpec, size: RunSize) -> CacheSlot:
@@ -406,9 +434,3 @@ def _allocate_output_slot(backend: Backend, model: ModelSpec, size: RunSize) -> 
         zeros=backend.allocate(image, DType.FLOAT32),
         history=SlotHistory(capacity=size.output_history),
     )
-
-
-def _kept(slot: CacheSlot) -> Buffer:
-    if slot.reference is None:
-        raise EngineError("The slot keeps no reference input. Set keeps_reference on the policy's controller.")
-    return slot.reference

@@ -14,7 +14,8 @@ from adacorr_deploy.caching.decisions import Action
 from adacorr_deploy.core.errors import EngineError, PolicyError
 from adacorr_deploy.core.samplers import Sampler, allowed_samplers
 from adacorr_deploy.runtime import Pipeline, SampleRequest
-from adacorr_deploy.runtime.denoise import signals_of_branches, typical_error
+from adacorr_deploy.runtime.denoise import typical_error
+from adacorr_deploy.runtime.observer import signals_of_branches
 from adacorr_deploy.runtime.planned_run import planned_run
 from tests.runtime.fake_backend import FakeBackend
 from tests.runtime.scripted import PlainRun, Script, always, f32
