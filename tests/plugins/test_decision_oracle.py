@@ -19,7 +19,7 @@ from adacorr_deploy.caching.predictors import Predictor, PredictorKind
 from adacorr_deploy.plugins.decision_kernels import CASES, NEVER, REASONS, Verdict
 from adacorr_deploy.plugins.decision_oracle import decide
 from adacorr_deploy.plugins.service_parts import SIGNAL_COUNT
-from adacorr_deploy.runtime.denoise import signals_of_branches
+from adacorr_deploy.runtime.observer import signals_of_branches
 
 STEPS, BLOCKS = 10, 2
 
