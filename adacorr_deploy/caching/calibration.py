@@ -6,6 +6,7 @@ controllers can reckon with, and `check_blocks` compares it with the bundle's mo
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -13,6 +14,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
+from adacorr_deploy.caching.decisions import Span, SpanCache
 from adacorr_deploy.caching.policy import UNCALIBRATED
 from adacorr_deploy.caching.predictors import Predictor
 from adacorr_deploy.core.errors import CalibrationError
@@ -86,10 +88,26 @@ class Probe(_Frozen):
     slope: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
+class CachingSpan(_Frozen):
+    """Block parts first … stop − 1, which keep together what they add to their input."""
+
+    first: Annotated[int, Field(ge=0)]
+    stop: Annotated[int, Field(ge=1)]
+
+
+def caching_spans(spans: Sequence[Span]) -> tuple[CachingSpan, ...]:
+    """Return those that keep residuals: what a calibration depends on beside its key and predictor.
+
+    Of a predictor that keeps units or the output there are none: its calibration is for every part, or the whole step.
+    """
+    return tuple(CachingSpan(first=span.first, stop=span.stop) for span in spans if span.cache is SpanCache.RESIDUAL)
+
+
 class Calibration(_Frozen):
-    """A calibration of one key and one predictor.
+    """A calibration of one key, one predictor and, of residuals, certain spans.
 
     Attributes:
+        spans: See `caching_spans`.
         skip_costs: See `caching.schedule.SkipCosts`; geometric means over the images. A row never falls.
         probe: See `Probe`.
         offset_limits: `offset_limits[step][age − 1]`: the largest √Ŝ of the first block's input that calibration saw.
@@ -99,6 +117,7 @@ class Calibration(_Frozen):
     schema_version: Literal[1] = CALIBRATION_SCHEMA_VERSION
     key: CalibrationKey
     predictor: Predictor
+    spans: tuple[CachingSpan, ...] = ()
     images: Annotated[int, Field(ge=1, le=MAX_BATCH)]
     skip_costs: tuple[Annotated[tuple[Annotated[tuple[Cost, ...], _REACH], ...], _REACH], ...]
     probe: Probe
@@ -107,8 +126,22 @@ class Calibration(_Frozen):
 
     @property
     def file_name(self) -> str:
-        """What it is stored as in a bundle: one name for each key and predictor."""
-        return f"{self.key.sampler}-{self.key.steps}-{self.key.guidance!r}-{self.predictor.label}.json"
+        """What it is stored as in a bundle: one name for each key, predictor and spans."""
+        return f"{calibration_name(self.key, self.predictor, self.spans)}.json"
+
+    @model_validator(mode="after")
+    def _spans_fit(self) -> Calibration:
+        keeps_residuals = self.predictor.kind.cache is SpanCache.RESIDUAL
+        if keeps_residuals != bool(self.spans):
+            allowed = "at least one" if keeps_residuals else "none"
+            raise ValueError(
+                f"spans holds {len(self.spans)}, allowed is {allowed} for predictor {self.predictor.label}"
+            )
+        edges = [0, *(edge for span in self.spans for edge in (span.first, span.stop)), len(self.paper_floors)]
+        if edges != sorted(edges) or any(span.first == span.stop for span in self.spans):
+            ranges = clipped([(span.first, span.stop) for span in self.spans])
+            raise ValueError(f"spans are {ranges}, allowed are ranges in order of 0 … {len(self.paper_floors)}")
+        return self
 
     @model_validator(mode="after")
     def _tables_fit(self) -> Calibration:
@@ -141,6 +174,24 @@ class Calibration(_Frozen):
                     f"{where} says that {skipped} skipped steps cost {more:g}, allowed is at least "
                     f"the {fewer:g} of {skipped - 1}"
                 )
+
+
+def calibration_name(key: CalibrationKey, predictor: Predictor, spans: Sequence[CachingSpan]) -> str:
+    """Return what tells a calibration apart from a bundle's others, as the stem of a file's name."""
+    return f"{key.sampler}-{key.steps}-{key.guidance!r}-{predictor.label}{_spans_label(spans)}"
+
+
+def _spans_label(spans: Sequence[CachingSpan]) -> str:
+    """Return `-1-12` of one span, `-parts-1-12` of single parts in a row, and a hash of any others."""
+    if not spans:
+        return ""
+    firsts = [span.first for span in spans]
+    if len(spans) == 1:
+        return f"-{firsts[0]}-{spans[0].stop}"
+    if all(span.stop == span.first + 1 for span in spans) and firsts == list(range(firsts[0], firsts[-1] + 1)):
+        return f"-parts-{firsts[0]}-{spans[-1].stop}"
+    digest = hashlib.sha256(repr([(span.first, span.stop) for span in spans]).encode()).hexdigest()
+    return f"-spans-{digest[:12]}"
 
 
 def calibration_from_json(text: str | bytes, *, where: str, bundle: str = "BUNDLE") -> Calibration:
@@ -187,14 +238,19 @@ def _made_for(text: str | bytes) -> _MadeFor | None:
 
 
 def _unusable(where: str, fault: str, made_for: _MadeFor | Calibration | None, bundle: str) -> CalibrationError:
-    command = calibrate_command(bundle, made_for.key, made_for.predictor) if made_for else f"adacorr-calibrate {bundle}"
+    command = f"adacorr-calibrate {bundle}"
+    if made_for and made_for.predictor.kind.cache is not SpanCache.RESIDUAL:
+        command = calibrate_command(bundle, made_for.key, made_for.predictor)
     return CalibrationError(f"{where}: {fault}. Make it again with: {command}")
 
 
-def calibrate_command(bundle: str, key: CalibrationKey, predictor: Predictor | None) -> str:
-    """Return the command that makes the calibration of a key and, where given, a predictor."""
+def calibrate_command(
+    bundle: str, key: CalibrationKey, predictor: Predictor | None, *, policy: str | None = None
+) -> str:
+    """Return the command that makes the calibration of a key and, where given, of a predictor or for a policy."""
     guidance = repr(key.guidance).removesuffix(".0")
     wanted = f" --predictor {predictor.kind.value} --order {predictor.order}" if predictor else ""
+    wanted = f" --policies {policy}" if policy else wanted
     return f"adacorr-calibrate {bundle} --sampler {key.sampler} --steps {key.steps} --guidance {guidance}{wanted}"
 
 
@@ -205,8 +261,9 @@ def calibration_for_run(
     *,
     policy: str,
     bundle: str = "BUNDLE",
+    spans: tuple[CachingSpan, ...] = (),
 ) -> Calibration:
-    """Return the calibration that holds for `key` and, where given, was made for `predictor`.
+    """Return the calibration that holds for `key` and, where given, was made for `predictor` and its `spans`.
 
     Raises:
         CalibrationError: If none does; the message says how the nearest differs and how to make one, if one can be.
@@ -214,16 +271,17 @@ def calibration_for_run(
     found = list(calibrations)
     matching = [calibration for calibration in found if calibration.key == key]
     for calibration in matching:
-        if predictor is None or calibration.predictor == predictor:
+        if predictor is None or (calibration.predictor, calibration.spans) == (predictor, spans):
             return calibration
     if matching and predictor is not None:
-        made = ", ".join(sorted({calibration.predictor.label for calibration in matching}))
-        reason = f"the bundle's are for predictor {made}, not {predictor.label}"
+        made = ", ".join(sorted({f"{each.predictor.label}{_spans_label(each.spans)}" for each in matching}))
+        reason = f"the bundle's are for predictor {made}, not {predictor.label}{_spans_label(spans)}"
     elif found:
         reason = f"the bundle's is for another run ({found[0].key.difference(key)})"
     else:
         reason = "the bundle holds none"
     raise CalibrationError(
-        f"policy {policy} needs a calibration; {reason}. Make one with: {calibrate_command(bundle, key, predictor)}, "
+        f"policy {policy} needs a calibration; {reason}. Make one with: "
+        f"{calibrate_command(bundle, key, predictor, policy=policy if spans else None)}, "
         f"or choose a --policy of {UNCALIBRATED}."
     )

@@ -10,6 +10,7 @@ ends and compares: within 0.2 % where the gain was measured, within an order of 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -21,13 +22,17 @@ from numpy.typing import NDArray
 
 from adacorr_deploy.caching.calibration import (
     MAX_MEASURE,
+    CachingSpan,
     Calibration,
     CalibrationKey,
     Probe,
+    calibration_name,
 )
 from adacorr_deploy.caching.controllers import paper_score, robust_score
+from adacorr_deploy.caching.decisions import SpanCache
 from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS, UNCALIBRATED
-from adacorr_deploy.caching.predictors import Predictor
+from adacorr_deploy.caching.predictors import Predictor, PredictorKind
+from adacorr_deploy.caching.profile import AffineMap
 from adacorr_deploy.core.bundle import CALIBRATION_DIR, measured_identity
 from adacorr_deploy.core.errors import CalibrationError, EngineError
 from adacorr_deploy.core.progress import Progress
@@ -45,6 +50,7 @@ from adacorr_deploy.quality.skip_measurements import (
     bounded,
     geometric_mean,
 )
+from adacorr_deploy.quality.span_residuals import SpanResiduals, Tokens
 from adacorr_deploy.runtime import Pipeline, SampleRequest, check_request
 from adacorr_deploy.runtime.buffers import RunSize
 from adacorr_deploy.runtime.observer import signals_of_branches
@@ -64,6 +70,10 @@ _TYPICAL: Final = 2  # distance and gap at which gains and difficulties are meas
 class CalibrationOptions:
     """For which runs to calibrate.
 
+    Attributes:
+        spans: Of a predictor of residuals, the block parts that keep them (`caching_spans`).
+        maps: Of an affine predictor, the map of each of these spans.
+
     Raises:
         RequestError: If there are no images, or more than one request holds.
     """
@@ -73,6 +83,8 @@ class CalibrationOptions:
     guidance: float = 4.0
     images: int = 16
     predictor: Predictor = PRESETS[DEFAULT_POLICY].predictor
+    spans: tuple[CachingSpan, ...] = ()
+    maps: tuple[AffineMap, ...] = ()
 
     def __post_init__(self) -> None:
         check_integer("images", self.images, 1, MAX_BATCH)
@@ -102,11 +114,17 @@ def calibrate(
     with pipeline.lease(size, keeps_reference=lambda block: True) as (space, slots):
         latents = NoiseStream(request, pipeline.manifest.model.latent_shape).at(0)
         space.prepare(request, table, latents)
-        replay = Replay(space=space, slots=slots, predictor=options.predictor)
+        residuals = SpanResiduals(predictor=options.predictor, spans=options.spans, maps=options.maps)
+        replay = Replay(
+            space=space,
+            slots=slots,
+            predictor=options.predictor,
+            residuals=residuals if options.spans else None,
+        )
         study = _Study(replay, request, progress or (lambda phase, done, total: None), partials)
         study.record(latents)
         study.measure()
-    return study.calibration(calibration_key(pipeline, request), options.predictor)
+    return study.calibration(calibration_key(pipeline, request), options)
 
 
 def check_calibration(pipeline: Pipeline, options: CalibrationOptions) -> tuple[SampleRequest, RunSize]:
@@ -125,9 +143,12 @@ def check_calibration(pipeline: Pipeline, options: CalibrationOptions) -> tuple[
         )
     if options.steps < 4:
         raise CalibrationError(f"steps is {options.steps}; with fewer than 4 there is nothing to skip.")
-    size = RunSize.of(request, history=options.predictor.history, whole_steps=options.predictor.whole_step)
+    _check_spans(options, len(pipeline.manifest.model.blocks))
+    # Residuals are kept on the host; the slots' one evaluation is there for the references beside it.
+    history = 1 if options.spans else options.predictor.history
+    size = RunSize.of(request, history=history, whole_steps=options.predictor.whole_step)
     require_memory(
-        needed_bytes(pipeline.manifest.model, size),
+        needed_bytes(pipeline.manifest.model, size, options),
         what=f"Calibrating {options.steps} steps on {options.images} images with predictor {options.predictor.label}",
         lower="--images",
     )
@@ -141,13 +162,15 @@ def partials_for(pipeline: Pipeline, options: CalibrationOptions) -> Partials:
         BundleError: If the bundle can't be written.
     """
     key = calibration_key(pipeline, _request(pipeline, options))
-    name = f"{key.sampler}-{key.steps}-{key.guidance!r}-{options.predictor.label}"
+    name = calibration_name(key, options.predictor, options.spans)
     identity = {
         "measurement": _VERSION,
         "bundle": measured_identity(pipeline.bundle),
         "backend": pipeline.backend.name,
         "key": key.model_dump(mode="json"),
         "predictor": options.predictor.model_dump(mode="json"),
+        "spans": [span.model_dump(mode="json") for span in options.spans],
+        "maps": hashlib.sha256(repr(options.maps).encode()).hexdigest(),
         "images": options.images,
     }
     return Partials(pipeline.bundle.file(f"{CALIBRATION_DIR}/.unfinished-{name}"), identity)
@@ -166,15 +189,30 @@ def _request(pipeline: Pipeline, options: CalibrationOptions) -> SampleRequest:
     return request
 
 
-def needed_bytes(model: ModelSpec, size: RunSize) -> int:
+def _check_spans(options: CalibrationOptions, parts: int) -> None:
+    """Refuse a predictor of residuals without its spans: which they are is a policy's matter."""
+    kind = options.predictor.kind
+    if (kind.cache is SpanCache.RESIDUAL) != bool(options.spans) or any(span.stop > parts for span in options.spans):
+        raise CalibrationError(
+            f"predictor {kind.value} keeps what spans of block parts add, and these differ from policy to policy. "
+            "Calibrate for the policies that use it: --policies NAMES."
+        )
+    if (kind is PredictorKind.AFFINE) != bool(options.maps):
+        raise CalibrationError(
+            "predictor affine needs the maps of a profile. Calibrate for policies: --policies NAMES."
+        )
+
+
+def needed_bytes(model: ModelSpec, size: RunSize, options: CalibrationOptions) -> int:
     """Return about how much a calibration keeps in memory.
 
-    That is a workspace, the inputs and units (or the outputs) of the last evaluations, and the trajectory's latents.
+    That is a workspace, the inputs and units (or residuals, or outputs) of the last evaluations, and the trajectory's
+    latents.
     """
     tokens = model.precision.numpy.itemsize * size.rows * model.tokens * model.width
     image = DType.FLOAT32.numpy.itemsize * size.batch * math.prod(model.latent_shape)
-    units = tokens * sum(model.units) if size.history else image
-    recorded = _window_steps(size.history or size.output_history) * (tokens + units) + 2 * (size.steps + 1) * image
+    units = tokens * (len(options.spans) or sum(model.units)) if size.history else image
+    recorded = _window_steps(options.predictor.history) * (tokens + units) + 2 * (size.steps + 1) * image
     return workspace_bytes(model, size) + recorded
 
 
@@ -194,7 +232,8 @@ class _Study:
         self._progress = progress
         self._partials = partials
         # At three quarters of the depth, a block's errors follow the final one's best; whole steps have no blocks.
-        self._probe_block = 0 if replay.predictor.whole_step else max(0, 3 * blocks // 4 - 1)
+        self._probe_block = _probe_block(replay)
+        self._gaps = MAX_GAP if replay.predictor.history > 1 else 1  # what is held does not know any
         self._trajectory: list[State] = []  # what each step starts from, and what the last one leads to
         self._window: dict[int, Units] = {}  # the units of the last evaluations, by step
         self._first_inputs: dict[int, NDArray[np.generic]] = {}  # the first block's inputs, by step
@@ -260,7 +299,7 @@ class _Study:
     def _measure_skips(self, step: int) -> None:
         """Skip from `step` on, for every gap, and see how far the latents stray from the trajectory."""
         count = min(MAX_SKIPPED, self._steps - step)
-        for gap in range(1, MAX_GAP + 1):
+        for gap in range(1, self._gaps + 1):
             evaluations = self._evaluations(step - 1, gap)
             if evaluations is None:
                 continue
@@ -268,7 +307,7 @@ class _Study:
             for index, state in enumerate(self._replay.skipped_run(step, count, self._trajectory[step])):
                 images = self._image_errors(state.latents, step + index + 1)
                 self._found.skip_errors[step, gap - 1, index] = geometric_mean(images)
-                if gap == _TYPICAL and index + 1 == _TYPICAL:
+                if gap == min(_TYPICAL, self._gaps) and index + 1 == _TYPICAL:
                     if np.isfinite(images).all():
                         self._found.skip_images[step] = images
                     self._measure_gain(step + index + 1, state)
@@ -285,32 +324,42 @@ class _Study:
 
     def _evaluate(self, step: int, *, measures: bool = True) -> None:
         """Evaluate a step of the trajectory; measure its offsets, its paper scores, and the probe's errors."""
-        replay = self._replay
+        replay, residuals = self._replay, self._replay.residuals
         replay.start(step, self._trajectory[step])
         self._first_inputs[step] = replay.space.block_input(0).read()
         if measures:
             self._measure_offsets(step)
         units: Units = []
-        whole = replay.predictor.whole_step
+        entered: Tokens = self._first_inputs[step]  # the present span's input
         for block, slot in enumerate(replay.slots):
             if measures and step > 0:  # the reference holds the previous step's input
                 branches = signals_of_branches(replay.space.input_signals(block, slot)(), self._batch)
                 self._found.paper_scores[block, step] = max(paper_score(branch, 1.0) for branch in branches)
+            if residuals is not None and residuals.starting_at(block) is not None:
+                entered = replay.space.block_input(block).read()
             replay.space.evaluate(block, slot)
-            if not whole:
-                units.append(slot.ring[slot.next_entry].read())
             if slot.reference is not None:
                 slot.reference.copy_from(replay.space.block_input(block))
-            if measures and block == self._probe_block and not whole:
-                self._measure_probe(step, units)
-        if whole:
-            output = replay.space.slots.output
-            entry = output.next_entry
+            units += self._kept(block, entered)
+            if measures and block == self._probe_block and not replay.predictor.whole_step:
+                self._measure_probe(step, units, entered)
+        if replay.predictor.whole_step:
+            entry = replay.space.slots.output.next_entry
             replay.finish(step)
-            units.append(output.ring[entry].read())
+            units.append(replay.space.slots.output.ring[entry].read())
             if measures:
-                self._measure_probe(step, units)
+                self._measure_probe(step, units, entered)
         self._window[step] = units
+
+    def _kept(self, block: int, entered: Tokens) -> Units:
+        """Return what the predictor keeps once a block part was evaluated: its units, or its span's residual."""
+        residuals, slot = self._replay.residuals, self._replay.slots[block]
+        if residuals is None:
+            return [] if self._replay.predictor.whole_step else [slot.ring[slot.next_entry].read()]
+        if residuals.ending_at(block) is None:
+            return []
+        left = self._replay.space.block_output(block).read()
+        return [(left.astype(np.float32) - entered.astype(np.float32)).astype(left.dtype)]
 
     def _measure_offsets(self, step: int) -> None:
         """Compare the first block's input with those of the steps before, and leave the previous one as reference."""
@@ -322,23 +371,27 @@ class _Study:
             each = [signals_of_branches(rows[[row]], 1)[0] for row in range(rows.shape[0])]
             self._found.offsets[step, age - 1] = max(robust_score(signals) for signals in each)
 
-    def _measure_probe(self, step: int, fresh: Units) -> None:
+    def _measure_probe(self, step: int, fresh: Units, entered: Tokens) -> None:
         """Predict the probe from every pair of distance and gap, against what was just evaluated."""
-        for gap, distance in itertools.product(range(1, MAX_GAP + 1), range(1, MAX_SKIPPED + 1)):
+        for gap, distance in itertools.product(range(1, self._gaps + 1), range(1, MAX_SKIPPED + 1)):
             evaluations = self._evaluations(step - distance, gap)
             if evaluations is None:
                 continue
-            rows = self._probe_rows(step, evaluations, fresh)
+            rows = self._probe_rows(step, evaluations, fresh, entered)
             images = np.maximum(rows.reshape(-1, self._batch).max(axis=0), math.sqrt(FLOOR))
             if not (images <= MAX_MEASURE).all():
                 continue
             self._found.probe_errors[step, gap - 1, distance - 1] = geometric_mean(images)
-            if gap == distance == _TYPICAL:
+            if gap == min(_TYPICAL, self._gaps) and distance == _TYPICAL:
                 self._found.probe_images[step] = images
 
-    def _probe_rows(self, step: int, evaluations: Sequence[int], fresh: Units) -> NDArray[np.float64]:
+    def _probe_rows(self, step: int, evaluations: Sequence[int], fresh: Units, entered: Tokens) -> NDArray[np.float64]:
+        held = {at: self._window[at] for at in evaluations}
         if self._replay.predictor.whole_step:
-            return self._replay.output_error(step, {at: self._window[at] for at in evaluations}, fresh[0])
+            return self._replay.output_error(step, held, fresh[0])
+        if self._replay.residuals is not None:
+            self._replay.fill(held)
+            return self._replay.span_error(len(fresh) - 1, step, entered)
         slot = self._replay.slots[self._probe_block]
         slot.fill([(at, self._window[at][self._probe_block]) for at in evaluations])
         return self._replay.block_error(self._probe_block, step)
@@ -352,17 +405,31 @@ class _Study:
         """Squared error per element against the trajectory, (B,)."""
         return np.asarray(np.square(latents.astype(np.float64) - self._trajectory[step].latents).mean(axis=(1, 2, 3)))
 
-    def calibration(self, key: CalibrationKey, predictor: Predictor) -> Calibration:
+    def calibration(self, key: CalibrationKey, options: CalibrationOptions) -> Calibration:
         """Put the measurements together."""
+        if self._gaps == 1:
+            self._found.spread_gaps()
         return Calibration(
             key=key,
-            predictor=predictor,
+            predictor=options.predictor,
+            spans=options.spans,
             images=self._batch,
             skip_costs=_nested(self._found.costs()),
             probe=Probe(block=self._probe_block, expected=_nested(self._found.probe_errors), slope=self._found.slope()),
             offset_limits=tuple(tuple(row) for row in bounded(self._found.offsets).tolist()),
             paper_floors=tuple(float(np.quantile(bounded(row[1:]), 0.75)) for row in self._found.paper_scores),
         )
+
+
+def _probe_block(replay: Replay) -> int:
+    """Return the block part after which the probe is measured: the last one of its span."""
+    if replay.predictor.whole_step:
+        return 0
+    wanted = max(0, 3 * len(replay.slots) // 4 - 1)
+    if replay.residuals is None:
+        return wanted
+    spans = replay.residuals.spans
+    return next((span for span in spans if wanted < span.stop), spans[-1]).stop - 1
 
 
 def _nested(cube: NDArray[np.float64]) -> tuple[tuple[tuple[float, ...], ...], ...]:

@@ -9,11 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adacorr_deploy.caching.predictors import Predictor
+from adacorr_deploy.plugins import oracle
+from adacorr_deploy.quality.span_residuals import SpanResiduals, Tokens
 from adacorr_deploy.runtime.slots import CacheSlot, Window
 from adacorr_deploy.runtime.workspace import Workspace
 
 Latents = NDArray[np.float32]  # (B, C, H, W)
-Units = list[NDArray[np.generic]]  # per block part (U, R, N, D), or the model's output alone, (1, B, C, H, W)
+# Per block part (U, R, N, D); or per span its residual, (R, N, D); or the model's output alone, (1, B, C, H, W).
+Units = list[NDArray[np.generic]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,11 +29,16 @@ class State:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """One prepared request, whose steps are run in any order. The sampler must add no noise."""
+    """One prepared request, whose steps are run in any order. The sampler must add no noise.
+
+    Attributes:
+        residuals: Of a predictor of residuals, its spans; they stand in place of the slots.
+    """
 
     space: Workspace
     slots: Sequence[CacheSlot]
     predictor: Predictor
+    residuals: SpanResiduals | None = None
 
     def first(self, latents: Latents) -> State:
         """Return what step 0 starts from."""
@@ -71,6 +79,9 @@ class Replay:
 
     def fill(self, evaluations: Mapping[int, Units]) -> None:
         """Fill the slots as if exactly these steps had been evaluated, in their order."""
+        if self.residuals is not None:
+            self.residuals.fill(evaluations)
+            return
         for index, slot in enumerate(self.predicting_slots):
             slot.fill([(step, evaluations[step][index]) for step in sorted(evaluations)])
 
@@ -87,9 +98,33 @@ class Replay:
         if self.predictor.whole_step:
             self.space.extrapolate(step, None, self._window(self.space.slots.output, step))
             return self._after(step)
+        if self.residuals is not None:
+            self._skip_spans(step, self.residuals)
+            return self.finish(step)
         for block, slot in enumerate(self.slots):
             self.space.reuse(block, slot, self._window(slot, step))
         return self.finish(step)
+
+    def _skip_spans(self, step: int, residuals: SpanResiduals) -> None:
+        """Estimate the spans that keep residuals, and evaluate the other block parts."""
+        block = 0
+        while block < len(self.slots):
+            index = residuals.starting_at(block)
+            if index is None:
+                self.space.evaluate(block, self.slots[block])
+                block += 1
+            else:
+                estimate = residuals.estimate(index, step, self.space.block_input(block).read())
+                block = residuals.spans[index].stop
+                self.space.block_input(block).write(estimate)
+
+    def span_error(self, index: int, step: int, entered: Tokens) -> NDArray[np.float64]:
+        """Compare a span's estimate with its fresh output, which was just evaluated, as `block_error` does."""
+        if self.residuals is None:
+            raise AssertionError("spans without residuals")
+        fresh = self.space.block_input(self.residuals.spans[index].stop).read()
+        estimate = self.residuals.estimate(index, step, entered)
+        return np.asarray(oracle.signals(_f32(estimate), _f32(fresh)), dtype=np.float64)[:, 0]
 
     def block_error(self, block: int, step: int) -> NDArray[np.float64]:
         """Compare a block's prediction with its fresh output, which was just evaluated: relative error per row, (R,).
@@ -113,3 +148,7 @@ class Replay:
 
     def _window(self, slot: CacheSlot, step: int) -> Window:
         return slot.window(self.predictor.prediction(step, slot.history.steps))
+
+
+def _f32(values: Tokens) -> NDArray[np.float32]:
+    return np.asarray(values, dtype=np.float32)

@@ -52,6 +52,11 @@ class SkipMeasurements:
         """Return what `arrays` gave; shapes and types must be the same."""
         return cls(**{name: np.array(array, np.float64) for name, array in arrays.items()})
 
+    def spread_gaps(self) -> None:
+        """Take what was measured at the first gap for all: an estimate from one evaluation knows of no other."""
+        for cube in (self.skip_errors, self.probe_errors):
+            cube[:] = cube[:, :1]
+
     def costs(self) -> NDArray[np.float64]:
         """Return the costs of skipping, (S, G, K), which never fall with k: a step that undoes an error is chance."""
         costs = self.skip_errors * self._gain_after_skips()

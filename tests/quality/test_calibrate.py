@@ -282,7 +282,7 @@ def test_options_out_of_range_are_refused(pipeline: Pipeline, change: dict[str, 
 def needed(pipeline: Pipeline, asked: CalibrationOptions) -> int:
     request = SampleRequest((0,) * asked.images, steps=asked.steps, guidance=asked.guidance)
     size = RunSize.of(request, history=asked.predictor.history, whole_steps=asked.predictor.whole_step)
-    return needed_bytes(pipeline.manifest.model, size)
+    return needed_bytes(pipeline.manifest.model, size, asked)
 
 
 @pytest.mark.parametrize(
