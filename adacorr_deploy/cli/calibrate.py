@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 
 import typer
 
-from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS
+from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS, policy_named
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
 from adacorr_deploy.cli.console import Advance, progress_bar, show_json, show_lines
 from adacorr_deploy.cli.errors import run_app
@@ -24,6 +24,7 @@ from adacorr_deploy.cli.options import (
     command_app,
     documented,
 )
+from adacorr_deploy.core.errors import RequestError
 
 if TYPE_CHECKING:
     from adacorr_deploy.caching.calibration import CalibrationKey
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     "adacorr-calibrate demo.bundle",
     "adacorr-calibrate demo.bundle --steps 30 --guidance 1.5",
     "adacorr-calibrate demo.bundle --predictor gated-taylor --order 2",
+    "adacorr-calibrate demo.bundle --policies teacache,fbcache+adacorrection",
 )
 def calibrate(  # noqa: PLR0913, PLR0917  one parameter is one option
     bundle: Bundle,
@@ -53,6 +55,15 @@ def calibrate(  # noqa: PLR0913, PLR0917  one parameter is one option
     images: Annotated[
         int, typer.Option("--images", metavar="N", min=1, max=MAX_IMAGES, help="Images to measure on.")
     ] = 16,
+    policies: Annotated[
+        str | None,
+        typer.Option(
+            "--policies",
+            metavar="NAMES",
+            help="Measure all that these policies look up, and nothing else: names with commas between them.",
+            show_default=False,
+        ),
+    ] = None,
     predictor: Annotated[
         PredictorKind, typer.Option("--predictor", help="Stands for a skipped block; the policy's must be the same.")
     ] = _PREDICTOR.kind,
@@ -78,12 +89,33 @@ def calibrate(  # noqa: PLR0913, PLR0917  one parameter is one option
     )
     started = time.perf_counter()
     with progress_bar() as advance:
-        stored, key = calibrate_bundle(bundle, options, advance, backend=backend)
+        if policies is None:
+            stored = [calibrate_bundle(bundle, options, advance, backend=backend)]
+        else:
+            stored = _calibrate_policies(bundle, policies, options, advance, backend)
     seconds = time.perf_counter() - started
     if as_json:
-        show_json({"calibration": str(stored), "steps": steps, "guidance": guidance, "seconds": seconds})
+        files: dict[str, object] = (
+            {"calibration": str(stored[0][0])} if policies is None else {"files": [str(path) for path, _ in stored]}
+        )
+        show_json({**files, "steps": steps, "guidance": guidance, "seconds": seconds})
     else:
-        show_lines(f"{stored}: {key.sampler}, {steps} steps, guidance {guidance:g}, in {seconds:.1f} s")
+        for number, (path, key) in enumerate(stored, start=1):
+            took = f", in {seconds:.1f} s" if number == len(stored) else ""
+            show_lines(f"{path}: {key.sampler}, {steps} steps, guidance {guidance:g}{took}")
+
+
+def _calibrate_policies(
+    bundle: Path, names: str, options: CalibrationOptions, advance: Advance, backend: str | None
+) -> list[tuple[Path, CalibrationKey]]:
+    from adacorr_deploy.quality.policy_calibration import calibrate_policies
+    from adacorr_deploy.runtime import Pipeline
+
+    chosen = [policy_named(name.strip()) for name in names.split(",") if name.strip()]
+    if not chosen:
+        raise RequestError("--policies is empty. Give at least one name; adacorr-bench --list shows them.")
+    with Pipeline.open(bundle, backend=backend) as pipeline:
+        return calibrate_policies(pipeline, chosen, options, advance)
 
 
 def calibrate_bundle(
@@ -98,15 +130,8 @@ def calibrate_bundle(
         CalibrationError: If the sampler can't be calibrated.
         BundleError: If the bundle is altered or can't be written.
     """
-    from adacorr_deploy.core.bundle import CALIBRATION_DIR, store_in_bundle
-    from adacorr_deploy.quality.calibrate import calibrate, check_calibration, partials_for
+    from adacorr_deploy.quality.policy_calibration import store_calibration
     from adacorr_deploy.runtime import Pipeline
 
     with Pipeline.open(bundle, backend=backend) as pipeline:
-        check_calibration(pipeline, options)  # before anything is written
-        partials = partials_for(pipeline, options)
-        calibration = calibrate(pipeline, options, advance, partials)
-        relative = f"{CALIBRATION_DIR}/{calibration.file_name}"
-        _, stored = store_in_bundle(pipeline.bundle, relative, calibration.model_dump_json().encode())
-        partials.discard()
-        return stored, calibration.key
+        return store_calibration(pipeline, options, advance)

@@ -88,17 +88,7 @@ def profile(
         RequestError: If an option is out of range, or this machine has not the memory for one batch of images.
         EngineError: If an engine fails or the tokens become NaN.
     """
-    model = pipeline.manifest.model
-    batches = list(_requests(pipeline, options))
-    for request in batches:
-        check_request(request, model, pipeline.manifest.schedule)
-    if options.steps < MIN_STEPS:
-        raise CalibrationError(f"steps is {options.steps}; with fewer than {MIN_STEPS} there is nothing to reuse.")
-    require_memory(
-        needed_bytes(model, batches[0], options.quantities),
-        what=f"Profiling {options.steps} steps on {batches[0].batch} images at once",
-        lower="--images",
-    )
+    batches = check_options(pipeline, options)
     measured: list[Mapping[Quantity, Arrays]] = []
     for index, request in enumerate(batches):
         study = _BatchStudy(pipeline, request, options)
@@ -110,6 +100,27 @@ def profile(
                     partials.store(f"{index}-{quantity.value}", arrays)
         measured.append(found)
     return _profile(pipeline, options, batches[0], measured)
+
+
+def check_options(pipeline: Pipeline, options: ProfileOptions) -> list[SampleRequest]:
+    """Return the batches that a profile runs.
+
+    Raises:
+        CalibrationError: If there are fewer than 4 steps.
+        RequestError: If an option is out of range, or this machine has not the memory for one batch of images.
+    """
+    model = pipeline.manifest.model
+    batches = list(_requests(pipeline, options))
+    for request in batches:
+        check_request(request, model, pipeline.manifest.schedule)
+    if options.steps < MIN_STEPS:
+        raise CalibrationError(f"steps is {options.steps}; with fewer than {MIN_STEPS} there is nothing to reuse.")
+    require_memory(
+        needed_bytes(model, batches[0], options.quantities),
+        what=f"Profiling {options.steps} steps on {batches[0].batch} images at once",
+        lower="--images",
+    )
+    return batches
 
 
 def _requests(pipeline: Pipeline, options: ProfileOptions) -> Iterator[SampleRequest]:

@@ -12,6 +12,7 @@ from adacorr_deploy.caching.block_rules import BlockRule, block_rules
 from adacorr_deploy.caching.calibration import (
     Calibration,
     CalibrationKey,
+    caching_spans,
     calibration_for_run,
     calibration_from_json,
     check_blocks,
@@ -110,19 +111,24 @@ def controller_for_request(pipeline: Pipeline, request: SampleRequest, policy: P
     calibration = _calibration_for_request(pipeline, request, policy)
     if policy.placement is Placement.DEVICE:
         pipeline.backend.decision_graphs()  # refused before the work starts, where there are none
-    model, profile = pipeline.manifest.model, None
+    run, profile = run_of_request(pipeline, request, policy), None
     if needed := quantities_needed(policy):
         measured, bundle = profiles(pipeline.bundle).values(), str(pipeline.bundle.path)
         key = calibration_key(pipeline, request)
         profile = profile_for_run(measured, key, needed, policy=policy.name, bundle=bundle)
-    run = Run(
+    return controller_for_policy(policy, run, calibration, profile)
+
+
+def run_of_request(pipeline: Pipeline, request: SampleRequest, policy: Policy) -> Run:
+    """Return what a policy's controller must know of a request and the bundle."""
+    model = pipeline.manifest.model
+    return Run(
         steps=policy.sampled_steps(request.steps),
         blocks=len(model.units),
         halves=model.halves,
         elements=model.tokens * model.width,
         lags=policy.lags,
     )
-    return controller_for_policy(policy, run, calibration, profile)
 
 
 def rules_for_request(pipeline: Pipeline, request: SampleRequest, policy: Policy) -> tuple[BlockRule, ...]:
@@ -145,8 +151,9 @@ def _calibration_for_request(pipeline: Pipeline, request: SampleRequest, policy:
     _check_no_noise(request, policy, pipeline.manifest.schedule)
     found = calibrations(pipeline.bundle).values()
     predictor = None if isinstance(policy.gate, PaperGate) else policy.predictor
-    key = calibration_key(pipeline, request)
-    return calibration_for_run(found, key, predictor, policy=policy.name, bundle=str(pipeline.bundle.path))
+    key, bundle = calibration_key(pipeline, request), str(pipeline.bundle.path)
+    spans = caching_spans(policy.spans_of(run_of_request(pipeline, request, policy)))
+    return calibration_for_run(found, key, predictor, policy=policy.name, bundle=bundle, spans=spans)
 
 
 def _check_no_noise(request: SampleRequest, policy: Policy, schedule: Schedule) -> None:

@@ -112,3 +112,15 @@ def test_an_interrupted_calibration_is_taken_up_and_leaves_nothing_behind(
     assert command("calibrate", own_bundle, "--steps", 6, "--images", 1).code == 0
     assert recorded == []
     assert list((own_bundle / "calibration").glob(".unfinished-*")) == []
+
+
+def test_what_policies_look_up_is_measured_by_their_names(command: Command, own_bundle: Path) -> None:
+    run = ("--steps", 6, "--images", 1)
+    found = command("calibrate", own_bundle, *run, "--policies", "teacache, fbcache+adacorrection", "--json").json
+    files = found["files"]
+    assert isinstance(files, list)
+    assert [Path(file).parent.name for file in files] == ["profile", "calibration"]
+    assert open_bundle(own_bundle).manifest.files.keys() >= {str(Path(file).relative_to(own_bundle)) for file in files}
+    assert "policy 'nonsense' is neither a preset" in command("calibrate", own_bundle, "--policies", "nonsense").error
+    assert "nothing to measure" in command("calibrate", own_bundle, "--policies", "fora").error
+    assert "--policies is empty" in command("calibrate", own_bundle, "--policies", ",").error
