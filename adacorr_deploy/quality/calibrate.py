@@ -143,7 +143,7 @@ def check_calibration(pipeline: Pipeline, options: CalibrationOptions) -> tuple[
         )
     if options.steps < 4:
         raise CalibrationError(f"steps is {options.steps}; with fewer than 4 there is nothing to skip.")
-    _check_spans(options, len(pipeline.manifest.model.blocks))
+    _check_spans(options, len(pipeline.manifest.model.units))
     # Residuals are kept on the host; the slots' one evaluation is there for the references beside it.
     history = 1 if options.spans else options.predictor.history
     size = RunSize.of(request, history=history, whole_steps=options.predictor.whole_step)

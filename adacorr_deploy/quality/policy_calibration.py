@@ -23,7 +23,6 @@ from adacorr_deploy.runtime import Pipeline, SampleRequest
 from adacorr_deploy.runtime.profiles import profiles
 from adacorr_deploy.runtime.sampling import calibration_key, run_of_request
 
-
 Stored = tuple[Path, CalibrationKey]  # a file, and for which runs it holds
 
 

@@ -319,7 +319,7 @@ def test_the_estimate_of_memory_is_what_is_really_kept(
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak / 2 < needed(pipeline, asked) < peak
+    assert peak / 2.5 < needed(pipeline, asked) < peak  # the fake engines' own temporaries are in the peak
 
 
 def overflowing(function: Part, *, fails_at: Callable[[int], bool]) -> Part:

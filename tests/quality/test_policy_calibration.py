@@ -69,7 +69,7 @@ def test_on_top_of_a_base_its_own_spans_are_calibrated_and_each_only_once(pipeli
 
 def test_afterwards_every_policy_finds_what_it_looks_up(pipeline: Pipeline) -> None:
     chosen = [policy_named(name) for name in ("teacache", "fbcache+adacorrection", "block-caching+adacorrection")]
-    files = calibrate_policies(pipeline, chosen, OPTIONS)
+    files = [path for path, _ in calibrate_policies(pipeline, chosen, OPTIONS)]
     assert [path.parent.name for path in files] == ["profile", "calibration", "calibration"]
     with reopened(pipeline) as opened:
         assert opened.bundle.manifest.files.keys() >= {str(path.relative_to(opened.bundle.path)) for path in files}
@@ -83,9 +83,7 @@ def test_afterwards_every_policy_finds_what_it_looks_up(pipeline: Pipeline) -> N
         other = SampleRequest((0,), steps=STEPS, guidance=2.0)
         with pytest.raises(CalibrationError, match=r"is for another run \(guidance is 4.0, the run's is 2.0\)"):
             controller_for_request(opened, other, chosen[0])
-        with pytest.raises(
-            CalibrationError, match=r"are for predictor .*residual-1-3.*, not residual-0-3"
-        ):
+        with pytest.raises(CalibrationError, match=r"are for predictor .*residual-1-3.*, not residual-0-3"):
             controller_for_request(opened, REQUEST, policy_named("teacache+adacorrection"))
     assert not list(pipeline.bundle.path.rglob(".unfinished*"))
 
