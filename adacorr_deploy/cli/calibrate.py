@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 
@@ -23,12 +25,14 @@ from adacorr_deploy.cli.options import (
     Steps,
     command_app,
     documented,
+    path_from_text,
 )
 from adacorr_deploy.core.errors import RequestError
 
 if TYPE_CHECKING:
     from adacorr_deploy.caching.calibration import CalibrationKey
     from adacorr_deploy.quality.calibrate import CalibrationOptions
+    from adacorr_deploy.quality.tune_search import Target
 
 _PREDICTOR: Final = PRESETS[DEFAULT_POLICY].predictor
 
@@ -46,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     "adacorr-calibrate demo.bundle --steps 30 --guidance 1.5",
     "adacorr-calibrate demo.bundle --predictor gated-taylor --order 2",
     "adacorr-calibrate demo.bundle --policies teacache,fbcache+adacorrection",
+    "adacorr-calibrate demo.bundle --target-speedup 2 -o policy.json",
 )
 def calibrate(  # noqa: PLR0913, PLR0917  one parameter is one option
     bundle: Bundle,
@@ -70,13 +75,47 @@ def calibrate(  # noqa: PLR0913, PLR0917  one parameter is one option
     order: Annotated[
         int, typer.Option("--order", metavar="1|2", min=1, max=2, help="Of a predictor that extrapolates.")
     ] = _PREDICTOR.order,
+    target_speedup: Annotated[
+        float | None,
+        typer.Option(
+            "--target-speedup",
+            metavar="X",
+            help="Search the policies for the best quality at this speed-up, and write the one found to -o.",
+            show_default=False,
+        ),
+    ] = None,
+    target_psnr: Annotated[
+        float | None,
+        typer.Option(
+            "--target-psnr",
+            metavar="DB",
+            help="Search them for the highest speed-up at this PSNR against the uncached images.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="FILE", parser=path_from_text, help="Policy file found.", show_default=False
+        ),
+    ] = None,
+    front: Annotated[
+        Path | None,
+        typer.Option(
+            "--front", metavar="FILE", parser=path_from_text, help="JSON of the Pareto front.", show_default=False
+        ),
+    ] = None,
     backend: RunBackend = None,
     as_json: Json = False,
 ) -> None:
     """Measure a bundle's runs, so that policies know what skipping costs (adacorr-bench --list: which need it).
 
     A calibration holds for one sampler, number of steps, guidance and predictor; it is stored in the bundle and takes
-    the place of an earlier one for the same. Measuring again gives the same calibration.
+    the place of an earlier one for the same. Measuring again gives the same calibration. An interrupted run goes on
+    where it was when it is started again.
+
+    With a target, what the policies look up is measured where the bundle does not hold it yet; then their settings are
+    searched on images of their own.
     """
     from adacorr_deploy.quality.calibrate import CalibrationOptions
 
@@ -87,6 +126,10 @@ def calibrate(  # noqa: PLR0913, PLR0917  one parameter is one option
         images=images,
         predictor=Predictor(kind=predictor, order=order),
     )
+    target = _target(target_speedup, target_psnr, output, front)
+    if target is not None:
+        _tune(bundle, policies, target, options, Outputs(policy=output, front=front), backend, as_json=as_json)
+        return
     started = time.perf_counter()
     with progress_bar() as advance:
         if policies is None:
@@ -111,11 +154,63 @@ def _calibrate_policies(
     from adacorr_deploy.quality.policy_calibration import calibrate_policies
     from adacorr_deploy.runtime import Pipeline
 
-    chosen = [policy_named(name.strip()) for name in names.split(",") if name.strip()]
-    if not chosen:
-        raise RequestError("--policies is empty. Give at least one name; adacorr-bench --list shows them.")
+    chosen = [policy_named(name) for name in _names(names)]
     with Pipeline.open(bundle, backend=backend) as pipeline:
         return calibrate_policies(pipeline, chosen, options, advance)
+
+
+def _names(policies: str) -> list[str]:
+    names = [name.strip() for name in policies.split(",") if name.strip()]
+    if not names:
+        raise RequestError("--policies is empty. Give at least one name; adacorr-bench --list shows them.")
+    return names
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outputs:
+    """Files that a search writes."""
+
+    policy: Path | None
+    front: Path | None
+
+
+def _target(speedup: float | None, psnr_db: float | None, output: Path | None, front: Path | None) -> Target | None:
+    from adacorr_deploy.quality.tune_search import Target
+
+    if speedup is not None and psnr_db is not None:
+        raise RequestError("--target-speedup and --target-psnr are two targets. Give one of them.")
+    if speedup is None and psnr_db is None:
+        if output is not None or front is not None:
+            raise RequestError("-o and --front are what a search writes. Give --target-speedup or --target-psnr too.")
+        return None
+    return Target(speedup=speedup, psnr_db=psnr_db)
+
+
+def _tune(
+    bundle: Path,
+    policies: str | None,
+    target: Target,
+    options: CalibrationOptions,
+    outputs: Outputs,
+    backend: str | None,
+    *,
+    as_json: bool,
+) -> None:
+    from adacorr_deploy.cli.output_files import check_outputs, write_files
+    from adacorr_deploy.cli.tuning import policy_file, show_tuned, tune_bundle, tuned_document
+
+    names = None if policies is None else _names(policies)
+    wanted = [path for path in (outputs.policy, outputs.front) if path is not None]
+    check_outputs(wanted, bundle=bundle)
+    with progress_bar() as advance:
+        tuned = tune_bundle(bundle, names, target, options, advance, backend=backend)
+    files: dict[Path, bytes] = {}
+    if outputs.policy is not None:
+        files[outputs.policy] = policy_file(tuned)
+    if outputs.front is not None:
+        files[outputs.front] = (json.dumps(tuned_document(tuned), indent=1) + "\n").encode()
+    write_files(files)
+    show_tuned(tuned, wanted, as_json=as_json)
 
 
 def calibrate_bundle(

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from adacorr_deploy.caching.policy import PRESETS, Policy, policy_named
 from adacorr_deploy.core.bundle import CALIBRATION_DIR
-from adacorr_deploy.core.errors import CalibrationError, PolicyError, RequestError
+from adacorr_deploy.core.errors import PolicyError, RequestError
 from adacorr_deploy.core.manifest import MANIFEST_NAME, file_record
 from adacorr_deploy.core.progress import Progress
 from adacorr_deploy.core.samplers import Sampler
@@ -29,6 +29,7 @@ from adacorr_deploy.quality.partials import Partials
 from adacorr_deploy.quality.tune_search import Knob, Target, pareto_front, search, survivors
 from adacorr_deploy.runtime import Pipeline, SampleRequest, check_request, controller_for_request, sample_with_policy
 from adacorr_deploy.runtime.request import check_integer
+from adacorr_deploy.runtime.sampling import run_of_request
 
 TUNING_SEED: Final = 20_270_101  # apart from calibration's images, which the calibrated policies know
 IMAGES_AT_ONCE: Final = 4
@@ -109,15 +110,15 @@ class Tuned:
     points: tuple[TunedPoint, ...]
 
 
-def default_families(pipeline: Pipeline, options: SampleRequest) -> tuple[str, ...]:
-    """Return the presets that have a knob and run on the bundle as it is calibrated."""
-    return tuple(name for name, policy in PRESETS.items() if policy.gate.knob and _runs(pipeline, options, policy))
+def families_that_fit(pipeline: Pipeline, request: SampleRequest) -> tuple[str, ...]:
+    """Return the presets that have a knob and whose spans the bundle has, whether it is calibrated for them or not."""
+    return tuple(name for name, policy in PRESETS.items() if policy.gate.knob and _fits(pipeline, request, policy))
 
 
-def _runs(pipeline: Pipeline, request: SampleRequest, policy: Policy) -> bool:
+def _fits(pipeline: Pipeline, request: SampleRequest, policy: Policy) -> bool:
     try:
-        controller_for_request(pipeline, request, policy)
-    except (CalibrationError, PolicyError):
+        policy.spans_of(run_of_request(pipeline, request, policy))
+    except PolicyError:
         return False
     return True
 
@@ -138,7 +139,9 @@ def tune(pipeline: Pipeline, options: TuneOptions, progress: Progress | None = N
     for request in requests:
         check_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
     for family in options.families:
-        controller_for_request(pipeline, requests[0], policy_named(family))
+        policy = policy_named(family)
+        _knob_value(policy)
+        controller_for_request(pipeline, requests[0], policy)
     meter = Meter(pipeline, requests, _partials(pipeline, options))
     searcher = _Searcher(meter, options, progress or (lambda phase, done, total: None))
     points = searcher.last_round()

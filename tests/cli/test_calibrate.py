@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from adacorr_deploy.caching.policy import policy_from_file
 from adacorr_deploy.cli.calibrate import calibrate
 from adacorr_deploy.core.bundle import open_bundle
 from adacorr_deploy.core.errors import EngineError
@@ -124,3 +125,37 @@ def test_what_policies_look_up_is_measured_by_their_names(command: Command, own_
     assert "policy 'nonsense' is neither a preset" in command("calibrate", own_bundle, "--policies", "nonsense").error
     assert "nothing to measure" in command("calibrate", own_bundle, "--policies", "fora").error
     assert "--policies is empty" in command("calibrate", own_bundle, "--policies", ",").error
+
+
+def test_a_search_writes_the_policy_file_and_the_front(command: Command, own_bundle: Path, tmp_path: Path) -> None:
+    policy, front = tmp_path / "policy.json", tmp_path / "front.json"
+    run = ("--steps", STEPS, "--images", 2, "--policies", "fora,robust,scheduled")
+    search = ("--target-speedup", 1.4, "-o", policy, "--front", front)
+    found = command("calibrate", own_bundle, *run, *search, "--json").json
+    assert found == json.loads(front.read_text())
+    chosen = policy_from_file(policy)
+    assert chosen.name == found["chosen"]
+    rows = found["rows"]
+    assert isinstance(rows, list)
+    assert {row["policy"].partition("@")[0] for row in rows} <= {"fora", "robust", "scheduled"}
+    assert [row["policy"] for row in rows if row["front"] == "yes"].count(chosen.name) == 1
+    sampled = command(
+        "run", own_bundle, "--class-labels", 0, "--steps", STEPS, "--policy", policy, "-o", tmp_path / "x"
+    )
+    assert sampled.code == 0, sampled.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target-speedup", 2, "--target-psnr", 30], "are two targets. Give one of them"),
+        (["-o", "policy.json"], "-o and --front are what a search writes"),
+        (["--target-speedup", 0.5], "target speed-up is 0.5, allowed is more than 1 and at most 20"),
+        (["--target-psnr", 500], "target PSNR is 500, allowed"),
+        (["--target-speedup", 2, "--policies", "none"], "policy none has no knob to tune"),
+    ],
+)
+def test_a_search_that_makes_no_sense_is_refused(
+    command: Command, bundle: Path, arguments: list[object], message: str
+) -> None:
+    assert message in command("calibrate", bundle, "--steps", STEPS, *arguments).error

@@ -1,0 +1,115 @@
+"""Tuning chooses among real runs of real policies, deterministically, and an interrupted search is taken up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+
+from adacorr_deploy.caching.policy import Policy, policy_named
+from adacorr_deploy.core.errors import CalibrationError, PolicyError, RequestError
+from adacorr_deploy.quality.calibrate import CalibrationOptions
+from adacorr_deploy.quality.policy_calibration import store_calibration
+from adacorr_deploy.quality.tune import TuneOptions, families_that_fit, tune
+from adacorr_deploy.quality.tune_search import Target
+from adacorr_deploy.runtime import Pipeline, SampleRequest
+from tests.runtime.conftest import write_bundle
+from tests.runtime.fake_backend import FakeBackend
+from tests.runtime.tiny_dit import TinyDiT
+
+STEPS = 12
+FAMILIES = ("fewer-steps", "fora", "scheduled", "robust")
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+    model = TinyDiT()
+    path = write_bundle(tmp_path_factory.mktemp("bundles") / "tiny", model)
+    with Pipeline.open(path, backend=FakeBackend.of(model)) as opened:
+        store_calibration(opened, CalibrationOptions(steps=STEPS, images=2))
+    with Pipeline.open(path, backend=FakeBackend.of(model)) as opened:
+        yield opened
+
+
+def options(target: Target, families: tuple[str, ...] = FAMILIES, images: int = 6) -> TuneOptions:
+    return TuneOptions(target=target, families=families, steps=STEPS, images=images)
+
+
+def blocks_run(pipeline: Pipeline) -> int:
+    backend = pipeline.backend
+    assert isinstance(backend, FakeBackend)
+    return backend.order.count("block_00")
+
+
+def test_of_a_target_speed_the_front_holds_the_chosen_policy_and_nothing_beats_it(pipeline: Pipeline) -> None:
+    found = tune(pipeline, options(Target(speedup=1.5)))
+    assert found.chosen in found.front
+    assert [point.speedup for point in found.front] == sorted(point.speedup for point in found.front)
+    for point in found.points:
+        assert point.images == 6
+        assert point.speedup == pytest.approx(1 / (1 - point.rho))
+        assert any(other.speedup >= point.speedup and other.psnr_db >= point.psnr_db for other in found.front)
+    assert all(point.measured_speedup is not None for point in found.front)
+
+
+def test_points_are_the_same_whenever_they_are_measured(pipeline: Pipeline) -> None:
+    one, other = (tune(pipeline, options(Target(speedup=2.0), images=3)) for _ in range(2))
+    assert one.points == other.points
+
+
+def test_a_target_quality_is_kept_by_every_point_that_could_be_chosen(pipeline: Pipeline) -> None:
+    found = tune(pipeline, options(Target(psnr_db=25.0)))
+    assert found.meets_target
+    assert found.chosen.psnr_db >= 25.0
+    slower = tune(pipeline, options(Target(psnr_db=45.0)))
+    assert slower.chosen.rho <= found.chosen.rho
+
+
+def test_a_target_that_none_meets_gives_the_nearest_and_says_so(pipeline: Pipeline) -> None:
+    found = tune(pipeline, options(Target(psnr_db=119.0), families=("fora",)))
+    assert not found.meets_target or math.isinf(found.chosen.psnr_db)
+
+
+def test_an_interrupted_search_is_taken_up(pipeline: Pipeline) -> None:
+    def interrupt(phase: str, done: int, total: int) -> None:
+        if phase.startswith("robust"):
+            raise KeyboardInterrupt
+
+    chosen = options(Target(speedup=1.8), families=("fora", "robust"), images=4)
+    whole = tune(pipeline, chosen)
+    before = blocks_run(pipeline)
+    tune(pipeline, chosen)
+    in_one_go = blocks_run(pipeline) - before
+    with pytest.raises(KeyboardInterrupt):
+        tune(pipeline, chosen, interrupt)
+    before = blocks_run(pipeline)
+    assert tune(pipeline, chosen).points == whole.points
+    assert blocks_run(pipeline) - before < in_one_go
+    assert not list(pipeline.bundle.path.rglob(".unfinished*"))
+
+
+def test_the_chosen_policy_is_one_that_a_file_can_hold(pipeline: Pipeline) -> None:
+    found = tune(pipeline, options(Target(speedup=1.5), images=2))
+    text = found.chosen.policy.model_dump_json(by_alias=True, exclude_none=True)
+    assert Policy.model_validate_json(text) == found.chosen.policy
+
+
+def test_what_can_not_be_tuned_is_refused_before_anything_runs(pipeline: Pipeline) -> None:
+    before = blocks_run(pipeline)
+    with pytest.raises(PolicyError, match="policy none has no knob to tune"):
+        tune(pipeline, options(Target(speedup=2.0), families=("fora", "none")))
+    with pytest.raises(CalibrationError, match="scheduled-blocks needs a calibration"):
+        tune(pipeline, options(Target(speedup=2.0), families=("scheduled-blocks",)))
+    with pytest.raises(RequestError, match="target speed-up is 1, allowed is more than 1"):
+        options(Target(speedup=1.0))
+    with pytest.raises(RequestError, match="there is no policy to tune"):
+        options(Target(speedup=2.0), families=())
+    assert blocks_run(pipeline) == before
+
+
+def test_every_preset_with_a_knob_that_the_bundle_has_blocks_for_is_a_family(pipeline: Pipeline) -> None:
+    families = families_that_fit(pipeline, SampleRequest((0,), steps=STEPS))
+    assert {"fora", "teacache", "robust", "fewer-steps"} <= set(families)
+    assert not {"none", "dbcache", "paper-exact"} & set(families)  # three parts are fewer than dbcache evaluates
+    assert all(policy_named(name).gate.knob for name in families)
