@@ -13,7 +13,7 @@ import onnx
 
 from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS, policy_named
 from adacorr_deploy.core.bundle import ENGINES_DIR, PARTS_DIR, Bundle, open_bundle, replace_file
-from adacorr_deploy.core.errors import PolicyError
+from adacorr_deploy.core.errors import PolicyError, RequestError
 from adacorr_deploy.core.manifest import (
     MANIFEST_NAME,
     MAX_TEXT,
@@ -25,11 +25,12 @@ from adacorr_deploy.core.manifest import (
 )
 from adacorr_deploy.core.output_folder import check_output_folder, output_folder
 from adacorr_deploy.core.progress import Progress
-from adacorr_deploy.core.specs import BLOCK_UNITS, DType, ModelSpec, PartSpec
+from adacorr_deploy.core.specs import BLOCK_UNITS, DECODE_PART, MAX_DECODER_SIZE, DType, ModelSpec, PartSpec
 from adacorr_deploy.engines.backend import Backend
 from adacorr_deploy.engines.bundle_sessions import check_precision
 from adacorr_deploy.exporters.checkpoints import LoadedModel
-from adacorr_deploy.exporters.onnx_parts import export_parts
+from adacorr_deploy.exporters.onnx_parts import export_decoder, export_parts
+from adacorr_deploy.exporters.vae import DEFAULT_TILE, MIN_TILE
 from adacorr_deploy.plugins.onnx_functions import service_parts
 
 _TOOLS = ("adacorr-deploy", "torch", "diffusers", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx")
@@ -45,8 +46,11 @@ class BuildOptions:
         halves: Make two parts of each transformer block, attention and MLP: one can be reused without the other.
         overwrite: Replace a bundle that stands at the output, once the new one is complete.
         default_policy: Preset, with or without a target, for runs that name none.
+        vae_tile: Latent pixels, along a side, that the decoder takes at once; a larger image is decoded in tiles.
+        vae_precision: Of the decoder; None: see `LoadedVae.spec`.
 
     Raises:
+        RequestError: If the tile is no size.
         PolicyError: If the default policy is no preset (a file would not travel with the bundle).
         ValueError: If halves and segments are both asked for.
     """
@@ -56,10 +60,14 @@ class BuildOptions:
     halves: bool = False
     overwrite: bool = False
     default_policy: str = DEFAULT_POLICY
+    vae_tile: int = DEFAULT_TILE
+    vae_precision: DType | None = None
 
     def __post_init__(self) -> None:
         if self.halves and self.segment != 1:
             raise ValueError(f"a part is a half of a block or a segment of {self.segment}, not both")
+        if not MIN_TILE <= self.vae_tile <= MAX_DECODER_SIZE:
+            raise RequestError(f"vae_tile is {self.vae_tile}, allowed are {MIN_TILE} … {MAX_DECODER_SIZE}.")
         known = self.default_policy.partition("@")[0] in PRESETS
         if not known or not re.fullmatch(PRESET_PATTERN, self.default_policy):
             raise PolicyError(
@@ -98,16 +106,22 @@ def build_bundle(
 
     Raises:
         OutputError: If `output` exists, or appears meanwhile, or can't be written.
-        UnsupportedModelError: If a part can't be exported.
+        UnsupportedModelError: If a part can't be exported, or the VAE is not the model's.
         EngineError: If the backend doesn't run this precision, or a part can't be compiled.
     """
-    check_precision(options.precision, backend)
+    model = loaded.model.spec(options.precision, options.units)
+    decoder = None
+    if loaded.vae is not None:
+        decoder = loaded.vae.spec(model, tile=options.vae_tile, precision=options.vae_precision)
+    for precision in {options.precision, decoder.precision if decoder is not None else options.precision}:
+        check_precision(precision, backend)
     with output_folder(output, overwrite=options.overwrite) as folder:
         parts_dir = folder / PARTS_DIR
         started = time.perf_counter()
         specs = export_parts(loaded, parts_dir, options.precision, options.units, progress)
-        model = loaded.model.spec(options.precision, options.units)
         specs |= _write_service_parts(model, parts_dir)
+        if loaded.vae is not None and decoder is not None:
+            specs[DECODE_PART] = export_decoder(loaded.vae, model, decoder, parts_dir)
         export_seconds = time.perf_counter() - started
         records = dict(_compiled_parts(specs, folder, backend, progress))
         files = {
@@ -129,6 +143,7 @@ def build_bundle(
             tool_versions=_tool_versions(),
             class_names=loaded.class_names,
             default_policy=options.default_policy,
+            decoder=decoder,
         )
         replace_file(folder / MANIFEST_NAME, manifest.model_dump_json(indent=1).encode())
         if finish is not None:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from adacorr_deploy.core.errors import AdaCorrError, CheckpointError, SchedulerError, UnsupportedModelError
+from adacorr_deploy.core.errors import CheckpointError, SchedulerError, UnsupportedModelError
 from adacorr_deploy.core.manifest import plain_text
 from adacorr_deploy.core.scheduler_config import schedule_from_config
 from adacorr_deploy.core.schedules import NoiseSchedule, Schedule
 from adacorr_deploy.core.specs import DType
 from adacorr_deploy.core.untrusted import clipped
 from adacorr_deploy.exporters.adapter import EXPORTERS, ExportableModel, adapter_for
-from adacorr_deploy.exporters.weight_files import checkpoint_sha256, shards_from_index, state_dict_from_files
+from adacorr_deploy.exporters.config_files import json_object
+from adacorr_deploy.exporters.vae import LoadedVae, load_vae
+from adacorr_deploy.exporters.weight_files import checkpoint_sha256, state_dict_from_files, weight_files
 
-_WEIGHTS: Final = "diffusion_pytorch_model"
-_MAX_CONFIG_BYTES: Final = 16 << 20
 _CORRECT_LABELS: Final = "Correct it, or remove id2label."
 
 
@@ -35,6 +33,7 @@ class LoadedModel:
     schedule: Schedule
     checkpoint_sha256: str  # of the weight files
     class_names: tuple[str, ...] | None  # by label, where the pipeline has them
+    vae: LoadedVae | None = None  # decodes the latents; None for models of pixels, or where none was given
 
     def __post_init__(self) -> None:
         classes = self.model.spec(DType.FLOAT32, 1).num_classes
@@ -45,7 +44,14 @@ class LoadedModel:
             )
 
 
-def load_checkpoint(path: Path, scheduler: Path | None = None, *, heads: int | None = None) -> LoadedModel:
+def load_checkpoint(
+    path: Path,
+    scheduler: Path | None = None,
+    *,
+    heads: int | None = None,
+    vae: Path | None = None,
+    with_vae: bool = True,
+) -> LoadedModel:
     """Load a local checkpoint, weights and schedule. Nothing is fetched, and no code in it is run.
 
     Args:
@@ -53,6 +59,8 @@ def load_checkpoint(path: Path, scheduler: Path | None = None, *, heads: int | N
         scheduler: A `scheduler_config.json` or its folder; needed beside a transformer folder, and elsewhere taken
             instead of the pipeline's or the original's own.
         heads: Attention heads of an original checkpoint whose size isn't one of the paper's.
+        vae: Folder of the VAE that decodes the latents, in place of the pipeline's own.
+        with_vae: Whether to load one at all.
 
     Raises:
         CheckpointError: If weights are missing, truncated, unsafe, or don't fit the model.
@@ -64,6 +72,13 @@ def load_checkpoint(path: Path, scheduler: Path | None = None, *, heads: int | N
             f"{path} doesn't exist. Give a diffusers folder, or a .pt or .safetensors checkpoint, on this machine: "
             "models that are named as on a hub aren't fetched."
         )
+    loaded = _loaded_model(path, scheduler, heads)
+    own = path / "vae"
+    folder = vae or (own if (path / "model_index.json").exists() and own.is_dir() else None)
+    return replace(loaded, vae=load_vae(folder)) if with_vae and folder is not None else loaded
+
+
+def _loaded_model(path: Path, scheduler: Path | None, heads: int | None) -> LoadedModel:
     if path.is_file():
         return _from_original(path, scheduler, heads)
     if (path / "model_index.json").exists():
@@ -96,7 +111,7 @@ def _from_original(path: Path, scheduler: Path | None, heads: int | None) -> Loa
 
 
 def _from_pipeline(path: Path, scheduler: Path | None) -> LoadedModel:
-    index = _json(path / "model_index.json", CheckpointError)
+    index = json_object(path / "model_index.json", CheckpointError)
     entry = index.get("transformer")
     if not isinstance(entry, list) or len(entry) != 2:
         raise UnsupportedModelError(
@@ -115,13 +130,13 @@ def _from_pipeline(path: Path, scheduler: Path | None) -> LoadedModel:
 def _from_transformer(
     path: Path, *, name: str, scheduler: Path | None, class_names: tuple[str, ...] | None
 ) -> LoadedModel:
-    config = _json(path / "config.json", CheckpointError)
+    config = json_object(path / "config.json", CheckpointError)
     adapter = adapter_for(config, where=str(path / "config.json"))
     if scheduler is None:
         raise SchedulerError(
             f"{path} comes without a scheduler. Give a scheduler_config.json or its folder with --scheduler."
         )
-    files = _weight_files(path)
+    files = weight_files(path)
     model = adapter.from_config(config, state_dict_from_files(files), where=str(path))
     return LoadedModel(
         name=name,
@@ -132,18 +147,9 @@ def _from_transformer(
     )
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    if (index := folder / f"{_WEIGHTS}.safetensors.index.json").exists():
-        return shards_from_index(index)
-    for suffix in (".safetensors", ".bin"):
-        if (file := folder / f"{_WEIGHTS}{suffix}").exists():
-            return [file]
-    raise CheckpointError(f"{folder} holds no {_WEIGHTS}.safetensors. Copy the checkpoint again, with all its files.")
-
-
 def _schedule(path: Path, model: ExportableModel) -> Schedule:
     file = path / "scheduler_config.json" if path.is_dir() else path
-    config = _json(file, SchedulerError)
+    config = json_object(file, SchedulerError)
     try:
         schedule = schedule_from_config(config)
     except SchedulerError as error:
@@ -159,29 +165,6 @@ def _schedule(path: Path, model: ExportableModel) -> Schedule:
             "Set it to fixed_small or fixed_large."
         )
     return schedule
-
-
-def _json(file: Path, error_type: type[AdaCorrError]) -> Mapping[str, object]:
-    """Read a JSON object of bounded size."""
-    try:
-        if file.stat().st_size > _MAX_CONFIG_BYTES:
-            raise ValueError(f"larger than {_MAX_CONFIG_BYTES} bytes")
-        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_each_key_once)
-    except (OSError, ValueError, RecursionError) as error:
-        raise error_type(f"{file} can't be read as JSON ({error}). Copy it again.") from error
-    if not isinstance(content, dict):
-        raise error_type(f"{file} holds a {type(content).__name__}, not a JSON object. Copy it again.")
-    return content
-
-
-def _each_key_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Make a JSON object; Python's own reader would silently take the last value of a key."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key {clipped(twice)} stands there twice")
-    return content
 
 
 def _class_names(labels: object, *, where: str) -> tuple[str, ...] | None:

@@ -11,10 +11,11 @@ from torch import nn
 
 from adacorr_deploy.core.errors import OutputError
 from adacorr_deploy.core.progress import Progress
-from adacorr_deploy.core.specs import BLOCK_UNITS, DType, PartSpec
+from adacorr_deploy.core.specs import BLOCK_UNITS, DecoderSpec, DType, ModelSpec, PartSpec
 from adacorr_deploy.exporters.checkpoints import LoadedModel
 from adacorr_deploy.exporters.part import Part
 from adacorr_deploy.exporters.tracing import TracedPart, trace_part, weights_of
+from adacorr_deploy.exporters.vae import LoadedVae
 from adacorr_deploy.exporters.weights_file import StoredTensor, layout_of, write_weights
 
 _ONNX_TYPES: Final[Mapping[DType, int]] = {
@@ -57,6 +58,18 @@ def export_parts(
     if progress is not None:
         progress("", total, total)
     return specs
+
+
+def export_decoder(vae: LoadedVae, model: ModelSpec, decoder: DecoderSpec, directory: Path) -> PartSpec:
+    """Write decode.onnx and decode.safetensors into an existing folder.
+
+    Raises:
+        UnsupportedModelError: If a weight overflows the decoder's precision.
+        OutputError: If a file can't be written.
+    """
+    part = vae.part(model, decoder)
+    _write_part(part, trace_part(part, decoder.precision), directory, decoder.precision)
+    return part.spec
 
 
 def monolithic_step_onnx(

@@ -19,6 +19,7 @@ from adacorr_deploy.core.errors import CheckpointError
 
 StateDict = dict[str, Tensor]
 
+_WEIGHTS: Final = "diffusion_pytorch_model"
 _TRAINING_KEYS: Final = ("ema", "model", "state_dict")  # of a training checkpoint; averaged weights sample best
 _FLOAT_TYPES: Final = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _SHOWN: Final = 3  # keys named in a message
@@ -52,6 +53,20 @@ def checkpoint_sha256(paths: Sequence[Path]) -> str:
             while piece := file.read(1 << 20):
                 digest.update(piece)
     return digest.hexdigest()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the weight files of a diffusers model's folder, sharded or not.
+
+    Raises:
+        CheckpointError: If it holds none.
+    """
+    if (index := folder / f"{_WEIGHTS}.safetensors.index.json").exists():
+        return shards_from_index(index)
+    for suffix in (".safetensors", ".bin"):
+        if (file := folder / f"{_WEIGHTS}{suffix}").exists():
+            return [file]
+    raise CheckpointError(f"{folder} holds no {_WEIGHTS}.safetensors. Copy the checkpoint again, with all its files.")
 
 
 def shards_from_index(index: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from adacorr_deploy.cli.console import Advance, progress_bar, show_json, show_li
 from adacorr_deploy.cli.errors import needs_build_packages, run_app
 from adacorr_deploy.cli.inspection import inspect_bundle
 from adacorr_deploy.cli.model_source import DEMO, path_from_model
-from adacorr_deploy.cli.options import Heads, Json, Scheduler, command_app, documented, path_from_text
+from adacorr_deploy.cli.options import Heads, Json, Scheduler, Vae, command_app, documented, path_from_text
 from adacorr_deploy.core.engine_build import CompilerOptions, WeightLayout
 from adacorr_deploy.core.errors import EngineError, PolicyError
 from adacorr_deploy.core.specs import DType
@@ -49,6 +49,8 @@ class Source:
     model: str
     scheduler: Path | None
     heads: int | None
+    vae: Path | None
+    with_vae: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +63,8 @@ class Target:
     precision: Precision
     segment: int
     halves: bool
+    vae_tile: int
+    vae_precision: Precision | None
     policy: str
     overwrite: bool
     calibrated: bool
@@ -133,6 +137,29 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
     ] = False,
     scheduler: Scheduler = None,
     heads: Heads = None,
+    vae: Vae = None,
+    no_vae: Annotated[
+        bool, typer.Option("--no-vae", metavar="", help="Leave the VAE out: the bundle gives latents, no images.")
+    ] = False,
+    vae_precision: Annotated[
+        Precision | None,
+        typer.Option(
+            "--vae-precision",
+            help="Of the VAE.  Default: the model's, but fp32 where the VAE's config asks for it (force_upcast).",
+            show_default=False,
+        ),
+    ] = None,
+    vae_tile: Annotated[
+        int,
+        typer.Option(
+            "--vae-tile",
+            metavar="N",
+            min=8,
+            max=4096,
+            help="Latent pixels, along a side, that are decoded at once: larger images are decoded in tiles of that "
+            "size, whose overlap is blended, and memory stays that of one.",
+        ),
+    ] = 64,
     policy: Annotated[
         str | None,
         typer.Option(
@@ -240,6 +267,8 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
             raise typer.BadParameter("it builds nothing, so it takes no MODEL and no --output.", param_hint="--inspect")
         inspect_bundle(inspect, as_json=as_json)
         return
+    if vae is not None and no_vae:
+        raise typer.BadParameter("it names a VAE, and --no-vae leaves it out. Give one of them.", param_hint="--vae")
     if model is None:
         raise typer.BadParameter("it is missing. Give demo, or a path.", param_hint="MODEL")
     if output is None:
@@ -254,13 +283,17 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
         precision=precision,
         segment=segment,
         halves=halves,
+        vae_tile=vae_tile,
+        vae_precision=vae_precision,
         policy=_default_policy(policy, calibrated=calibrated),
         overwrite=overwrite,
         calibrated=calibrated,
     )
     started = time.perf_counter()
     with needs_build_packages("adacorr-build"), progress_bar() as advance:
-        bundle = _built(Source(model=model, scheduler=scheduler, heads=heads), target, advance)
+        bundle = _built(
+            Source(model=model, scheduler=scheduler, heads=heads, vae=vae, with_vae=not no_vae), target, advance
+        )
     seconds = time.perf_counter() - started
     parts = len(bundle.manifest.parts)
     size_bytes = sum(record.size_bytes for record in bundle.manifest.files.values())
@@ -288,8 +321,8 @@ def _next_steps(bundle: Bundle, target: Target) -> list[str]:
     from adacorr_deploy.caching.policy import policy_named
     from adacorr_deploy.runtime.images import PIXEL_CHANNELS
 
-    pixels = bundle.manifest.model.latent_shape[0] in PIXEL_CHANNELS
-    output = "-o images" if pixels else "--save-latents latents.npy"  # latents become images through a VAE elsewhere
+    shown = bundle.manifest.decoder is not None or bundle.manifest.model.latent_shape[0] in PIXEL_CHANNELS
+    output = "-o images" if shown else "--save-latents latents.npy"  # which become images through a VAE elsewhere
     if target.calibrated or not policy_named(target.policy).needs_calibration:
         return [f"Sample from it with: adacorr-run {bundle.path} {output}"]
     return [
@@ -332,6 +365,8 @@ def _built(source: Source, target: Target, advance: Advance) -> Bundle:
         halves=target.halves,
         overwrite=target.overwrite,
         default_policy=target.policy,
+        vae_tile=target.vae_tile,
+        vae_precision=target.vae_precision.dtype if target.vae_precision is not None else None,
     )
     backend = backend_by_name(target.backend, target.compiler)
     check_precision(options.precision, backend)
@@ -346,7 +381,7 @@ def _built(source: Source, target: Target, advance: Advance) -> Bundle:
     check_new_folder(target.bundle, inputs=[model, *([source.scheduler] if source.scheduler is not None else [])])
     if target.compiler is not None and target.compiler.timing_cache is not None:
         check_outputs([target.compiler.timing_cache], bundle=target.bundle)
-    loaded = load_checkpoint(model, source.scheduler, heads=source.heads)
+    loaded = load_checkpoint(model, source.scheduler, heads=source.heads, vae=source.vae, with_vae=source.with_vae)
     calibrate = _calibration(target, calibrating.name, advance) if target.calibrated else None
 
     def finish(folder: Path) -> None:

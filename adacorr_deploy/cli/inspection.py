@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,12 @@ def _summary(bundle: Bundle) -> list[str]:
         f"build: {manifest.export_seconds:.1f} s exporting, {compiled:.1f} s compiling",
         "tools: " + ", ".join(f"{name} {version}" for name, version in sorted(manifest.tool_versions.items())),
     ]
+    if (decoder := manifest.decoder) is not None:
+        height, width = decoder.tile
+        lines.append(
+            f"decoder: {decoder.precision.value}, {height} × {width} latents to {decoder.scale * height} × "
+            f"{decoder.scale * width} pixels at once, overlap {decoder.overlap}; VAE sha256 {decoder.vae_sha256}"
+        )
     if build is not None:
         axes = ", ".join(
             f"{name} {low}–{high} (tuned for {tuned})" for name, (low, tuned, high) in build.profile.axes().items()
@@ -83,6 +90,7 @@ def _document(bundle: Bundle) -> dict[str, object]:
         "compile_seconds": sum(part.build_seconds for part in manifest.parts.values()),
         "engines": None if build is None else build.model_dump(mode="json"),
         "tool_versions": manifest.tool_versions,
+        "decoder": None if manifest.decoder is None else asdict(manifest.decoder),
         "parts": [
             {
                 "name": name,

@@ -93,6 +93,17 @@ Scheduler = Annotated[
         show_default=False,
     ),
 ]
+Vae = Annotated[
+    Path | None,
+    typer.Option(
+        "--vae",
+        metavar="PATH",
+        parser=path_from_text,
+        help="Folder of the VAE (AutoencoderKL, in diffusers' layout) that makes images of latents, in place of the "
+        "pipeline's own.",
+        show_default=False,
+    ),
+]
 Heads = Annotated[
     int | None,
     typer.Option(

@@ -28,10 +28,12 @@ from adacorr_deploy.cli.options import (
 from adacorr_deploy.core.errors import RequestError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from adacorr_deploy.caching.policy import Policy
     from adacorr_deploy.cli.image_files import Naming
     from adacorr_deploy.core.manifest import Manifest
-    from adacorr_deploy.core.specs import ModelSpec
     from adacorr_deploy.runtime import SampleRequest, SampleResult
     from adacorr_deploy.runtime.self_test import SelfTestResult
 
@@ -185,7 +187,7 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
     outputs.check([GRID_NAME], bundle=bundle, inputs=inputs)
     with Pipeline.open(bundle, backend=backend) as pipeline:
         manifest = pipeline.manifest
-        _check_pixels(manifest.model, outputs)
+        _check_pixels(manifest, outputs)
         labels = labels_from_text(
             class_labels or [], num_classes=manifest.model.num_classes, class_names=manifest.class_names
         )
@@ -211,7 +213,10 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
                 chosen,
                 progress=lambda step, steps, rho: advance(f"{chosen.name}, ρ {rho:.2f}, step", step, steps),
             )
-        images = _write(outputs, manifest, request, chosen, result)
+            pixels = result.latents
+            if outputs.directory is not None and manifest.decoder is not None:
+                pixels = pipeline.decode(result.latents, progress=advance)
+        images = _write(outputs, manifest, request, chosen, result, pixels)
     if as_json:
         show_json(
             {
@@ -240,15 +245,19 @@ def _show_self_test(tested: SelfTestResult) -> None:
     )
 
 
-def _check_pixels(model: ModelSpec, outputs: Outputs) -> None:
+def _check_pixels(manifest: Manifest, outputs: Outputs) -> None:
+    if not _gives_images(manifest) and outputs.latents is None:
+        raise RequestError(
+            f"This model's latents have {manifest.model.latent_shape[0]} channels: they become images through a VAE, "
+            "which this bundle doesn't hold. Keep the latents with --save-latents OUT.npy, or rebuild the bundle with: "
+            "adacorr-build MODEL --vae PATH"
+        )
+
+
+def _gives_images(manifest: Manifest) -> bool:
     from adacorr_deploy.runtime.images import PIXEL_CHANNELS
 
-    channels = model.latent_shape[0]
-    if channels not in PIXEL_CHANNELS and outputs.latents is None:
-        raise RequestError(
-            f"This model's latents have {channels} channels: they become images through a VAE, which bundles don't "
-            "hold yet. Keep the latents with --save-latents OUT.npy and decode them yourself."
-        )
+    return manifest.decoder is not None or manifest.model.latent_shape[0] in PIXEL_CHANNELS
 
 
 def _naming(manifest: Manifest, request: SampleRequest) -> Naming:
@@ -258,21 +267,25 @@ def _naming(manifest: Manifest, request: SampleRequest) -> Naming:
 
 
 def _write(
-    outputs: Outputs, manifest: Manifest, request: SampleRequest, policy: Policy, result: SampleResult
+    outputs: Outputs,
+    manifest: Manifest,
+    request: SampleRequest,
+    policy: Policy,
+    result: SampleResult,
+    pixels: NDArray[np.float32],
 ) -> list[Path]:
     """Write every output, and return the images' paths."""
     from adacorr_deploy.cli.image_files import GRID_NAME, Sampled, png_files
     from adacorr_deploy.cli.latents_file import npy_from_latents
     from adacorr_deploy.cli.output_files import write_files
-    from adacorr_deploy.runtime.images import PIXEL_CHANNELS
 
     files = {}
-    if outputs.directory is not None and manifest.model.latent_shape[0] in PIXEL_CHANNELS:
-        sampled = Sampled(pixels=result.latents, naming=_naming(manifest, request))
+    if outputs.directory is not None and _gives_images(manifest):
+        sampled = Sampled(pixels=pixels, naming=_naming(manifest, request))
         title = f"{manifest.model_name}, {policy.name}, {result.steps} steps, guidance {request.guidance:g}"
         files = {outputs.directory / name: png for name, png in png_files(sampled, title).items()}
     elif outputs.directory is not None:
-        say("note: no images, as bundles hold no VAE yet; the latents are kept")
+        say("note: no images, as this bundle holds no VAE (adacorr-build --vae); the latents are kept")
     images = [path for path in files if path.name != GRID_NAME]
     if outputs.latents is not None:
         files[outputs.latents] = npy_from_latents(result.latents)

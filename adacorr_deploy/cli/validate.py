@@ -22,6 +22,7 @@ from adacorr_deploy.cli.options import (
     Scheduler,
     Seed,
     Steps,
+    Vae,
     command_app,
     documented,
 )
@@ -53,6 +54,7 @@ def validate(  # noqa: PLR0913, PLR0917  one parameter is one option
     ],
     scheduler: Scheduler = None,
     heads: Heads = None,
+    vae: Vae = None,
     steps: Steps = 50,
     guidance: Guidance = 4.0,
     sampler: SamplerName = None,
@@ -81,7 +83,7 @@ def validate(  # noqa: PLR0913, PLR0917  one parameter is one option
         options = ValidateOptions(
             steps=steps, guidance=guidance, sampler=sampler, eta=eta, images=images, seed=seed, policy=chosen
         )
-        loaded = load_checkpoint(path_from_model(reference), scheduler, heads=heads)
+        loaded = load_checkpoint(path_from_model(reference), scheduler, heads=heads, vae=vae)
         validation = validate_bundle(bundle, loaded, options, advance, backend=backend)
     if as_json:
         print(validation.to_json())

@@ -23,7 +23,7 @@ from pydantic import (
 from adacorr_deploy.core.engine_build import EngineBuild
 from adacorr_deploy.core.errors import BundleError, SchedulerError
 from adacorr_deploy.core.schedules import FlowSchedule, NoiseSchedule
-from adacorr_deploy.core.specs import BLOCK_UNITS, ModelSpec, PartSpec
+from adacorr_deploy.core.specs import BLOCK_UNITS, DECODE_PART, DecoderSpec, ModelSpec, PartSpec, decode_spec
 from adacorr_deploy.core.untrusted import clipped, first_fault, value_from_json
 
 SCHEMA_VERSION: Final = 2
@@ -117,6 +117,24 @@ class Manifest(_Frozen):
     tool_versions: dict[PlainText, PlainText]
     class_names: tuple[PlainText, ...] | None = None  # by label
     default_policy: PresetName = "robust"  # of a run that names none
+    decoder: DecoderSpec | None = None  # of models whose latents a VAE decodes
+
+    @model_validator(mode="after")
+    def _decoder_fits(self) -> Manifest:
+        part = self.parts.get(DECODE_PART)
+        if self.decoder is None:
+            if part is not None:
+                raise ValueError(f"parts holds {DECODE_PART}, and decoder doesn't say how it is used")
+            return self
+        if part is None or part.spec != decode_spec(self.model, self.decoder):
+            raise ValueError(f"decoder says what part {DECODE_PART} does, which the bundle has not, or another")
+        for length, tile in zip(self.model.latent_shape[1:], self.decoder.tile, strict=True):
+            if tile > length or (tile < length and self.decoder.overlap >= tile):
+                raise ValueError(
+                    f"decoder has tiles of {tile} with an overlap of {self.decoder.overlap}, allowed are tiles up to "
+                    f"the latents' {length}, that overlap by less than themselves"
+                )
+        return self
 
     @model_validator(mode="after")
     def _parts_of_whole_blocks_or_halves(self) -> Manifest:

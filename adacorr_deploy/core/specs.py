@@ -12,6 +12,8 @@ from numpy.typing import DTypeLike
 
 Dim = int | str  # a size, or the name of a dynamic axis
 
+DECODE_PART: Final = "decode"
+MAX_DECODER_SIZE: Final = 4096  # of a tile or a scale: an untrusted manifest can't ask for more
 UNITS_OF_BLOCK: Final = ("attention", "mlp")  # what a transformer block adds to its tokens, in order
 BLOCK_UNITS: Final = len(UNITS_OF_BLOCK)
 MODULATIONS_PER_UNIT: Final = 3  # shift and scale of its input, gate of its result
@@ -103,3 +105,37 @@ class ModelSpec:
         first = part % BLOCK_UNITS if self.halves else 0
         units = (divmod(index, BLOCK_UNITS) for index in range(first, first + self.units[part]))
         return tuple(f"{UNITS_OF_BLOCK[unit]}_{block}" for block, unit in units)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderSpec:
+    """How latents become images: what the `decode` part makes of a tile, and how tiles make an image.
+
+    Raises:
+        ValueError: If the sizes don't go together.
+    """
+
+    precision: DType  # of weights and activations inside
+    tile: tuple[int, int]  # latent pixels decoded at once, (h, w)
+    overlap: int  # latent pixels that neighbouring tiles share at least
+    scale: int  # image pixels per latent pixel, along an axis
+    channels: int  # of an image: 1 or 3
+    vae_sha256: str  # of the VAE's weight files
+
+    def __post_init__(self) -> None:
+        sizes = (*self.tile, self.scale)
+        if min(sizes) < 1 or max(sizes) > MAX_DECODER_SIZE or not self.overlap >= 0:
+            raise ValueError(f"tile, overlap and scale are {self.tile}, {self.overlap} and {self.scale}")
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels is {self.channels}, allowed are 1 and 3")
+
+
+def decode_spec(model: ModelSpec, decoder: DecoderSpec) -> PartSpec:
+    """Return the spec of `decode`: latents (1, C, h, w) in, images (1, 3, s·h, s·w) out, both float32."""
+    height, width = decoder.tile
+    pixels = (1, decoder.channels, decoder.scale * height, decoder.scale * width)
+    return PartSpec(
+        name=DECODE_PART,
+        inputs=(TensorSpec(name="latents", dtype=DType.FLOAT32, shape=(1, model.latent_shape[0], height, width)),),
+        outputs=(TensorSpec(name="images", dtype=DType.FLOAT32, shape=pixels),),
+    )

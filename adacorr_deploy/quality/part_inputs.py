@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from adacorr_deploy.core.specs import ModelSpec
+from adacorr_deploy.core.specs import DECODE_PART, ModelSpec
 from adacorr_deploy.engines.backend import Buffer
 from adacorr_deploy.plugins.service_parts import (
     MAX_EVALUATIONS,
@@ -81,6 +81,9 @@ def part_inputs(reference: Pipeline, request: SampleRequest) -> dict[str, Arrays
     for block, evaluations in studied.items():
         modulation = inputs[model.block_names[block]]["modulation"]
         inputs |= _block_service_inputs(model, model.units[block], modulation, list(evaluations))
+    if (decoder := reference.manifest.decoder) is not None:
+        height, width = decoder.tile
+        inputs[DECODE_PART] = {"latents": inputs["head"]["latents"][:1, :, :height, :width]}
     return inputs | _output_service_inputs(inputs["head"], list(outputs))
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from adacorr_deploy.core.bundle import Bundle
 from adacorr_deploy.core.errors import BundleError
 from adacorr_deploy.core.schedules import Schedule
-from adacorr_deploy.core.specs import DType
+from adacorr_deploy.core.specs import DECODE_PART, DType
 from adacorr_deploy.engines import Artefact
 from adacorr_deploy.engines.torch_reference import TorchBackend
 from adacorr_deploy.quality.diffusers_schedulers import scheduler_for_run, step_options
@@ -38,10 +38,12 @@ def reference_of_bundle(bundle: Bundle, loaded: LoadedModel) -> Pipeline:
         BundleError: If the bundle was built from another checkpoint or another model.
     """
     _check_same_model(bundle, loaded)
-    units = bundle.manifest.model.units[0]
-    parts = {part.spec.name: part for part in loaded.model.parts(DType.FLOAT32, units)}
-    backend = TorchBackend({name: part.module for name, part in parts.items()})
+    units, decoder = bundle.manifest.model.units[0], bundle.manifest.decoder
     model = loaded.model.spec(DType.FLOAT32, units)
+    parts = {part.spec.name: part for part in loaded.model.parts(DType.FLOAT32, units)}
+    if decoder is not None and loaded.vae is not None:
+        parts[DECODE_PART] = loaded.vae.part(model, decoder)
+    backend = TorchBackend({name: part.module for name, part in parts.items()})
     manifest = bundle.manifest.model_copy(update={"model": model, "backend": backend.name, "parts": {}})
     with ExitStack() as resources:
         sessions = {}
@@ -63,6 +65,11 @@ def _check_same_model(bundle: Bundle, loaded: LoadedModel) -> None:
         raise BundleError(
             f"{bundle.path} holds another model than the reference {loaded.name}, though their weights are equal. "
             "Give the configuration that the bundle was built with, or rebuild the bundle."
+        )
+    if manifest.decoder is not None and loaded.vae is not None and manifest.decoder.vae_sha256 != loaded.vae.sha256:
+        raise BundleError(
+            f"{bundle.path} decodes with another VAE (SHA-256 {manifest.decoder.vae_sha256}) than {loaded.vae.where} "
+            f"(SHA-256 {loaded.vae.sha256}). Give its own with --vae."
         )
 
 

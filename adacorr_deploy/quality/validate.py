@@ -195,6 +195,8 @@ def validate_bundle(
         EngineError: If an engine fails.
     """
     with Pipeline.open(bundle_path, backend=backend) as engine:
+        if engine.manifest.decoder is not None and loaded.vae is None:
+            raise BundleError(f"{bundle_path} holds a VAE's decoder, and the reference has none. Give it with --vae.")
         request = _request(engine, options)
         controller_for_request(engine, request, options.policy)  # what it refuses is told before the long work
         told = _Told(progress, total=len(engine.manifest.parts) + len(_RUNS))

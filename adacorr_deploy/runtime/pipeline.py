@@ -18,16 +18,19 @@ from numpy.typing import NDArray
 from adacorr_deploy.caching.decisions import Controller
 from adacorr_deploy.core.bundle import Bundle, open_bundle
 from adacorr_deploy.core.engine_build import Range
-from adacorr_deploy.core.errors import BundleError, EngineError
+from adacorr_deploy.core.errors import BundleError, EngineError, RequestError
 from adacorr_deploy.core.manifest import Manifest
+from adacorr_deploy.core.progress import Progress as CoreProgress
+from adacorr_deploy.core.specs import DECODE_PART
 from adacorr_deploy.engines import backend_by_name
 from adacorr_deploy.engines.backend import Backend, Session
 from adacorr_deploy.engines.bundle_sessions import check_backend, open_part
 from adacorr_deploy.plugins.kernels import noise_spec
 from adacorr_deploy.runtime.buffers import RunSize
+from adacorr_deploy.runtime.decoder import Decoder
 from adacorr_deploy.runtime.denoise import LatentsObserver, Progress
 from adacorr_deploy.runtime.planned_run import planned_run
-from adacorr_deploy.runtime.request import SampleRequest
+from adacorr_deploy.runtime.request import SampleRequest, check_latents
 from adacorr_deploy.runtime.slots import CacheSlot
 from adacorr_deploy.runtime.trace import Trace
 from adacorr_deploy.runtime.workspace import Workspace, allocate_workspace
@@ -57,7 +60,8 @@ class Pipeline:
     def __init__(self, bundle: Bundle, backend: Backend, sessions: Mapping[str, Session], resources: ExitStack) -> None:
         self.bundle = bundle
         self._backend = backend
-        self._sessions = sessions
+        self._sessions = dict(sessions)
+        self._decoder: Decoder | None = None
         build = bundle.manifest.engine_build
         self._limits = build.profile if build is not None and not backend.opens_onnx else None
         self._resources = resources
@@ -86,7 +90,7 @@ class Pipeline:
                 resources.callback(backend.close)
             check_backend(bundle, backend)
             sessions = {}
-            for name in bundle.manifest.parts:
+            for name in bundle.manifest.parts.keys() - {DECODE_PART}:  # which is opened when it is asked for
                 sessions[name] = open_part(bundle, name, backend)
                 resources.callback(sessions[name].close)
             if (noise := backend.open_noise(noise_spec(bundle.manifest.model))) is not None:
@@ -108,7 +112,14 @@ class Pipeline:
         return self._limits.axes() if self._limits is not None else None
 
     def session(self, part: str) -> Session:
-        """Return a part's open session, to run the part alone; it is closed with the pipeline."""
+        """Return a part's open session, to run the part alone; it is closed with the pipeline.
+
+        Raises:
+            EngineError: If it was not open yet, and can't be opened here.
+        """
+        if part not in self._sessions:
+            self._sessions[part] = open_part(self.bundle, part, self._backend)
+            self._resources.callback(self._sessions[part].close)
         return self._sessions[part]
 
     def close(self) -> None:
@@ -116,6 +127,7 @@ class Pipeline:
         with self._busy:
             self._closed = True
             self._workspaces.clear()
+            self._decoder = None
             self._resources.close()
 
     def __enter__(self) -> Pipeline:
@@ -167,6 +179,46 @@ class Pipeline:
                 seconds=time.perf_counter() - started,
                 steps=request.steps,
             )
+
+    def decode(
+        self,
+        latents: NDArray[np.float32],
+        *,
+        progress: CoreProgress | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> NDArray[np.float32]:
+        """Return the images of latents, (B, 3, s·H, s·W) in [−1, 1]; the first call opens the decoder.
+
+        Args:
+            latents: Of one or more requests, (B, C, H, W).
+            progress: Told before each tile, and at the end.
+            cancelled: Asked before each tile; True ends the decoding.
+
+        Raises:
+            RequestError: If the latents are not this model's, or the bundle holds no decoder.
+            SamplingCancelledError: If `cancelled` returned True.
+            EngineError: If an engine fails, an image is not finite, or the pipeline is busy or closed.
+        """
+        with self.exclusive():
+            decoder = self.decoder()
+            check_latents(latents, (len(latents), *self.manifest.model.latent_shape))
+            return decoder.images(latents, progress=progress, cancelled=cancelled)
+
+    def decoder(self) -> Decoder:
+        """Return the decoder, for who holds the pipeline; the first call opens it.
+
+        Raises:
+            RequestError: If the bundle holds none.
+            EngineError: If it can't be opened here.
+        """
+        spec = self.manifest.decoder
+        if spec is None:
+            raise RequestError(
+                f"{self.bundle.path} holds no decoder. Keep latents, or rebuild it with: adacorr-build MODEL --vae PATH"
+            )
+        if self._decoder is None:
+            self._decoder = Decoder(spec, self.session(DECODE_PART), self._backend)
+        return self._decoder
 
     @contextmanager
     def lease(

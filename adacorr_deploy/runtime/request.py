@@ -74,7 +74,7 @@ def check_request(request: SampleRequest, model: ModelSpec, schedule: Schedule) 
             f"guidance is {clipped(guidance)}, allowed is at least 1, which turns it off, and at most {MAX_GUIDANCE:g}."
         )
     if request.latents is not None:
-        _check_latents(request.latents, (request.batch, *model.latent_shape))
+        check_latents(request.latents, (request.batch, *model.latent_shape))
 
 
 def table_from_request(request: SampleRequest, model: ModelSpec, schedule: Schedule) -> SamplerTable:
@@ -107,7 +107,12 @@ def check_integer(name: str, value: object, low: int, high: int) -> None:
         raise RequestError(f"{name} is {clipped(value)}, allowed are whole numbers from {low} to {high}.")
 
 
-def _check_latents(latents: NDArray[np.float32], shape: tuple[int, ...]) -> None:
+def check_latents(latents: NDArray[np.float32], shape: tuple[int, ...]) -> None:
+    """Refuse what is no finite float32 array of `shape`.
+
+    Raises:
+        RequestError: If it is not.
+    """
     if not isinstance(latents, np.ndarray):
         raise RequestError(f"latents is a {type(latents).__name__}, allowed is a float32 NumPy array of shape {shape}.")
     if latents.shape != shape:

@@ -267,7 +267,7 @@ def test_latents_that_need_a_vae_are_kept_or_refused(command: Command, own_bundl
     manifest = json.loads((own_bundle / "manifest.json").read_text())
     edit_manifest(own_bundle, model={**manifest["model"], "latent_shape": [4, SIDE, SIDE]})
     error = command("run", own_bundle, "-o", tmp_path / "out").error
-    assert "4 channels: they become images through a VAE, which bundles don't hold yet. Keep the latents" in error
+    assert "4 channels: they become images through a VAE, which this bundle doesn't hold. Keep the latents" in error
     assert not (tmp_path / "out").exists()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,9 +23,12 @@ from adacorr_deploy.engines.tensorrt_compiler import TensorRTCompiler
 from adacorr_deploy.engines.tensorrt_modules import TENSORRT_RTX
 from adacorr_deploy.exporters import LoadedModel, bundle_builder
 from adacorr_deploy.exporters.bundle_builder import BuildOptions, build_bundle
+from adacorr_deploy.exporters.onnx_parts import export_decoder
+from adacorr_deploy.exporters.vae import load_vae
 from adacorr_deploy.plugins.service_parts import service_part_specs
 from adacorr_deploy.runtime import Pipeline
-from tests.exporters.conftest import Exported, loaded
+from tests.exporters.conftest import Exported, loaded, random_dit
+from tests.exporters.random_vae import write_vae
 
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel
@@ -139,3 +143,23 @@ def test_an_altered_plan_is_refused_before_it_is_opened(built: Build, tmp_path: 
     plan.write_bytes(content)
     with pytest.raises(BundleError, match=r"head.engine was altered"):
         open_bundle(copy)
+
+
+@pytest.mark.parametrize(
+    ("precision", "weights"),
+    [
+        (DType.FLOAT32, WeightLayout.BAKED),
+        (DType.FLOAT16, WeightLayout.INPUTS),
+        pytest.param(DType.BFLOAT16, WeightLayout.INPUTS, marks=pytest.mark.slow),
+    ],
+)
+def test_a_vaes_decoder_compiles(precision: DType, weights: WeightLayout, tmp_path: Path) -> None:
+    """Its sizes are fixed, so the profile of the request's sizes says nothing to it."""
+    vae = load_vae(write_vae(tmp_path / "vae"))
+    model = replace(loaded(random_dit()).model.spec(precision, 2), latent_shape=(4, 16, 8))
+    spec = export_decoder(vae, model, vae.spec(model, tile=8, precision=precision), tmp_path)
+    options = CompilerOptions(profile=PROFILE, targets=TARGETS, weights=weights)
+    artefact = TensorRTBackend(TENSORRT_RTX, options).build(tmp_path / "decode.onnx", spec, tmp_path / "engines")
+    assert artefact.path.name == "decode.engine"
+    assert artefact.path.stat().st_size > 0
+    assert (artefact.weights is None) == (weights is WeightLayout.BAKED)

@@ -176,7 +176,7 @@ def test_a_policy_that_asks_for_the_impossible_is_refused(
 
 
 def test_a_bundle_without_the_service_part_says_which(pipeline: Pipeline, backend: FakeBackend) -> None:
-    del pipeline._sessions["signals"]  # type: ignore[attr-defined]  # as in a bundle built without it
+    del pipeline._sessions["signals"]  # as in a bundle built without it
     with pytest.raises(EngineError, match="no part signals"):
         pipeline.sample(REQUEST, Script(wants_signals=True), history=1)
 
