@@ -61,7 +61,9 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listeners:
-    """What is called for a request, in the engine's thread: all requests wait for it, so it should only hand over.
+    """What is called for a request, in a thread of the engine: all requests wait for it, so it should only hand over.
+
+    It may submit and cancel, but not close the engine.
 
     Attributes:
         on_done: Once, with the outcome, when the request's slots are free again; perhaps before `submit` has returned.
