@@ -39,6 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs hardware or packages that are not here; ask for them only if such a test was collected."""
     for marker, is_available, reason in (
         ("gpu", _has_nvidia_gpu, "no NVIDIA GPU"),
+        ("triton", _has_triton, "no Triton server is installed: bash tools/serving/install_triton.sh"),
         ("trt", _has_tensorrt, "neither tensorrt nor tensorrt_rtx is installed"),
     ):
         marked = [item for item in items if item.get_closest_marker(marker)]
@@ -52,6 +53,17 @@ def _has_nvidia_gpu() -> bool:
         return True
     command = shutil.which("nvidia-smi")
     return command is not None and subprocess.run([command, "-L"], capture_output=True, check=False).returncode == 0
+
+
+def _has_triton() -> bool:
+    from adacorr_deploy.core.errors import BackendUnavailableError
+    from adacorr_deploy.serving.local_server import installed_triton
+
+    try:
+        installed_triton()
+    except BackendUnavailableError:
+        return False
+    return True
 
 
 def _has_tensorrt() -> bool:

@@ -20,6 +20,8 @@ gate() {
     "$@" || failed+=("$name")
 }
 
+# A real inference server for the tests marked triton, in the user's cache; Python 3.13 has none.
+gate "triton" bash tools/serving/install_triton.sh
 gate "ruff check" "$python" -m ruff check --output-format concise
 gate "ruff format" "$python" -m ruff format --check --output-format concise
 gate "mypy" "$python" -m mypy

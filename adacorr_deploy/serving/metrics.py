@@ -55,6 +55,12 @@ class Metric:
     values: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
 
+    @property
+    def series(self) -> tuple[str, ...]:
+        """Names of the time series that Prometheus keeps of it."""
+        ends = ("_bucket", "_sum", "_count") if self.kind is MetricKind.HISTOGRAM else ("",)
+        return tuple(f"{self.name}{end}" for end in ends)
+
 
 REQUESTS: Final = Metric(
     name="adacorr_requests_total",
@@ -151,11 +157,11 @@ class Recorder:
         """Hand on what was gathered, and the engine's own numbers."""
         with self._lock:
             pending, self._pending = self._pending, []
-        for (metric, label), value in _sums(pending).items():
-            self.sink.increment(metric, value, label)
         for each in pending:
             if each.metric.kind is MetricKind.HISTOGRAM:
                 self.sink.observe(each.metric, each.value)
+        for (metric, label), value in _sums(pending).items():
+            self.sink.increment(metric, value, label)
         self._catch_up(LAUNCHES, stats.launches)
         self._catch_up(GUARD_TRIPS, stats.guard_trips)
         self.sink.set(QUEUE_DEPTH, stats.queue_depth)

@@ -123,7 +123,7 @@ class SamplingService:
                 after_step = fields.get("after_step", 0)
                 self._stream(fields).ask(reply, after_step if isinstance(after_step, int) else 0)
             case "cancel":
-                self._cancel(self._stream(fields))
+                self._close_stream(self._stream(fields))
                 reply.send({"event": event_tensor("cancelled", {})})
             case "status":
                 reply.send({"event": event_tensor("status", self.status())})
@@ -190,9 +190,15 @@ class SamplingService:
             raise RequestError(f"stream is {clipped(name)}, which is none that is open: it ended, or was not read.")
         return stream
 
-    def _cancel(self, stream: Stream) -> None:
+    def _close_stream(self, stream: Stream) -> None:
+        """Forget a stream, and end its request if it has not ended."""
+        self._forget_stream(stream)
         if stream.ticket is not None:
             stream.ticket.cancel()
+
+    def _forget_stream(self, stream: Stream) -> None:
+        with self._lock:
+            self._streams.pop(stream.name, None)
 
     # --- Answers -------------------------------------------------------------------------------------------------
 
@@ -273,12 +279,10 @@ class SamplingService:
 
     def _look_after(self, stream: Stream, now: float) -> None:
         stream.beat(now)
-        abandoned = stream.is_abandoned(now)
-        if abandoned:
-            self._cancel(stream)
-        if abandoned or stream.is_read:
-            with self._lock:
-                self._streams.pop(stream.name, None)
+        if stream.is_read:
+            self._forget_stream(stream)
+        elif stream.is_abandoned(now):
+            self._close_stream(stream)
 
     # --- Reports -------------------------------------------------------------------------------------------------
 

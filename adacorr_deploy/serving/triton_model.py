@@ -138,12 +138,13 @@ def _incoming(request: pb_utils.InferenceRequest) -> Incoming:
     def tensors() -> Tensors:
         return {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
 
+    parameters: dict[str, str | int | float | bool] = json.loads(request.parameters() or "{}")
     return Incoming(
         request_id=request.request_id() or secrets.token_hex(8),
         tensors=tensors,
-        parameters=json.loads(request.parameters() or "{}"),
+        parameters=parameters,
         wanted=frozenset(request.requested_output_names()),
-        trace_id=trace_id(request.trace().get_context()),
+        trace_id=trace_id(str(parameters.get("triton_trace") or request.trace().get_context())),
     )
 
 

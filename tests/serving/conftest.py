@@ -14,7 +14,7 @@ from tests.cli.conftest import STEPS, run_main, write_model
 
 POLICY_FILE = 'name = "any"\n[gate]\nkind = "interval"\ninterval = 4\n[predictor]\nkind = "gated"\n'
 MODEL = "tiny"
-MAX_QUEUE = 3
+MAX_QUEUE = 12
 
 
 @pytest.fixture(scope="session")

@@ -234,8 +234,13 @@ def test_a_waiting_reader_gets_a_sign_of_life(bench: Bench) -> None:
 
 def test_a_stream_can_be_cancelled(bench: Bench) -> None:
     name = opened(bench)
+    reader = bench.ask({**command("next", name), "after_step": np.array([-1])})
+    assert reader.answered
+    reader = bench.ask(command("next", name))
     assert event(bench.ask(command("cancel", name))) == {"type": "cancelled"}
-    assert bench.ask(command("next", name)).failure[0] is Status.CANCELLED
+    assert reader.failure[0] is Status.CANCELLED
+    assert bench.ask(command("next", name)).failure[0] is Status.INVALID
+    assert bench.service.status()["streams"] == 0
 
 
 def test_a_stream_that_nobody_reads_is_given_up(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,8 +74,7 @@ class TritonPythonModel:
             request_id=request.request_id(),
             requested_output_names=list({*request.requested_output_names(), "event"}),
             inputs=[*inputs, _text("command", command)],
-            parameters=json.loads(request.parameters() or "{}") if command == "submit" else {},
-            trace=request.trace(),
+            parameters=_parameters(request) if command == "submit" else {},
         )
         response = question.exec()
         if response.has_error():
@@ -86,6 +85,13 @@ class TritonPythonModel:
 def _fail(sender: pb_utils.InferenceResponseSender, error: pb_utils.TritonError) -> None:
     flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
     sender.send(pb_utils.InferenceResponse(error=error), flags=flags)
+
+
+def _parameters(request: pb_utils.InferenceRequest) -> dict[str, str | int | bool]:
+    """Return the client's, and the trace's id as one: a server of 24.10 that is handed the trace itself crashes."""
+    parameters: dict[str, str | int | bool] = json.loads(request.parameters() or "{}")
+    context = request.trace().get_context()
+    return {**parameters, "triton_trace": context} if context else parameters
 
 
 def _event(response: pb_utils.InferenceResponse) -> dict[str, str | int | float]:
