@@ -38,6 +38,7 @@ class SampleFields(BaseModel):
     steps: Annotated[int, Allowed(ge=1)] | None = None
     guidance: Annotated[float, Allowed(ge=1, le=MAX_GUIDANCE)] | None = None
     sampler: Sampler | None = None
+    eta: Annotated[float, Allowed(ge=0, le=1)] = 0.0
     policy: Annotated[str, Allowed(min_length=1, max_length=80)] | None = None
     quality: Quality | None = None
     latents: NDArray[np.float32] | None = None
@@ -114,6 +115,7 @@ class OrderBook:
             seed=given.seed,
             sampler=given.sampler or defaults.sampler,
             latents=given.latents,
+            eta=given.eta,
         )
         check_request(request, model, self.manifest.schedule)
         return Order(

@@ -17,7 +17,7 @@ from adacorr_deploy.core.bundle import Bundle, open_bundle
 from adacorr_deploy.core.errors import BundleError, OutputError, PolicyError, RequestError
 from adacorr_deploy.core.manifest import MANIFEST_NAME, Manifest
 from adacorr_deploy.core.output_folder import FolderKind, check_output_folder, output_folder
-from adacorr_deploy.core.samplers import Sampler
+from adacorr_deploy.core.samplers import Sampler, allowed_samplers
 from adacorr_deploy.runtime.sampling import calibrations
 from adacorr_deploy.serving.config_text import (
     STREAM_SUFFIX,
@@ -139,11 +139,17 @@ def _settings(bundle: Bundle, options: RepositoryOptions) -> ServingSettings:
     defaults = (
         RunDefaults(steps=runs[0].steps, guidance=runs[0].guidance, sampler=Sampler(runs[0].sampler))
         if runs
-        else RunDefaults()
+        else RunDefaults(sampler=_usual_sampler(bundle.manifest))
     )
     return ServingSettings(
         model=name, defaults=defaults, limits=options.limits, quality=tiers, policies=_shipped(options.policy_files)
     )
+
+
+def _usual_sampler(manifest: Manifest) -> Sampler:
+    """Return ddim, or what a model takes that doesn't take it."""
+    allowed = allowed_samplers(manifest.schedule)
+    return Sampler.DDIM if Sampler.DDIM in allowed else allowed[0]
 
 
 def _shipped(files: tuple[Path, ...]) -> dict[str, str]:

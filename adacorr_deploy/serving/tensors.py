@@ -45,6 +45,7 @@ INPUTS: Final = (
     TensorField(name="steps", datatype="INT64"),
     TensorField(name="guidance", datatype="FP64"),
     TensorField(name="sampler", datatype="STRING"),
+    TensorField(name="eta", datatype="FP64"),
     TensorField(name="policy", datatype="STRING"),  # a preset, one with a target, or a file of the repository
     TensorField(name="quality", datatype="STRING"),  # in place of a policy: exact, balanced or fast
     TensorField(name="latents", datatype="FP32", dims=(ANY, ANY, ANY, ANY)),  # initial, in place of drawn ones

