@@ -81,6 +81,8 @@ def test_the_wheel_holds_the_package_data(wheel_names: set[str], repository_root
     assert any(name.endswith(".safetensors") for name in data)
     assert data <= wheel_names
     assert "adacorr_deploy/py.typed" in wheel_names
+    page = repository_root / "adacorr_deploy" / "quality" / "report" / "templates"
+    assert {path.relative_to(repository_root).as_posix() for path in page.iterdir()} <= wheel_names
     kernels = {f"adacorr_deploy/plugins/cuda/{path.name}" for path in (repository_root / "plugins" / "cuda").iterdir()}
     assert kernels <= wheel_names
 

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 
@@ -31,6 +32,8 @@ from adacorr_deploy.core.errors import RequestError
 if TYPE_CHECKING:
     from adacorr_deploy.quality.bench import Bench
     from adacorr_deploy.quality.bench_options import BenchOptions
+    from adacorr_deploy.quality.features import FeatureSource
+    from adacorr_deploy.runtime import Pipeline
 
 _POLICIES: Final = "none,fewer-steps@2,fora,scheduled@2,robust@2"
 _SHOWN: Final = ("policy", "steps", "seconds", "speedup", "rho", "efficiency", "psnr_db", "ssim", "gain_db", "baseline")
@@ -52,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     "adacorr-bench demo.bundle",
     "adacorr-bench demo.bundle --policies fewer-steps@2.5,robust@2.5,mine.toml --images 32",
     "adacorr-bench demo.bundle --rounds 5 --csv results.csv",
-    "adacorr-bench demo.bundle --samples 5000 --results build/bench",
+    "adacorr-bench demo.bundle --policies fora@2,robust@1.6,robust@2.1,robust@2.6 --report report.html",
+    "adacorr-bench demo.bundle --samples 5000 --results build/bench --report report.html",
     "adacorr-bench my.bundle --samples 5000 --features inception.onnx --reference-features real.safetensors",
 )
 def bench(  # noqa: PLR0913, PLR0917  one parameter is one option
@@ -134,6 +138,16 @@ def bench(  # noqa: PLR0913, PLR0917  one parameter is one option
             "--csv", metavar="FILE", parser=path_from_text, help="Keep the rows as CSV too.", show_default=False
         ),
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report",
+            metavar="FILE.html",
+            parser=path_from_text,
+            help="Make a page to look at: charts, decisions, images, the table. One file that needs no network.",
+            show_default=False,
+        ),
+    ] = None,
     backend: RunBackend = None,
     list_presets: Annotated[
         bool, typer.Option("--list", metavar="", help="Show the preset policies, and stop.")
@@ -172,11 +186,10 @@ def bench(  # noqa: PLR0913, PLR0917  one parameter is one option
         sampler=sampler,
         samples=samples,
     )
-    files = Files(features=features, real=reference_features, results=results, csv=csv_file)
-    measured = _measured(bundle, policies, options, files, backend)
+    files = Files(features=features, real=reference_features, results=results, csv=csv_file, report=report)
+    measured, page = _measured(bundle, policies, options, files, backend)
     rows = [cells_of_row(row) for row in measured.rows]
-    if csv_file is not None:
-        _write_csv(csv_file, rows)
+    _write(files, rows, page)
     if as_json:
         show_json(rows)
     else:
@@ -192,6 +205,7 @@ class Files:
     real: Path | None
     results: Path | None
     csv: Path | None
+    report: Path | None
 
     def check(self, bundle: Path, policies: Sequence[str]) -> None:
         """Refuse what can't be written, before anything is measured.
@@ -203,12 +217,14 @@ class Files:
 
         results = self.results / "run.json" if self.results is not None else None
         inputs = [*map(Path, policies), *(path for path in (self.features, self.real) if path is not None)]
-        outputs = [path for path in (self.csv, results) if path is not None]
+        outputs = [path for path in (self.csv, self.report, results) if path is not None]
         check_outputs(outputs, bundle=bundle, inputs=inputs)
 
 
-def _measured(bundle: Path, policies: str, options: BenchOptions, files: Files, backend: str | None) -> Bench:
-    """Measure, after checking everything that could spoil it later."""
+def _measured(
+    bundle: Path, policies: str, options: BenchOptions, files: Files, backend: str | None
+) -> tuple[Bench, str]:
+    """Measure, after checking everything that could spoil it later; with the report's page, if one is wanted."""
     from adacorr_deploy.caching.policy import policy_named
     from adacorr_deploy.cli.errors import needs_build_packages
     from adacorr_deploy.quality.bench import bench, check_runs
@@ -221,6 +237,9 @@ def _measured(bundle: Path, policies: str, options: BenchOptions, files: Files, 
         raise RequestError("policies is empty. Give at least one name; adacorr-bench --list shows them.")
     files.check(bundle, list(names))
     chosen = [policy_named(name) for name in names]
+    if files.report is not None:
+        with needs_build_packages("adacorr-bench --report"):
+            import jinja2  # noqa: F401  asked for now, not after hours of measuring
     with Pipeline.open(bundle, backend=backend) as pipeline:
         check_runs(pipeline, chosen, options)
         with needs_build_packages("adacorr-bench"):
@@ -228,7 +247,26 @@ def _measured(bundle: Path, policies: str, options: BenchOptions, files: Files, 
         key = RunKey.of(pipeline, options, source.identity if source is not None else "")
         store = ResultStore.open(files.results, key)
         with progress_bar() as advance:
-            return bench(pipeline, chosen, options, advance, store=store, source=source)
+            measured = bench(pipeline, chosen, options, advance, store=store, source=source)
+        return measured, _page(pipeline, measured, source) if files.report is not None else ""
+
+
+def _page(pipeline: Pipeline, measured: Bench, source: FeatureSource | None) -> str:
+    from adacorr_deploy.quality.bench_options import sampler_of_runs
+    from adacorr_deploy.quality.report import ReportFacts, report_html
+    from adacorr_deploy.quality.report.machine import machine_facts
+
+    real = source.real if source is not None else None
+    facts = ReportFacts(
+        model=pipeline.manifest.model_name,
+        checkpoint=pipeline.manifest.checkpoint_sha256,
+        sampler=sampler_of_runs(pipeline, measured.options).value.upper(),
+        machine=machine_facts(backend=pipeline.backend.name, hardware=pipeline.backend.hardware),
+        network=source.name if source is not None else "",
+        real=real.name if real is not None else "",
+        made=datetime.now(timezone.utc),
+    )
+    return report_html(measured, facts)
 
 
 def _show_rows(rows: Sequence[Mapping[str, Cell]], files: Files) -> None:
@@ -237,14 +275,21 @@ def _show_rows(rows: Sequence[Mapping[str, Cell]], files: Files) -> None:
     show_lines(
         *(f"{row['policy']} could not be measured: {row['error']}" for row in rows if row["error"]),
         *([f"rows: {files.csv}"] if files.csv is not None else []),
+        *([f"report: {files.report}"] if files.report is not None else []),
     )
 
 
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Cell]]) -> None:
+def _write(files: Files, rows: Sequence[Mapping[str, Cell]], page: str) -> None:
+    """Write the table and the report, both or neither."""
     from adacorr_deploy.cli.output_files import write_files
 
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_files({path: text.getvalue().encode()})
+    contents: dict[Path, bytes] = {}
+    if files.csv is not None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        contents[files.csv] = text.getvalue().encode()
+    if files.report is not None:
+        contents[files.report] = page.encode()
+    write_files(contents)

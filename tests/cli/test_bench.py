@@ -24,7 +24,9 @@ SHOWN = [*CONTRACT, "gain_db", "baseline"]
 
 def test_rows_of_json_and_csv_are_the_same(command: Command, bundle: Path, tmp_path: Path) -> None:
     path = tmp_path / "new" / "rows.csv"
-    found = command("bench", bundle, "--policies", "fora, robust@2,fewer-steps@2", *QUICK, "--json", "--csv", path)
+    page = tmp_path / "new" / "report.html"
+    wanted = ("--json", "--csv", path, "--report", page)
+    found = command("bench", bundle, "--policies", "fora, robust@2,fewer-steps@2", *QUICK, *wanted)
     assert found.code == 0, found.stderr
     rows = json.loads(found.stdout)
     assert [list(row) for row in rows] == [list(COLUMNS)] * len(rows)
@@ -40,6 +42,9 @@ def test_rows_of_json_and_csv_are_the_same(command: Command, bundle: Path, tmp_p
     assert none["ssim"] == pytest.approx(1)
     assert fora["rho"] > 0
     assert isinstance(fora["psnr_db"], float)
+    shown = page.read_text(encoding="utf-8")
+    assert shown.startswith("<!doctype html>")
+    assert [row["policy"] for row in rows if f'data-policy="{row["policy"]}"' not in shown] == []
     with path.open() as file:
         written = list(csv.DictReader(file))
     assert written == [{name: "" if cell is None else str(cell) for name, cell in row.items()} for row in rows]
@@ -120,6 +125,8 @@ def test_list_shows_every_preset_without_a_bundle(command: Command) -> None:
         (["--policies", "fora", "--samples", "5"], "samples is 5, allowed are 0"),
         (["--policies", "fora", "--features", "BUNDLE/manifest.json"], "feature network .* can't be opened"),
         (["--policies", "fora", "--reference-features", "real.safetensors"], "no network is given"),
+        (["--csv", "rows.csv", "--report", "rows.csv"], "is also the output"),
+        (["--report", "BUNDLE/report.html"], "lies in the bundle"),
         (["--csv", ""], "Invalid value for '--csv': it is empty"),
     ],
 )
