@@ -14,6 +14,7 @@ from adacorr_deploy.quality.report.labels import LETTER, Box, Label, place_label
 from adacorr_deploy.quality.report.scales import Scale, scale_for
 
 _LONGEST_NAME: Final = 24  # letters
+_LINE_HEIGHT: Final = 15.0  # of names one below the other
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,12 +226,12 @@ def _point(row: BenchRow, measure: Measure, place: tuple[float, float], label: L
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """One policy's error over the steps; `label_y` is where its name stands at the right."""
+    """One policy's error over the steps; `label_y` is where its name stands at the right, None if there is no room."""
 
     policy: str
     points: str
     end_y: float
-    label_y: float
+    label_y: float | None
     name: str
     text: str
 
@@ -245,7 +246,8 @@ class Growth:
 def growth(runs: Sequence[PolicyRun], frame: Frame) -> Growth | None:
     """Return how the latents' relative error grows, on a logarithmic axis; None if no policy has an error.
 
-    Steps before a policy's first error are left out: a logarithm has no place for 0.
+    Steps before a policy's first error are left out: a logarithm has no place for 0. Where there are more lines than
+    names fit beside, the first ones get theirs.
     """
     errors = {
         run.policy.name: [(step + 1, float(error)) for step, error in enumerate(run.sampled.growth) if error > 0]
@@ -260,7 +262,8 @@ def growth(runs: Sequence[PolicyRun], frame: Frame) -> Growth | None:
     x = Scale(low=1, high=max(last, 2), start=area.left, stop=area.right)
     y = scale_for([error for pairs in drawn.values() for _, error in pairs], area.bottom, area.top, logarithmic=True)
     ends = [y(pairs[-1][1]) for pairs in drawn.values()]
-    beside = spread(ends, 15, area.top + 4, area.bottom)
+    room = int((area.bottom - area.top) / _LINE_HEIGHT)
+    beside = spread(ends[:room], _LINE_HEIGHT, area.top + 4, area.bottom) + [None] * (len(ends) - room)
     lines = [
         Line(
             policy=name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 COLOURS: Final = 7  # of the style sheet, --f0 … --f6, for light and dark
@@ -20,16 +20,24 @@ _BASELINES: Final = ("none", "fewer-steps")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """Policies that differ in their target alone; `style` is a class of the style sheet."""
+    """Policies that differ in their target alone, or in AdaCorrection on top.
+
+    Attributes:
+        name: What they have in common.
+        style: A class of the style sheet.
+        shape: An SVG path.
+        ringed: Whether something is on top (`teacache+adacorrection`): drawn as a ring around the same mark.
+    """
 
     name: str
     style: str
-    shape: str  # an SVG path
+    shape: str
+    ringed: bool = False
 
 
 def family_name(policy: str) -> str:
-    """Return a policy's name without its target."""
-    return policy.partition("@")[0]
+    """Return a policy's name without its target, and without what is on top of it."""
+    return policy.partition("@")[0].partition("+")[0]
 
 
 def families(policies: Sequence[str]) -> dict[str, Family]:
@@ -42,4 +50,4 @@ def families(policies: Sequence[str]) -> dict[str, Family]:
         for index, name in enumerate(coloured)
     }
     made |= {name: Family(name=name, style="base", shape=SHAPES["circle"]) for name in _BASELINES}
-    return {policy: made[family_name(policy)] for policy in policies}
+    return {policy: replace(made[family_name(policy)], ringed="+" in policy) for policy in policies}

@@ -8,7 +8,7 @@ from typing import Final
 
 LETTER: Final = 6.4  # pixels of a letter of the charts' 12-pixel font, on average
 _HEIGHT: Final = 14.0
-_AWAY: Final = 9.0  # from the point's middle
+_AWAY: Final = 12.0  # from the point's middle
 _RADIUS: Final = 6.0  # of a point
 
 

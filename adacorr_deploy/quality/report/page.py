@@ -11,11 +11,13 @@ from datetime import datetime
 from importlib.resources import files
 from typing import Final
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from adacorr_deploy.quality.bench import Bench
 from adacorr_deploy.quality.bench_rows import BenchRow, PolicyRun, best_by_speed
+from adacorr_deploy.quality.bench_sampling import Sampled
 from adacorr_deploy.quality.metrics import BootstrapInterval
 from adacorr_deploy.quality.report.charts import (
     GROWTH_FRAMES,
@@ -79,6 +81,7 @@ class Panel:
     on_front: bool
     is_baseline: bool
     summary: str
+    step_times: str
     map: DecisionMap | None
     images: Comparison | None
 
@@ -139,6 +142,7 @@ def _context(bench: Bench, facts: ReportFacts) -> dict[str, object]:
         "anchors": {panel.row.policy: panel.anchor for panel in panels},
         "styles": styles,
         "legend": {family.name: family for family in styles.values() if family.name != "none"},
+        "has_rings": any(family.ringed for family in styles.values()),
         "headline": _headline(rows),
         "uncached": _uncached_sprite(bench),
         "shown_images": 0 if uncached is None else min(len(uncached.latents), 16),
@@ -148,7 +152,7 @@ def _context(bench: Bench, facts: ReportFacts) -> dict[str, object]:
 
 
 def _growths(bench: Bench) -> list[Growth]:
-    runs = [run for run in bench.runs.values() if run.policy.name != "none"]
+    runs = [bench.runs[row.policy] for row in _most_telling_first(bench.rows) if row.policy != "none"]
     return [drawn for frame in GROWTH_FRAMES if (drawn := growth(runs, frame)) is not None]
 
 
@@ -188,6 +192,7 @@ def _panel(
         on_front=on_front,
         is_baseline=family.style == "base",
         summary=_summary(row),
+        step_times=_step_times(own) if own is not None else "",
         map=decision_map(own.trajectory.decisions) if own is not None else None,
         images=comparison(own.latents, uncached.latents) if own is not None and uncached is not None else None,
     )
@@ -201,6 +206,19 @@ def _summary(row: BenchRow) -> str:
     if math.isfinite(row.gain_db):
         parts.append(f"{row.gain_db:+.1f} dB against {row.baseline}, which takes as long")
     return ", ".join(parts)
+
+
+def _step_times(sampled: Sampled) -> str:
+    """Return what a step took by what its blocks did, of the recorded request; empty where all did the same."""
+    evaluated = (sampled.trajectory.decisions.actions != "reuse").mean(axis=1)
+    milliseconds = 1000 * sampled.trajectory.seconds
+    kinds = (
+        ("all blocks launched", evaluated == 1),
+        ("some", (evaluated > 0) & (evaluated < 1)),
+        ("none", evaluated == 0),
+    )
+    parts = [f"{name} {np.median(milliseconds[chosen]):.1f} ms" for name, chosen in kinds if chosen.any()]
+    return f"Median time of a step: {', '.join(parts)}" if len(parts) > 1 else ""
 
 
 # --- The table ---------------------------------------------------------------------------------------------------

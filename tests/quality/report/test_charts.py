@@ -113,3 +113,26 @@ def test_families_share_a_style_and_differ_in_more_than_colour() -> None:
     found = families(["none", *names])
     assert found["p3@1"] == found["p3@2"]
     assert len({(family.style, family.shape) for family in found.values()}) == 15
+
+
+def test_what_adacorrection_is_on_top_of_keeps_its_mark_and_gets_a_ring() -> None:
+    found = families(["teacache", "teacache+adacorrection@2", "robust@2"])
+    base, on_top = found["teacache"], found["teacache+adacorrection@2"]
+    assert (
+        (base.style, base.shape) == (on_top.style, on_top.shape) != (found["robust@2"].style, found["robust@2"].shape)
+    )
+    assert (base.ringed, on_top.ringed) == (False, True)
+
+
+def test_more_lines_than_have_room_for_names_are_drawn_with_the_first_ones_named(measured: Bench) -> None:
+    run = measured.runs["fora"]
+    many = [replace(run, policy=run.policy.model_copy(update={"name": f"p{index}"})) for index in range(60)]
+    chart = growth(many, GROWTH_FRAMES[0])
+    assert chart is not None and len(chart.lines) == 60
+    named = [line.label_y for line in chart.lines if line.label_y is not None]
+    assert 15 <= len(named) < 30
+    assert [line.label_y is not None for line in chart.lines] == sorted(
+        (line.label_y is not None for line in chart.lines), reverse=True
+    )
+    area = chart.frame.area
+    assert all(area.top <= place <= area.bottom for place in named)
