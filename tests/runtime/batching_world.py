@@ -6,13 +6,14 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from adacorr_deploy.caching.decisions import Action
+from adacorr_deploy.caching.decisions import Action, Kept, Observation, Observed, Span, SpanCache
 from adacorr_deploy.core.samplers import Sampler
 from adacorr_deploy.runtime import Pipeline, Progress, SampleRequest, SampleResult
 from adacorr_deploy.runtime.batch_ticket import Listeners, Outcome, Ticket
 from adacorr_deploy.runtime.batching import BatchingEngine
 from adacorr_deploy.runtime.planned_run import planned_run
 from tests.runtime.scripted import Script
+from tests.runtime.spanned import SpanScript, at_random
 
 BLOCKS = 3
 PATIENCE_SECONDS = 60.0  # before a test that hangs fails
@@ -29,6 +30,7 @@ class Job:
     sampler: Sampler = Sampler.DDIM
     actions: tuple[Action, ...] = (Action.EVALUATE,)  # of block b at step s: the (s·BLOCKS + b)-th, over and over
     whole_steps: bool = False
+    spans: tuple[Span, ...] = ()  # instead of a span for each part or the whole step
     measures: bool = False
     history: int = 2
     arrives_at: int = 0
@@ -42,6 +44,8 @@ class Job:
 
     def script(self) -> Script:
         """Return a controller of its own."""
+        if self.spans:
+            return self._span_script()
 
         def choose(step: int, block: int) -> Action:
             action = self.actions[(step * BLOCKS + block) % len(self.actions)]
@@ -53,6 +57,19 @@ class Job:
             measures=self.measures,
             wants_signals=self.measures,
             whole_steps=self.whole_steps,
+        )
+
+    def _span_script(self) -> SpanScript:
+        reuses = [Action.EVALUATE if action is Action.EVALUATE else Action.REUSE for action in self.actions]
+        caching = [index for index, span in enumerate(self.spans) if span.cache is not SpanCache.NONE]
+        return SpanScript(
+            choose=at_random(reuses, len(self.spans)),
+            division=self.spans,
+            coefficients=(1.5, -0.5)[: self.history] if self.history > 1 else (1.0,),
+            observations=dict.fromkeys(caching, Observation(what=Observed.MODULATED, kept=Kept.STEP)),
+            measures=self.measures,
+            compares=self.measures,
+            wants_signals=self.measures,
         )
 
     def alone(self, pipeline: Pipeline) -> SampleResult:

@@ -21,6 +21,7 @@ from adacorr_deploy.runtime.batch_ticket import Ending
 from adacorr_deploy.runtime.batching import BatchingEngine
 from tests.runtime.batching_world import Box, Job, Stage, submit
 from tests.runtime.fake_backend import FakeBackend, FakeBuffer
+from tests.runtime.spanned import divisions
 from tests.runtime.tiny_dit import SCHEDULE, Array, Tensors, TinyDiT
 
 JOBS = st.builds(
@@ -32,6 +33,7 @@ JOBS = st.builds(
     sampler=st.sampled_from(allowed_samplers(SCHEDULE)),
     actions=st.lists(st.sampled_from(Action), min_size=1, max_size=12).map(tuple),
     whole_steps=st.booleans(),
+    spans=st.just(()) | divisions(),
     measures=st.booleans(),
     history=st.integers(1, 3),
     arrives_at=st.integers(0, 12),
@@ -42,7 +44,8 @@ JOBS = st.builds(
 def kept_numbers(engine: BatchingEngine) -> list[Array]:
     """What the slots of idle workspaces hold."""
     spaces = [space for pool in engine._pools for _, space in pool._idle.values()]
-    slots = [slot for space in spaces for slot in (*space.slots._slots, space.slots.output) if slot.history.capacity]
+    pools = [space.slots for space in spaces]
+    slots = [slot for pool in pools for slot in (*pool._slots, *pool.spans, pool.output) if slot.history.capacity]
     buffers = [buffer for slot in slots for buffer in (slot.ring, slot._reference) if buffer is not None]
     return [buffer.values.astype(np.float32) for buffer in buffers if isinstance(buffer, FakeBuffer)]
 

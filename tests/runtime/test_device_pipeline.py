@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adacorr_deploy.caching.decisions import Action
+from adacorr_deploy.caching.decisions import Action, Kept, Observation, Observed, Span, SpanCache
 from adacorr_deploy.engines.device_launch import DeviceLaunch
 from adacorr_deploy.runtime import BatchingEngine, Pipeline, SampleRequest
 from adacorr_deploy.runtime.self_test import self_test
@@ -22,6 +22,7 @@ from tests.runtime.device_engines import DeviceEngines
 from tests.runtime.fake_backend import FakeBackend
 from tests.runtime.golden import golden_sample, store_golden
 from tests.runtime.scripted import Script
+from tests.runtime.spanned import AFFINE, PROBE, SpanScript
 from tests.runtime.tiny_dit import TinyDiT
 
 pytestmark = pytest.mark.skipif("STAND_IN_DRIVER" not in os.environ, reason="needs the stand-in driver")
@@ -49,16 +50,44 @@ def script(*, whole_steps: bool = True, lags: bool = False, measures: bool = Fal
     return made
 
 
+def spans(observation: Observation, *, lags: bool = False) -> SpanScript:
+    """The first block always, the others as one range: observed, compared, mapped and measured."""
+    return SpanScript(
+        choose=lambda step, span: Action.REUSE if step % 4 == 3 else Action.EVALUATE,
+        division=(Span(first=0, stop=1, cache=SpanCache.NONE), Span(first=1, stop=3, cache=SpanCache.RESIDUAL)),
+        observations={1: observation},
+        affines={1: AFFINE},
+        wants_signals=True,
+        measures=True,
+        compares=not lags,
+        lags=lags,
+    )
+
+
 @pytest.mark.parametrize(
     "made",
     [
+        spans(Observation(what=Observed.RESIDUAL)),
+        spans(Observation(what=Observed.MODULATED, kept=Kept.STEP)),
+        spans(Observation(what=Observed.INPUT), lags=True),
+        spans(PROBE),
         script(),
         script(measures=True),
         script(measures=True, lags=True),
         script(whole_steps=False, measures=True),
         script(whole_steps=False, corrects=True),
     ],
-    ids=["whole steps", "measured", "lagging", "by block", "corrected"],
+    ids=[
+        "residual",
+        "modulated",
+        "range lagging",
+        "probe",
+        "whole steps",
+        "measured",
+        "lagging",
+        "by block",
+        "corrected",
+    ],
 )
 def test_a_gpus_stream_computes_what_the_host_does(
     bundle: Path, model: TinyDiT, engines: DeviceEngines, made: Script
@@ -76,6 +105,7 @@ def test_a_gpus_stream_computes_what_the_host_does(
     for key, measured in made.signals.items():
         for branch, other in zip(measured, signals[key], strict=True):
             assert branch.relative_offset == pytest.approx(other.relative_offset, rel=1e-3, abs=1e-6)
+            assert branch.probe == (None if other.probe is None else pytest.approx(other.probe, rel=1e-3, abs=1e-4))
 
 
 @pytest.mark.parametrize("measures", [False, True])
