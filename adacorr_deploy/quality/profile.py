@@ -46,7 +46,7 @@ from adacorr_deploy.runtime.workspace import Workspace, workspace_bytes
 
 IMAGES_AT_ONCE: Final = 4
 MIN_STEPS: Final = 4
-VERSION: Final = 1  # of the measurement: partial results of another are not taken up
+VERSION: Final = 2  # of the measurement: partial results of another are not taken up
 ALL_QUANTITIES: Final = frozenset(Quantity)
 
 

@@ -163,7 +163,11 @@ class PartChanges:
 
 
 class AffineSums:
-    """Sums for least squares per channel of a span's residual on that of 1 … AFFINE_AGES steps before."""
+    """Sums for least squares per channel of a span's residual on that of 1 … AFFINE_AGES steps before.
+
+    Each pair weighs by the inverse of its squared difference: the last steps change a hundred times more than those
+    that are reused, and a map fitted to all alike makes every other step worse than holding.
+    """
 
     reach = AFFINE_AGES
 
@@ -176,12 +180,19 @@ class AffineSums:
             fresh = now.residual(first, stop)
             for before in earlier[:AFFINE_AGES]:
                 kept = before.residual(first, stop)
-                sums[0] += fresh.shape[0] * fresh.shape[1]
+                weight = 1 / pair_spread(fresh, kept)
+                sums[0] += weight * fresh.shape[0] * fresh.shape[1]
                 for row, product in enumerate((kept, fresh, kept * kept, kept * fresh), start=1):
-                    sums[row] += product.sum(axis=(0, 1), dtype=np.float64)
+                    sums[row] += weight * product.sum(axis=(0, 1), dtype=np.float64)
 
     def measured(self) -> dict[str, NDArray[np.generic]]:
         return {"sums": self._sums}
+
+
+def pair_spread(fresh: Array, kept: Array) -> float:
+    """Return the mean square of a residual's change, and at least a millionth of what it is itself."""
+    change = float(np.square(fresh - kept).mean(dtype=np.float64))
+    return max(change, 1e-6 * float(np.square(kept).mean(dtype=np.float64)), _TINY)
 
 
 class GateSamples:
@@ -255,7 +266,7 @@ def affine_maps(sums: Wide, spans: Sequence[Span]) -> tuple[AffineMap, ...]:
     for (count, kept, fresh, squares, products), (first, stop) in zip(sums, spans, strict=True):
         mean, mean_fresh = kept / count, fresh / count
         variance, covariance = squares / count - mean**2, products / count - mean * mean_fresh
-        varies = variance > _TINY * np.maximum(squares / count, _TINY)
+        varies = variance > 1e-9 * np.maximum(squares / count, _TINY)
         scale = np.where(varies, covariance / np.where(varies, variance, 1.0), 1.0)
         shift = mean_fresh - scale * mean
         maps.append(AffineMap(first=first, stop=stop, scale=tuple(shortened(scale)), shift=tuple(shortened(shift))))

@@ -39,6 +39,7 @@ OPTIONS = ProfileOptions(steps=STEPS, guidance=GUIDANCE, images=IMAGES)
 PARTS = len(UNITS)
 
 Array = NDArray[np.float64]
+Pairs = list[tuple[Array, Array]]  # what a span adds now, and what it added before
 
 
 @pytest.fixture(scope="module")
@@ -140,13 +141,18 @@ def test_affine_maps_leave_less_error_than_holding_or_any_map_nearby(measured: P
             for age in range(1, AFFINE_AGES + 1)
             if age <= step
         ]
-        fresh, kept = (np.concatenate(side).reshape(-1, WIDTH) for side in zip(*pairs, strict=True))
+        weights = np.asarray([1 / np.square(fresh - kept).mean() for fresh, kept in pairs])
         scale, shift = np.asarray(each.scale), np.asarray(each.shift)
-        best = squares(fresh - scale * kept - shift)
-        assert (best <= squares(fresh - kept) * (1 + 1e-6)).all()
+
+        def error(scale: Array, shift: Array, sides: Pairs = pairs, weights: Array = weights) -> Array:
+            apart = [(fresh - scale * kept - shift).reshape(-1, WIDTH) for fresh, kept in sides]
+            return np.asarray([weight * squares(each) for weight, each in zip(weights, apart, strict=True)]).sum(axis=0)
+
+        best = error(scale, shift)
+        assert (best <= error(np.ones(WIDTH), np.zeros(WIDTH)) * (1 + 1e-6)).all()
         for change in (0.99, 1.01):
-            assert (best <= squares(fresh - change * scale * kept - shift)).all()
-            assert (best <= squares(fresh - scale * kept - change * shift)).all()
+            assert (best <= error(change * scale, shift)).all()
+            assert (best <= error(scale, change * shift)).all()
 
 
 def squares(values: Array) -> Array:

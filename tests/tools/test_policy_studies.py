@@ -1,0 +1,70 @@
+"""The studies compare what they say: policies at equal ρ, and forecasts by the variance that they explain."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tools" / "benchmarks"))  # scripts import their siblings
+
+from policies import Point, Study, interpolated
+from validity import explained, monotone
+
+from adacorr_deploy.runtime import Pipeline
+from tests.runtime.conftest import write_bundle
+from tests.runtime.fake_backend import FakeBackend
+from tests.runtime.tiny_dit import TinyDiT
+
+
+def point(rho: float, psnr_db: float) -> Point:
+    return Point(policy="any", rho=rho, psnr_db=psnr_db, psnr_p10_db=0.0, images=1)
+
+
+def test_a_base_is_read_between_its_own_points_and_nowhere_else() -> None:
+    points = [point(0.6, 30.0), point(0.2, 50.0), point(0.4, 45.0)]
+    assert interpolated(points, 0.5) == pytest.approx(37.5)
+    assert interpolated(points, 0.2) == 50.0
+    assert interpolated(points, 0.7) is None
+    assert interpolated(points[:1], 0.6) is None
+
+
+@given(st.lists(st.tuples(st.floats(-5, 5), st.floats(-5, 5)), min_size=1, max_size=40, unique_by=lambda pair: pair[0]))
+def test_a_monotone_curve_never_falls_and_no_constant_part_could_be_better(pairs: list[tuple[float, float]]) -> None:
+    x, y = np.asarray(pairs).T
+    knots, fitted = monotone(x, y)
+    assert (np.diff(knots) > 0).all()
+    assert (np.diff(fitted) >= -1e-12).all()
+    ordered = y[np.argsort(x)]
+    for level in np.unique(fitted):  # each level is the mean of what it stands for: the least-squares solution
+        assert ordered[fitted == level].mean() == pytest.approx(level, abs=1e-9)
+
+
+def test_a_perfect_forecast_explains_all_and_the_table_nothing() -> None:
+    errors = np.random.default_rng(0).standard_normal((5, 2, 8))
+    table = errors.mean(axis=2)
+    assert explained(errors, errors, table) == 1.0
+    assert explained(errors, np.broadcast_to(table[:, :, None], errors.shape), table) == 0.0
+
+
+def test_a_study_goes_on_where_it_was_and_refuses_another_ones_folder(tmp_path: Path) -> None:
+    args = argparse.Namespace(output=tmp_path, images=2, batch=1, steps=8, guidance=2.0, seed=0, labels="")
+    model = TinyDiT()
+    with Pipeline.open(write_bundle(tmp_path / "tiny", model), backend=FakeBackend.of(model)) as pipeline:
+        first = Study(pipeline, args).point("fora@2")
+        assert first is not None
+        assert 0.2 < first.rho < 0.6
+        backend = pipeline.backend
+        assert isinstance(backend, FakeBackend)
+        backend.order.clear()
+        assert Study(pipeline, args).point("fora@2") == first
+        assert backend.order == []
+        assert Study(pipeline, args).point("robust@2") is None  # not calibrated: said on standard error
+        args.guidance = 3.0
+        with pytest.raises(SystemExit, match="holds another study"):
+            Study(pipeline, args)
