@@ -196,7 +196,7 @@ def test_overwrite_replaces_a_bundle_and_json_says_by_what(command: Command, mod
         "bytes": sum(record.size_bytes for record in manifest.files.values()),
         "seconds": 0,
     }
-    assert (manifest.model.precision, manifest.model.units) == (DType.FLOAT16, (2, 1))
+    assert (manifest.model.precision, manifest.model.units) == (DType.FLOAT16, (4, 2))
     assert manifest.default_policy == "fora@2"
     assert names(own_bundle.parent) == ["own.bundle"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tracemalloc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -96,15 +96,17 @@ def options(predictor: Predictor = PREDICTORS[0]) -> CalibrationOptions:
     return CalibrationOptions(steps=STEPS, guidance=GUIDANCE, images=IMAGES, predictor=predictor)
 
 
-def final_latents(pipeline: Pipeline, script: Script) -> NDArray[np.float64]:
-    return pipeline.sample(REQUEST, script, history=3).latents.astype(np.float64)
+def final_latents(pipeline: Pipeline, script: Script, sampler: Sampler) -> NDArray[np.float64]:
+    return pipeline.sample(replace(REQUEST, sampler=sampler), script, history=3).latents.astype(np.float64)
 
 
-def skipping_error(pipeline: Pipeline, predictor: Predictor, *, first: int, count: int, gap: int) -> float:
+def skipping_error(
+    pipeline: Pipeline, predictor: Predictor, *, first: int, count: int, gap: int, sampler: Sampler = Sampler.DDIM
+) -> float:
     """Geometric mean over images of the final latents' squared error, by running with and without the skip."""
     whole = predictor.whole_step
-    exact = final_latents(pipeline, SkipsAfter(whole_steps=whole))
-    strayed = final_latents(pipeline, SkipsAfter(first=first, count=count, gap=gap, whole_steps=whole))
+    exact = final_latents(pipeline, SkipsAfter(whole_steps=whole), sampler)
+    strayed = final_latents(pipeline, SkipsAfter(first=first, count=count, gap=gap, whole_steps=whole), sampler)
     return math.exp(np.log(np.square(strayed - exact).mean(axis=(1, 2, 3))).mean())
 
 
@@ -146,6 +148,18 @@ def test_where_the_rest_of_the_run_was_measured_a_skip_costs_what_it_really_does
     """Gains are measured for two skipped steps at a gap of two that end at every third step, and near the end."""
     cost = calibrated(predictor).skip_costs[end - 2][1][1]
     assert cost == pytest.approx(skipping_error(pipeline, predictor, first=end - 2, count=2, gap=2), rel=RTOL)
+
+
+@both_predictors
+@pytest.mark.parametrize("end", [6, 9, STEPS])
+def test_a_multistep_samplers_skips_cost_what_they_really_do(
+    pipeline: Pipeline, predictor: Predictor, end: int
+) -> None:
+    """A step is run again with what was carried to it, and a skipped one hands on what it carries itself."""
+    sampler = Sampler.DPMPP_2M
+    cost = calibrate(pipeline, replace(options(predictor), sampler=sampler)).skip_costs[end - 2][1][1]
+    really = skipping_error(pipeline, predictor, first=end - 2, count=2, gap=2, sampler=sampler)
+    assert cost == pytest.approx(really, rel=RTOL)
 
 
 @both_predictors
@@ -223,7 +237,7 @@ def test_offsets_are_those_of_the_input_so_many_steps_before(
     if predictor.whole_step:
         return  # the first block's inputs do not depend on the predictor
     script = SkipsAfter(wants_signals=True)
-    final_latents(pipeline, script)
+    final_latents(pipeline, script, Sampler.DDIM)
     for step in range(1, STEPS):  # the loop sums a branch up over its images, calibration takes the largest image
         seen = max(robust_score(branch) for branch in script.signals[step, 0])
         assert 0.99 * seen <= limits[step, 0] <= 2 * seen
