@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from adacorr_deploy.caching.calibration import Calibration
+from adacorr_deploy.caching.calibration import Calibration, caching_spans
 from adacorr_deploy.caching.decisions import Affine, Observation, Observed, Span, SpanCache
 from adacorr_deploy.caching.gates.rule import ErrorTable
 from adacorr_deploy.caching.planner import planner_for
@@ -34,7 +34,7 @@ class RequestLookups:
 
     @property
     def calibration(self) -> Calibration:
-        """The calibration, checked to be for the policy's predictor."""
+        """The calibration, checked to be for the policy's predictor and spans."""
         if self.made is None:
             raise CalibrationError(f"policy {self.policy} needs a calibration. Make one with adacorr-calibrate.")
         wanted = self.settings.predictor
@@ -42,6 +42,11 @@ class RequestLookups:
             raise CalibrationError(
                 f"policy {self.policy} predicts by {wanted.label}, the calibration was made for "
                 f"{self.made.predictor.label}. Calibrate with --predictor {wanted.kind.value} --order {wanted.order}."
+            )
+        if self.made.spans != caching_spans(self.spans):
+            raise CalibrationError(
+                f"policy {self.policy} keeps residuals of other spans than the calibration was made for. "
+                f"Calibrate with: adacorr-calibrate BUNDLE --policies {self.policy}"
             )
         return self.made
 

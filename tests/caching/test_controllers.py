@@ -61,9 +61,9 @@ def evaluated_steps(decisions: list[list[Decision]], block: int = 0) -> list[int
     return [step for step, row in enumerate(decisions) if row[block].action is Action.EVALUATE]
 
 
-def controller(policy: Policy | str, **options: float) -> Controller:
+def controller(policy: Policy | str, *, slope: float = 1.0) -> Controller:
     chosen = policy_named(policy) if isinstance(policy, str) else policy
-    made = calibration(predictor=chosen.predictor, **options) if chosen.needs_calibration else None
+    made = calibration(predictor=chosen.predictor, slope=slope) if chosen.needs_calibration else None
     return controller_for_policy(chosen, Run(steps=STEPS, blocks=BLOCKS), made)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adacorr_deploy.caching.calibration import Calibration
-from adacorr_deploy.caching.controllers import GateController
+from adacorr_deploy.caching.controllers import GateController, Run
 from adacorr_deploy.caching.correction import probed_span
 from adacorr_deploy.caching.decisions import Action, Span, SpanCache
 from adacorr_deploy.caching.gates.adacorrection import AdaCorrectionGate, PaperGate
@@ -30,9 +30,10 @@ BASES = [
 PARTS = 10
 
 
-def calibrated(policy: Policy) -> Calibration:
-    """Costs of k² · 1e-4, whatever the spans; floors for as many parts as the tests have."""
-    return calibration(predictor=policy.predictor)
+def calibrated(policy: Policy, *, blocks: int = 2) -> Calibration:
+    """Costs of k² · 1e-4, for the spans of so many parts."""
+    spans = policy.spans_of(Run(steps=STEPS, blocks=blocks))
+    return calibration(predictor=policy.predictor, spans=spans, blocks=blocks)
 
 
 def run(policy: Policy | str, *, error: float = 0.1, relative: float = 0.01, blocks: int = 2) -> Driven:
@@ -41,7 +42,7 @@ def run(policy: Policy | str, *, error: float = 0.1, relative: float = 0.01, blo
         chosen,
         steps=STEPS,
         blocks=blocks,
-        calibration=calibrated(chosen) if chosen.needs_calibration else None,
+        calibration=calibrated(chosen, blocks=blocks) if chosen.needs_calibration else None,
         profile=profile(steps=STEPS, parts=blocks),
     )
     return drive(
@@ -211,6 +212,13 @@ def test_a_name_takes_the_knob_of_the_base_and_the_target_of_the_correction() ->
 def test_what_can_not_be_corrected_is_refused(name: str, message: str) -> None:
     with pytest.raises(PolicyError, match=message):
         policy_named(name)
+
+
+def test_a_calibration_for_other_spans_is_refused() -> None:
+    policy = policy_named("fbcache+adacorrection")
+    whole = calibration(predictor=policy.predictor, blocks=4)
+    with pytest.raises(CalibrationError, match=r"other spans .* --policies fbcache\+adacorrection"):
+        made(policy, steps=STEPS, blocks=4, calibration=whole)
 
 
 def test_without_a_calibration_it_is_refused() -> None:

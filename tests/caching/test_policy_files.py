@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from adacorr_deploy.caching.controllers import Run
 from adacorr_deploy.caching.decisions import Action
 from adacorr_deploy.caching.policy import PRESETS, Policy, policy_named
 from adacorr_deploy.core.errors import CalibrationError, PolicyError
@@ -114,14 +115,15 @@ def outcome(content: Content, relatives: list[float], *, halves: bool) -> tuple[
         except PolicyError as error:
             return str(error)
     steps = policy.sampled_steps(STEPS)
-    floors = {"paper_floors": (0.1,) * PARTS}
+    run = Run(steps=steps, blocks=PARTS, halves=halves)
     try:
+        spans = policy.spans_of(run)
         controller = made(
             policy,
             steps=steps,
             blocks=PARTS,
             halves=halves,
-            calibration=calibration(predictor=policy.predictor).model_copy(update=floors),
+            calibration=calibration(predictor=policy.predictor, spans=spans, blocks=PARTS),
             profile=profile(steps=steps, parts=PARTS),
         )
     except (PolicyError, CalibrationError) as error:

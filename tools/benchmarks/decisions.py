@@ -24,11 +24,10 @@ from typing import Final
 
 from machine import cpu_model, say
 
-from adacorr_deploy.caching.calibration import Calibration, CalibrationKey, Probe
+from adacorr_deploy.caching.calibration import Calibration, CalibrationKey, Probe, caching_spans
 from adacorr_deploy.caching.controllers import Run, controller_for_policy
 from adacorr_deploy.caching.decisions import Action, Controller, Signals, SlotHistory
 from adacorr_deploy.caching.policy import PRESETS, Policy, policy_named
-from adacorr_deploy.caching.predictors import Predictor
 from adacorr_deploy.caching.profile import AffineMap, ChangePolynomial, LinearGate, Profile, UnitErrors
 from adacorr_deploy.core.errors import PolicyError
 
@@ -93,7 +92,7 @@ def policies() -> Iterator[Policy]:
 def measured(policy: Policy, arguments: argparse.Namespace) -> Row:
     steps = policy.sampled_steps(arguments.steps)
     run = Run(steps=steps, blocks=arguments.blocks, elements=256 * WIDTH)
-    made, profile = calibration(policy.predictor, steps, arguments.blocks), profile_of(policy, steps, arguments.blocks)
+    made, profile = calibration(policy, run), profile_of(steps, arguments.blocks)
     means, slowest, first, signals = [], [], math.nan, wandering(steps)
     for index in range(arguments.runs + 1):
         controller = controller_for_policy(policy, run, made, profile)
@@ -160,21 +159,23 @@ def _signals(change: float) -> Signals:
     )
 
 
-def calibration(predictor: Predictor, steps: int, blocks: int) -> Calibration:
+def calibration(policy: Policy, run: Run) -> Calibration:
     """Make one up: skipping k steps costs k²."""
+    steps, spans = run.steps, caching_spans(policy.spans_of(run))
     costs = tuple(1e-4 * k * k for k in range(1, REACH + 1))
     return Calibration(
         key=_key(steps),
-        predictor=predictor,
+        predictor=policy.predictor,
+        spans=spans,
         images=1,
         skip_costs=((costs,) * REACH,) * steps,
         probe=Probe(block=0, expected=(((0.1,) * REACH,) * REACH,) * steps, slope=1.0),
         offset_limits=((1.0,) * REACH,) * steps,
-        paper_floors=(0.1,) * blocks,
+        paper_floors=(0.1,) * run.blocks,
     )
 
 
-def profile_of(policy: Policy, steps: int, blocks: int) -> Profile:
+def profile_of(steps: int, blocks: int) -> Profile:
     """Make one up: errors grow by 0.05 per step of age."""
     table = tuple(
         tuple(0.05 * age if age <= step else math.inf for age in range(1, REACH + 1)) for step in range(steps)
