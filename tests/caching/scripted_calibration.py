@@ -36,5 +36,5 @@ def calibration(
             slope=slope,
         ),
         offset_limits=tuple((0.2, 0.4, 0.6) for _ in range(STEPS)),
-        paper_floors=(2.0, 3.0) * (blocks // 2),
+        paper_floors=tuple(2.0 + part % 2 for part in range(blocks)),
     )

@@ -10,7 +10,7 @@ from adacorr_deploy.caching.profile import AffineMap, ChangePolynomial, LinearGa
 WIDTH = 3
 
 
-def profile(*, steps: int, parts: int = 2) -> Profile:
+def profile(*, steps: int, parts: int = 2, width: int = WIDTH) -> Profile:
     """TeaCache's polynomial is x; MagCache's ratios 0.97; errors 0.1 per step of age; maps are scale 2, shift 1."""
     table = tuple(tuple(0.1 * age if age <= step else math.inf for age in (1, 2, 3)) for step in range(steps))
     return Profile(
@@ -23,7 +23,7 @@ def profile(*, steps: int, parts: int = 2) -> Profile:
         unit_errors=UnitErrors(attention=table, mlp=tuple(tuple(2 * error for error in row) for row in table)),
         part_errors=tuple(tuple(tuple(error * (1 + part) for error in row) for row in table) for part in range(parts)),
         affine=tuple(
-            AffineMap(first=part, stop=part + 1, scale=(2.0,) * WIDTH, shift=(1.0,) * WIDTH) for part in range(parts)
+            AffineMap(first=part, stop=part + 1, scale=(2.0,) * width, shift=(1.0,) * width) for part in range(parts)
         ),
-        gates=tuple(LinearGate(weights=(1.0,) * WIDTH, bias=0.5) for _ in range(parts)),
+        gates=tuple(LinearGate(weights=(1.0,) * width, bias=0.5) for _ in range(parts)),
     )
