@@ -91,7 +91,16 @@ def of_asked_steps(result: SampleResult, steps: int) -> SampleResult:
 
 
 def planned_with_policy(pipeline: Pipeline, request: SampleRequest, policy: Policy) -> PlannedRun:
-    """Check a request and a policy against a bundle, and plan the run; arguments and errors as `sample_with_policy`."""
+    """Check a request and a policy against a bundle, and plan the run; arguments and errors as `sample_with_policy`.
+
+    Raises:
+        PolicyError: Also if the policy decides on the device: its launches are in a graph, and nobody can share them.
+    """
+    if policy.placement is Placement.DEVICE:
+        raise PolicyError(
+            f"policy {policy.name} decides on the device, in a graph that shares no launch with other requests. "
+            'Let it decide on the host, with decide = "block", or sample its requests one at a time.'
+        )
     controller = controller_for_request(pipeline, request, policy)
     sampled = replace(request, steps=policy.sampled_steps(request.steps))
     run = planned_run(pipeline.manifest, sampled, controller, history=policy.history)

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from adacorr_deploy.caching.decisions import Action
-from adacorr_deploy.caching.policy import policy_named
-from adacorr_deploy.core.errors import EngineError, RequestError
+from adacorr_deploy.caching.decisions import Action, Placement, SpanCache
+from adacorr_deploy.caching.policy import PRESETS, UNCALIBRATED, IntervalGate, Policy, policy_named
+from adacorr_deploy.caching.predictors import Predictor, PredictorKind
+from adacorr_deploy.core.errors import EngineError, PolicyError, RequestError
 from adacorr_deploy.core.samplers import allowed_samplers
-from adacorr_deploy.runtime import Pipeline, SampleRequest, sample_with_policy
+from adacorr_deploy.runtime import Pipeline, SampleRequest, controller_for_request, sample_with_policy
 from adacorr_deploy.runtime.active_run import ActiveRun
 from adacorr_deploy.runtime.batch_lane import Sweep
 from adacorr_deploy.runtime.batch_ticket import Ending
@@ -82,15 +83,25 @@ def test_every_request_computes_what_it_computes_alone(
     assert stats.rows_used <= stats.rows_launched
 
 
-POLICIES = ("none", "fewer-steps", "fora", "fora@2", "paper-exact")
+OUTPUT = Predictor(kind=PredictorKind.OUTPUT_TAYLOR)
+POLICIES = (
+    *(PRESETS[name] for name in UNCALIBRATED.split(", ") if not name.startswith("db")),  # those need more blocks
+    Policy(name="output", gate=IntervalGate(interval=2), predictor=OUTPUT),
+)
+
+
+def kept_by(pipeline: Pipeline, policy: Policy) -> set[SpanCache]:
+    controller = controller_for_request(pipeline, SampleRequest((0,), steps=6, guidance=3.0), policy)
+    return {span.cache for span in controller.spans}
 
 
 def test_policies_of_all_kinds_share_launches_and_agree_with_sampling_alone(
     pipeline: Pipeline, backend: FakeBackend
 ) -> None:
+    assert {cache for policy in POLICIES for cache in kept_by(pipeline, policy)} == {*SpanCache}
     requests = [
-        (SampleRequest((seed % 3,), steps=4 + seed % 3, guidance=3.0, seed=seed), policy_named(name))
-        for seed, name in enumerate(POLICIES * 2)
+        (SampleRequest((seed % 3,), steps=6 + seed % 3, guidance=3.0, seed=seed), policy)
+        for seed, policy in enumerate(POLICIES)
     ]
     alone = [sample_with_policy(pipeline, request, policy) for request, policy in requests]
     backend.order.clear()
@@ -181,6 +192,12 @@ def test_requests_are_admitted_in_their_order_and_a_large_one_is_not_passed(pipe
         boxes = [submit(engine, job, on_step=note(number))[1] for number, job in enumerate(jobs)]  # type: ignore[arg-type]
         assert [box.get().ending for box in boxes] == [Ending.DONE] * 3
     assert started == [0, 1, 2]
+
+
+def test_a_policy_that_decides_on_the_device_shares_no_launches(pipeline: Pipeline) -> None:
+    policy = policy_named("paper-exact").model_copy(update={"decide": Placement.DEVICE})
+    with BatchingEngine(pipeline) as engine, pytest.raises(PolicyError, match="decides on the device"):
+        engine.submit(SampleRequest((0,), steps=2), policy, on_done=Box().put)
 
 
 # --- Buckets -----------------------------------------------------------------------------------------------------
