@@ -247,7 +247,8 @@ def _measured(
         key = RunKey.of(pipeline, options, source.identity if source is not None else "")
         store = ResultStore.open(files.results, key)
         with progress_bar() as advance:
-            measured = bench(pipeline, chosen, options, advance, store=store, source=source)
+            shown = files.report is not None
+            measured = bench(pipeline, chosen, options, advance, store=store, source=source, shown=shown)
         return measured, _page(pipeline, measured, source) if files.report is not None else ""
 
 

@@ -64,6 +64,7 @@ def bench(
     *,
     store: ResultStore | None = None,
     source: FeatureSource | None = None,
+    shown: bool = False,
 ) -> Bench:
     """Measure policies against the uncached run.
 
@@ -80,6 +81,7 @@ def bench(
         progress: Told of every finished request.
         store: Where finished pieces are kept and found again.
         source: The network whose features are compared; needed for `options.samples`.
+        shown: Whether the first images are kept as pictures, for a report.
 
     Raises:
         RequestError: If an option is out of range, two different policies have one name, or this machine has not the
@@ -93,7 +95,7 @@ def bench(
             f"samples is {options.samples}, and there is no network for their features. Give one with --features."
         )
     check_runs(pipeline, chosen, options)
-    return _Bench(pipeline, options, progress, store or ResultStore(None), source).run(chosen)
+    return _Bench(pipeline, options, progress, store or ResultStore(None), source, shown=shown).run(chosen)
 
 
 class _Bench:
@@ -106,12 +108,15 @@ class _Bench:
         progress: Progress | None,
         store: ResultStore,
         source: FeatureSource | None,
+        *,
+        shown: bool,
     ) -> None:
         self._pipeline = pipeline
         self._options = options
         self._progress = progress
         self._store = store
         self._source = source
+        self._shown = shown
         self._requests = len(list(requests(pipeline, options)))
         self._done = self._total = 0
         self._sampler = Sampler(pipeline, options, store, lambda text: self._did(text, 1))
@@ -128,10 +133,7 @@ class _Bench:
         if self._progress is not None:
             self._progress("", self._total, self._total)
         uncached = self._uncached
-        rows = [
-            row_of_run(run, uncached, self._options, block_share=share, source=self._source)
-            for run in self._runs.values()
-        ]
+        rows = [row_of_run(run, uncached, self._options, block_share=share) for run in self._runs.values()]
         return Bench(rows=_with_gains(rows), runs=self._runs, options=self._options)
 
     @property
@@ -160,7 +162,8 @@ class _Bench:
                     self._runs[policy.name].uncached_seconds.append(seconds[_UNCACHED.name])
 
     def _sample(self, run: PolicyRun, uncached: Sampled | None) -> None:
-        made = self._sampler.sampled(run.policy, uncached)
+        network = self._source.network if self._source is not None else None
+        made = self._sampler.sampled(run.policy, uncached, network=network, shown=self._shown)
         run.sampled = made if uncached is None else without_latents(made)
 
     def _round(self, policies: Sequence[Policy], number: int) -> dict[str, float]:

@@ -126,9 +126,7 @@ class PolicyRun:
         return statistics.median(ratios) if ratios else math.nan
 
 
-def row_of_run(
-    run: PolicyRun, uncached: Sampled, options: BenchOptions, *, block_share: float, source: FeatureSource | None
-) -> BenchRow:
+def row_of_run(run: PolicyRun, uncached: Sampled, options: BenchOptions, *, block_share: float) -> BenchRow:
     """Return a policy's row; of a policy that failed, one with its error alone."""
     steps = run.policy.sampled_steps(options.steps)
     if run.error or run.sampled is None:
@@ -146,7 +144,7 @@ def row_of_run(
         psnr_db=psnr_db(mine.latents, uncached.latents),
         psnr_worst_db=float(psnr_per_image(mine.latents, uncached.latents).min()),
         ssim=float(ssim_per_image(mine.latents, uncached.latents).mean()) if large else math.nan,
-        feature_distance=_feature_distance(mine, uncached, source),
+        feature_distance=_feature_distance(mine, uncached),
         flops=flops,
         flops_saved=1 - flops / base if base else math.nan,
         baseline=run.baseline,
@@ -155,11 +153,10 @@ def row_of_run(
     )
 
 
-def _feature_distance(mine: Sampled, uncached: Sampled, source: FeatureSource | None) -> float:
-    if source is None:
+def _feature_distance(mine: Sampled, uncached: Sampled) -> float:
+    if mine.features is None or uncached.features is None:
         return math.nan
-    network = source.network
-    return float(feature_distance_per_image(network.features(mine.latents), network.features(uncached.latents)).mean())
+    return float(feature_distance_per_image(mine.features, uncached.features).mean())
 
 
 def set_scores(

@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -22,6 +22,9 @@ from adacorr_deploy.runtime import Pipeline, SampleRequest, SampleResult, sample
 from adacorr_deploy.runtime.trace import Trace
 
 TRAJECTORY_BYTES: Final = 64 << 20  # of the latents of every step that are kept: of as many images as fit
+
+SHOWN_IMAGES: Final = 16
+SHOWN_SIDE: Final = 128  # pixels
 
 Floats32 = NDArray[np.float32]
 Advance = Callable[[str], None]  # told after each request
@@ -60,9 +63,11 @@ class Sampled:
     Attributes:
         latents: (N, C, H, W).
         rho: Mean over the requests of the share of block launches skipped.
+        pictures: The first images as a page shows them, at most `SHOWN_IMAGES` of at most `SHOWN_SIDE` pixels.
         flops: Operations per image (`quality.flops`); None if they can't be told.
         growth: Relative L2 error of the latents after each step against the uncached run's, RMS over images, (S,); None
             for a run of other steps, whose latents stand at other noise levels.
+        features: Of all images, (N, F); None without a network.
     """
 
     policy: Policy
@@ -71,7 +76,8 @@ class Sampled:
     flops: float | None
     trajectory: Trajectory
     growth: NDArray[np.float64] | None = None
-    features: Floats32 | None = field(default=None, repr=False)
+    features: Floats32 | None = None
+    pictures: Floats32 | None = None
 
 
 class Sampler:
@@ -84,8 +90,16 @@ class Sampler:
         self._advance = advance
         self._counter = FlopCounter(pipeline)
 
-    def sampled(self, policy: Policy, uncached: Sampled | None) -> Sampled:
+    def sampled(
+        self, policy: Policy, uncached: Sampled | None, *, network: FeatureNetwork | None = None, shown: bool = False
+    ) -> Sampled:
         """Return a policy's images, compared step by step with the uncached ones.
+
+        Args:
+            policy: Whose images.
+            uncached: What `none` made; None for itself.
+            network: Whose features of the images are wanted.
+            shown: Whether the first images are wanted as pictures.
 
         Raises:
             EngineError: If an engine fails, or the latents become NaN.
@@ -103,6 +117,10 @@ class Sampler:
             flops=None if math.isnan(flops) else flops / self._options.images,
             trajectory=trajectory,
         )
+        if network is not None:
+            made.features = self._features_of(made.latents, network)
+        if shown:
+            made.pictures = self._shown(made.latents)
         base = trajectory if uncached is None else uncached.trajectory
         if base.latents.shape == trajectory.latents.shape:
             made.growth = relative_errors(trajectory.latents, base.latents)
@@ -116,11 +134,28 @@ class Sampler:
             arrays = self._store.load(policy, name, spec)
             if arrays is None:
                 latents = sample_with_policy(self._pipeline, request, policy).latents
-                arrays = {"features": network.features(latents)}
+                arrays = {"features": network.features(self._pictures(latents))}
                 self._store.save(policy, name, arrays)
             made.append(np.asarray(arrays["features"], np.float32))
             self._advance(f"{policy.name}, {self._options.samples} samples")
         return np.concatenate(made)
+
+    def _features_of(self, latents: Floats32, network: FeatureNetwork) -> Floats32:
+        """Return features batch by batch, so that decoded images never stand in memory all at once."""
+        size = self._options.batch
+        parts = [latents[first : first + size] for first in range(0, len(latents), size)]
+        return np.concatenate([network.features(self._pictures(part)) for part in parts])
+
+    def _pictures(self, latents: Floats32) -> Floats32:
+        """Return the images that latents stand for: decoded where the bundle has a decoder, else as they are."""
+        if self._pipeline.manifest.decoder is None:
+            return latents
+        return self._pipeline.decode(latents)
+
+    def _shown(self, latents: Floats32) -> Floats32:
+        pictures = self._pictures(latents[:SHOWN_IMAGES])
+        step = -(-max(pictures.shape[2:]) // SHOWN_SIDE)
+        return np.ascontiguousarray(pictures[:, :, ::step, ::step])
 
     def _first(self, policy: Policy, request: SampleRequest) -> tuple[Trajectory, list[Arrays]]:
         """Return the first request's trajectory and images."""

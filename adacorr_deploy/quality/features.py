@@ -192,7 +192,7 @@ def feature_source(manifest: Manifest, network: Path | None, real: Path | None) 
         RequestError: If a file is not valid, the network takes other images, or features are given without a network.
     """
     if network is not None:
-        opened = OnnxFeatures(network, manifest.model.latent_shape)
+        opened = OnnxFeatures(network, image_shape(manifest))
         source = FeatureSource(
             network=opened,
             name=network.name,
@@ -208,7 +208,7 @@ def feature_source(manifest: Manifest, network: Path | None, real: Path | None) 
     else:
         return None
     if source.real is not None:
-        width = source.network.features(np.zeros((1, *manifest.model.latent_shape), np.float32)).shape[1]
+        width = source.network.features(np.zeros((1, *image_shape(manifest)), np.float32)).shape[1]
         if source.real.statistics.mean.size != width:
             raise RequestError(
                 f"{source.real.name} holds {source.real.statistics.mean.size} features per image, "
@@ -217,9 +217,20 @@ def feature_source(manifest: Manifest, network: Path | None, real: Path | None) 
     return source
 
 
+def image_shape(manifest: Manifest) -> tuple[int, int, int]:
+    """Return the (C, H, W) of the images that features are taken of: decoded ones where the bundle has a decoder."""
+    decoder = manifest.decoder
+    channels, height, width = manifest.model.latent_shape
+    return (
+        (channels, height, width)
+        if decoder is None
+        else (decoder.channels, height * decoder.scale, width * decoder.scale)
+    )
+
+
 def _is_demo(manifest: Manifest) -> bool:
     """Say whether the images are of the demo's data set: the classifier knows nothing of others."""
-    if manifest.model.latent_shape != (1, 28, 28) or importlib.util.find_spec("torch") is None:
+    if image_shape(manifest) != (1, 28, 28) or importlib.util.find_spec("torch") is None:
         return False
     classes = json.loads((files("adacorr_deploy") / "demo" / "labels.json").read_text(encoding="utf-8"))
     return manifest.class_names == tuple(classes)

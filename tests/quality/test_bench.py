@@ -12,16 +12,19 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from adacorr_deploy.caching.policy import PRESETS, IntervalGate, Policy, policy_named
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
 from adacorr_deploy.core.errors import CalibrationError, EngineError, RequestError
 from adacorr_deploy.core.samplers import Sampler
+from adacorr_deploy.core.specs import DecoderSpec, DType
 from adacorr_deploy.quality import bench as module
 from adacorr_deploy.quality import bench_sampling, memory_need
 from adacorr_deploy.quality.bench import bench, equal_latency_steps, fewer_steps_policy
 from adacorr_deploy.quality.bench_options import BenchOptions, requests
 from adacorr_deploy.quality.bench_rows import BenchRow, best_by_speed
+from adacorr_deploy.quality.features import FeatureSource, image_shape
 from adacorr_deploy.runtime import MAX_SEED, Pipeline, SampleRequest, SampleResult, sample_with_policy
 from adacorr_deploy.runtime.denoise import LatentsObserver
 from tests.runtime.conftest import write_bundle
@@ -216,6 +219,34 @@ def test_the_error_grows_from_nothing_to_that_of_the_images(pipeline: Pipeline) 
     np.testing.assert_array_equal(none.growth, 0.0)
     fewer = measured.runs["fewer-steps"].sampled
     assert fewer is not None and fewer.growth is None  # its latents stand at other noise levels
+
+
+def test_with_a_decoder_features_and_pictures_are_of_images_and_psnr_is_of_latents(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decoded(opened: Pipeline, latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.repeat(latents, 3, axis=1).repeat(50, axis=2).repeat(50, axis=3)
+
+    class Means:
+        def features(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+            assert images.shape[1:] == (3, 200, 200)
+            return images.mean(axis=(2, 3)) + np.float32(2)
+
+    plain = rows_by_policy(pipeline, "fora")["fora"]
+    decoder = DecoderSpec(precision=DType.FLOAT32, tile=(4, 4), overlap=0, scale=50, channels=3, vae_sha256="0" * 64)
+    manifest = pipeline.manifest.model_copy(update={"decoder": decoder})
+    monkeypatch.setattr(Pipeline, "manifest", property(lambda opened: manifest))
+    monkeypatch.setattr(Pipeline, "decode", decoded)
+    assert image_shape(manifest) == (3, 200, 200)
+    source = FeatureSource(network=Means(), name="means", identity="means", real=None)
+    measured = bench(pipeline, [FORA], OPTIONS, source=source, shown=True)
+    sampled = measured.runs["fora"].sampled
+    assert sampled is not None and sampled.features is not None and sampled.pictures is not None
+    np.testing.assert_allclose(sampled.features[:, 1], sampled.latents.mean(axis=(1, 2, 3)) + 2, rtol=1e-4)
+    assert sampled.pictures.shape == (OPTIONS.images, 3, 100, 100)  # every second pixel: at most 128
+    rows = {row.policy: row for row in measured.rows}
+    assert rows["fora"].psnr_db == plain.psnr_db
+    assert rows["fora"].feature_distance > rows["none"].feature_distance == 0.0
 
 
 def test_the_front_holds_what_nothing_else_beats_in_both() -> None:

@@ -145,7 +145,7 @@ def _context(bench: Bench, facts: ReportFacts) -> dict[str, object]:
         "has_rings": any(family.ringed for family in styles.values()),
         "headline": _headline(rows),
         "uncached": _uncached_sprite(bench),
-        "shown_images": 0 if uncached is None else min(len(uncached.latents), 16),
+        "shown_images": 0 if uncached is None or uncached.pictures is None else len(uncached.pictures),
         "has_sets": any(row.sets is not None for row in bench.rows),
         "failed": bench.failed,
     }
@@ -158,7 +158,7 @@ def _growths(bench: Bench) -> list[Growth]:
 
 def _uncached_sprite(bench: Bench) -> Sprite | None:
     uncached = bench.runs["none"].sampled
-    return None if uncached is None else sprite(uncached.latents)
+    return None if uncached is None or uncached.pictures is None else sprite(uncached.pictures)
 
 
 def _most_telling_first(rows: Sequence[BenchRow]) -> list[BenchRow]:
@@ -194,8 +194,14 @@ def _panel(
         summary=_summary(row),
         step_times=_step_times(own) if own is not None else "",
         map=decision_map(own.trajectory.decisions) if own is not None else None,
-        images=comparison(own.latents, uncached.latents) if own is not None and uncached is not None else None,
+        images=_images(own, uncached),
     )
+
+
+def _images(own: Sampled | None, uncached: Sampled | None) -> Comparison | None:
+    if own is None or uncached is None or own.pictures is None or uncached.pictures is None:
+        return None
+    return comparison(own.pictures, uncached.pictures)
 
 
 def _summary(row: BenchRow) -> str:

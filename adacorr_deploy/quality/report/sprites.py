@@ -10,10 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from adacorr_deploy.quality.bench_sampling import SHOWN_IMAGES, SHOWN_SIDE
 from adacorr_deploy.runtime.images import png_from_picture
 
-MOST_IMAGES: Final = 16
-_LARGEST_SIDE: Final = 128  # pixels: larger images are shown smaller
 _COLUMNS: Final = 4
 _GAP: Final = 1
 _MOST_GAIN: Final = 64.0
@@ -44,7 +43,7 @@ def comparison(images: Images, uncached: Images) -> Comparison:
 
     The difference is as much brighter as makes its 99th percentile clearly seen, a power of two.
     """
-    mine, base = images[:MOST_IMAGES], uncached[:MOST_IMAGES]
+    mine, base = images[:SHOWN_IMAGES], uncached[:SHOWN_IMAGES]
     apart = np.abs(np.clip(mine, -1, 1) - np.clip(base, -1, 1))
     typical = float(np.quantile(apart, 0.99))
     gain = min(_MOST_GAIN, 2.0 ** np.floor(np.log2(1.0 / typical))) if typical > 0 else 1.0
@@ -54,10 +53,10 @@ def comparison(images: Images, uncached: Images) -> Comparison:
 
 def sprite(images: Images) -> Sprite:
     """Return images in rows of four, (N, C, H, W) in [−1, 1]: grey, or its first three channels as colours."""
-    shown = images[:MOST_IMAGES]
+    shown = images[:SHOWN_IMAGES]
     levels = np.rint((np.clip(np.nan_to_num(shown), -1, 1) + 1) * 127.5).astype(np.uint8)
     channels = levels[:, :3] if levels.shape[1] >= 3 else np.repeat(levels[:, :1], 3, axis=1)
-    step = -(-max(channels.shape[2:]) // _LARGEST_SIDE)
+    step = -(-max(channels.shape[2:]) // SHOWN_SIDE)
     small = channels[:, :, ::step, ::step].transpose(0, 2, 3, 1)
     count, height, width, _ = small.shape
     columns = min(count, _COLUMNS)

@@ -86,7 +86,7 @@ def measured(pipeline: Pipeline) -> Iterator[Bench]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench_module, "_seconds_for_all", timed)
         patch.setattr(bench_sampling, "sample_with_policy", failing)
-        yield bench(pipeline, policies, OPTIONS, source=feature_source())
+        yield bench(pipeline, policies, OPTIONS, source=feature_source(), shown=True)
 
 
 @pytest.fixture(scope="package")
