@@ -150,6 +150,6 @@ class OrderBook:
             if not drawable and name != "latents":
                 raise RequestError(
                     f"outputs holds {name}, allowed is latents: this model's latents have "
-                    f"{self.manifest.model.latent_shape[0]} channels and are no images yet."
+                    f"{self.manifest.model.latent_shape[0]} channels, and decoding them is the client's."
                 )
         return tuple(dict.fromkeys(names))

@@ -22,6 +22,7 @@ from tritonclient.utils import InferenceServerException
 
 from adacorr_deploy.caching.policy import policy_named
 from adacorr_deploy.core.bundle import Bundle
+from adacorr_deploy.core.errors import EngineError
 from adacorr_deploy.runtime import Pipeline, SampleRequest, batch_ticket
 from adacorr_deploy.runtime.batching import BatchingEngine
 from adacorr_deploy.runtime.images import picture_from_pixels, png_from_picture
@@ -29,10 +30,10 @@ from adacorr_deploy.serving.local_server import installed_triton
 from adacorr_deploy.serving.metrics import METRICS, Outcome
 from adacorr_deploy.serving.repository import Repository
 from adacorr_deploy.serving.tensors import Field
+from adacorr_deploy.serving.trial_server import RunningServer, inputs_of, refusal, running
 from tests.cli.conftest import STEPS
 from tests.serving.conftest import MAX_QUEUE
 from tests.serving.scripted_engine import wait_until
-from tests.serving.triton_server import RunningServer, inputs_of, refusal, running
 
 pytestmark = [pytest.mark.triton, pytest.mark.slow]
 
@@ -170,7 +171,7 @@ def test_a_deadline_ends_a_request(server: RunningServer) -> None:
 def test_a_client_that_is_killed_frees_its_slots(server: RunningServer) -> None:
     script = f"""
 import sys
-from tests.serving.triton_server import inputs_of
+from adacorr_deploy.serving.trial_server import inputs_of
 import tritonclient.grpc as triton
 client = triton.InferenceServerClient("{server.grpc_address}")
 client.async_infer("{server.model}", inputs_of({LONG!r}), callback=print, request_id="killed")
@@ -345,7 +346,7 @@ def test_engines_that_do_not_fit_stop_the_load_with_the_command_that_rebuilds(
     text, server = config.read_text(), installed_triton()
     config.write_text(text.replace('"onnxruntime"', '"tensorrt"'))
     try:
-        with pytest.raises(AssertionError, match="no server"), running(server, repository, tmp_path / "log"):
+        with pytest.raises(EngineError, match="did not come up"), running(server, repository, tmp_path / "log"):
             pass
     finally:
         config.write_text(text)

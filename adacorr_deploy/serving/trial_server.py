@@ -1,9 +1,8 @@
-"""A real Triton server around a repository, and the ways to ask it."""
+"""A real Triton server around a repository, for as long as a test or a benchmark needs it, and the ways to ask it."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
@@ -14,25 +13,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import tritonclient.grpc as triton
 from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
+from adacorr_deploy.core.errors import EngineError
 from adacorr_deploy.serving.local_server import InstalledTriton, Ports
 from adacorr_deploy.serving.repository import Repository
 from adacorr_deploy.serving.tensors import INPUTS, Field
 
-START_SECONDS = 60.0
-_DTYPES: dict[str, type[np.generic]] = {
+START_SECONDS: Final = 60.0
+_STOP_SECONDS: Final = 60.0
+_SHOWN: Final = 4000  # characters of a log
+_DTYPES: Final[dict[str, type[np.generic]]] = {
     "STRING": np.object_,
     "INT64": np.int64,
     "UINT64": np.uint64,
     "FP64": np.float64,
     "FP32": np.float32,
 }
-_FIELDS = {field.name: field for field in INPUTS}
+_FIELDS: Final = {field.name: field for field in INPUTS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +114,7 @@ class RunningServer:
                 words = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
                 if any(word.endswith(f"/{self.model}/1/model.py".encode()) for word in words):
                     return int(child)
-        raise AssertionError("the model has no process")
+        raise EngineError(f"Model {self.model} has no process of its own.")
 
 
 def inputs_of(fields: Mapping[str, Field]) -> list[triton.InferInput]:
@@ -135,7 +138,7 @@ def _coded(value: Field) -> Field | bytes | list[bytes]:
 
 
 def refusal(error: InferenceServerException) -> tuple[str, str]:
-    """Return the gRPC code and the text of an error."""
+    """Return the gRPC code and the text of what the server answered with."""
     return str(error.status()).removeprefix("StatusCode."), str(error.message())
 
 
@@ -148,7 +151,7 @@ def running(
     with log.open("wb") as output:
         process = subprocess.Popen(
             triton_server.command(repository.path, ports, *extra),
-            env={**triton_server.environment(), "OMP_NUM_THREADS": "1"},
+            env=triton_server.environment(),
             stdout=output,
             stderr=subprocess.STDOUT,
         )
@@ -160,7 +163,7 @@ def running(
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
                 try:
-                    process.wait(timeout=60)
+                    process.wait(timeout=_STOP_SECONDS)
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
@@ -170,7 +173,8 @@ def _wait_until_ready(server: RunningServer) -> None:
     until = time.monotonic() + START_SECONDS
     while not server.is_ready():
         if server.process.poll() is not None or time.monotonic() > until:
-            raise AssertionError(f"no server: {server.log.read_text(encoding='utf-8', errors='replace')[-4000:]}")
+            end = server.log.read_text(encoding="utf-8", errors="replace")[-_SHOWN:]
+            raise EngineError(f"The server did not come up within {START_SECONDS:g} s. The end of its log: {end}")
         time.sleep(0.1)
 
 
@@ -179,11 +183,3 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def is_alive(process_id: int) -> bool:
-    try:
-        os.kill(process_id, 0)
-    except ProcessLookupError:
-        return False
-    return True
