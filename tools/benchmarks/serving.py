@@ -205,9 +205,8 @@ class Soak:
             number = self._next
         if number % max(1, self.total // 50) == 0:
             self.resident.append((number, resident_bytes(self.server.stub())))
-            say(
-                f"{number} of {self.total}: {dict(self.ended)}, {self.resident[-1][1] / 1e6:.1f} MB, {len(self.faults)} faults"
-            )
+            size = f"{self.resident[-1][1] / 1e6:.1f} MB"
+            say(f"{number} of {self.total}: {dict(self.ended)}, {size}, {len(self.faults)} faults")
         return True
 
     def _ask(self, client: triton.InferenceServerClient, wishes: random.Random) -> tuple[str, str | None]:
