@@ -5,15 +5,16 @@
 #
 #   bash tools/serving/install_triton.sh       then: adacorr-serve BUNDLE -o REPO --run
 #
-# ADACORR_TRITON names another folder than ~/.cache/adacorr-deploy/triton-2.51.0, ADACORR_PYTHON another interpreter.
+# ADACORR_TRITON names another folder than ~/.cache/adacorr-deploy/triton-2.51.0. The server runs models with the Python of
+# .venv, which is made if it is missing.
 set -euo pipefail
 # shellcheck source=tools/environment.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/../environment.sh"
 
 wheel=nvidia-pytriton==0.7.0
 export PYTHONPATH=$root
-interpreter=$(find_python)
-[ -x "$python" ] && interpreter=$python # .venv has what reads our own files
+[ -x "$python" ] || prepare_environment
+interpreter=$python
 folder=$("$interpreter" -c 'from adacorr_deploy.serving.local_server import install_folder; print(install_folder())')
 version=$("$interpreter" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 requirements=$("$interpreter" -c '
@@ -47,7 +48,7 @@ printf '%s\n' "$requirements" >"$folder/requirements.txt"
 server=$folder/wheel/pytriton/tritonserver
 stub=$server/python_backend_stubs/$version/triton_python_backend_stub
 if [ ! -f "$stub" ]; then
-    say "error: $wheel has no stub for Python $version. Choose Python 3.10 to 3.12 with ADACORR_PYTHON."
+    say "error: $wheel has no stub for Python $version. Make .venv with Python 3.10 to 3.12: ADACORR_PYTHON."
     exit 1
 fi
 # The stub must lie beside the backend, and find this Python's own library: with another one, modules don't load.
