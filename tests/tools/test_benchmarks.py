@@ -56,6 +56,16 @@ def test_both_measure_a_tiny_model_and_their_arithmetic_holds(tmp_path: Path) ->
         assert row["baseline"] < row["peak_when_opened"] <= row["peak"]
 
 
+@pytest.mark.slow
+def test_spans_and_halves_of_a_tiny_model_are_measured_on_the_same_numbers() -> None:
+    report = json.loads(run_script("spans.py", "--size", "tiny", "--batch", 2, "--rounds", 1, "--json"))
+    assert report["halves_max_abs_difference"] < 1e-4
+    assert {"chain of halves ÷ chain of blocks", "range reused, held ÷ evaluated", "residual kept ÷ evaluated"} <= {
+        figure["name"] for figure in report["figures"]
+    }
+    assert all(0 < figure["low"] <= figure["median"] <= figure["high"] for figure in report["figures"])
+
+
 def test_an_unknown_size_is_refused_by_name() -> None:
     command = [sys.executable, str(BENCHMARKS / "chain.py"), "--size", "M/2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
