@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -78,6 +79,7 @@ def test_calibrate_calibrates_the_bundle_before_it_is_there(
         (["--precision", "int3"], "'int3' is not one of 'fp32', 'fp16'.* See: .* --help"),
         (["--segment", "0"], "Invalid value for '--segment'"),
         (["--segment", "1001"], "Invalid value for '--segment': .* 1000"),
+        (["--halves", "--segment", "2"], "Invalid value for --halves: an engine holds a half of a block, or a"),
         (["--heads", "1025"], "Invalid value for '--heads': .* 1024"),
         (["--scheduler", ""], "Invalid value for '--scheduler': it is empty"),
         (["-o", ""], "Invalid value for '--output' / '-o': it is empty"),
@@ -199,6 +201,24 @@ def test_overwrite_replaces_a_bundle_and_json_says_by_what(command: Command, mod
     assert (manifest.model.precision, manifest.model.units) == (DType.FLOAT16, (4, 2))
     assert manifest.default_policy == "fora@2"
     assert names(own_bundle.parent) == ["own.bundle"]
+
+
+def test_halves_are_two_parts_for_each_block_and_sample_the_same(
+    command: Command, model: Path, own_bundle: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "halves.bundle"
+    assert command("build", model, "-o", output, "--halves", "--policy", "fora").code == 0
+    inspected = command("build", "--inspect", output).stdout
+    assert re.findall(r"block_\d\d_\w+", inspected)[::2] == [
+        f"block_{block:02d}_{half}" for block in range(3) for half in ("attention", "mlp")
+    ]
+    latents = []
+    for bundle in (own_bundle, output):
+        saved = tmp_path / f"{bundle.stem}.npy"
+        ran = command("run", bundle, "--policy", "none", "--steps", 3, "--save-latents", saved)
+        assert ran.code == 0
+        latents.append(np.load(saved))
+    np.testing.assert_allclose(latents[0], latents[1], rtol=1e-4, atol=1e-4)
 
 
 def test_without_overwrite_what_stands_at_the_output_stays(command: Command, model: Path, own_bundle: Path) -> None:

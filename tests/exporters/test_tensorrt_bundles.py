@@ -40,7 +40,7 @@ TARGETS = ("sm_86", "sm_89", "sm_120")
 PROFILE = Profile(batch=(1, 2, 4), steps=(1, 20, 50))
 
 
-Build = Callable[[DType, WeightLayout], Bundle]
+Build = Callable[..., Bundle]  # of a precision and a layout of weights, and of halves
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ def built(
     """Build a bundle, once for all tests; the exported parts are those of the other tests."""
 
     @cache
-    def build(precision: DType, weights: WeightLayout) -> Bundle:
-        parts = exported(precision, 2)
+    def build(precision: DType, weights: WeightLayout, *, halves: bool = False) -> Bundle:
+        parts = exported(precision, 1 if halves else 2)
 
         def copy_parts(
             model: LoadedModel, directory: Path, precision: DType, units: int, progress: Progress | None
@@ -69,7 +69,7 @@ def built(
                 loaded(dit),
                 tmp_path_factory.mktemp("bundles") / "bundle",
                 TensorRTBackend(TENSORRT_RTX, options),
-                BuildOptions(precision=precision),
+                BuildOptions(precision=precision, halves=halves),
             )
 
     return build
@@ -111,6 +111,16 @@ def test_blocks_of_one_structure_share_a_plan_whose_weights_are_inputs(built: Bu
     assert len({block.artefact for block in blocks}) == 1
     assert len({block.weights for block in blocks}) == len(blocks) > 1
     assert bundle.manifest.parts["signals"].weights is None
+
+
+def test_halves_compile_and_those_of_one_kind_share_a_plan(built: Build) -> None:
+    for weights in WeightLayout:
+        manifest = built(DType.FLOAT16, weights, halves=True).manifest
+        plans = [manifest.parts[name].artefact for name in manifest.model.block_names]
+        assert len(plans) == 2 * 3
+        shared = [f"engines/tensorrt-rtx/block_00_{half}.engine" for half in ("attention", "mlp")]
+        assert plans == shared * 3 if weights is WeightLayout.INPUTS else len(set(plans)) == len(plans)
+        assert all(manifest.files[plan].size_bytes > 0 for plan in plans)
 
 
 def test_baked_plans_hold_their_weights(built: Build) -> None:
