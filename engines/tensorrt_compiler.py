@@ -18,7 +18,7 @@ from adacorr_deploy.core.engine_build import CompilerOptions, EngineBuild, Weigh
 from adacorr_deploy.core.errors import EngineError
 from adacorr_deploy.core.specs import PartSpec, TensorSpec
 from adacorr_deploy.engines.backend import Artefact
-from adacorr_deploy.engines.tensorrt_modules import TensorRTModule, new_log
+from adacorr_deploy.engines.tensorrt_modules import BuilderConfig, TensorRTModule, TimingCache, new_log
 from adacorr_deploy.plugins.kernel_compiler import compile_kernels
 from adacorr_deploy.plugins.kernels import kernel_of_part
 from adacorr_deploy.plugins.tensorrt_op import register_plugins
@@ -45,6 +45,8 @@ class TensorRTCompiler:
         if options.timing_cache is not None and module.compiles_without_gpu:
             raise EngineError(f"{module.title} times nothing when it compiles. Leave --timing-cache out.")
         self._tunings = _read_timing_cache(options.timing_cache)
+        if not module.compiles_without_gpu:
+            self._attached_tunings(self._builder.create_builder_config())  # refused before the work starts
         module.set_targets(self._trt, self._builder.create_builder_config(), options.targets)
 
     @property
@@ -97,14 +99,28 @@ class TensorRTCompiler:
             config.set_flag(self._trt.BuilderFlag.VERSION_COMPATIBLE)
         self._module.set_targets(self._trt, config, self._options.targets)
         config.add_optimization_profile(self._profile(spec))
-        if not self._module.compiles_without_gpu:
-            config.set_timing_cache(config.create_timing_cache(self._tunings), ignore_mismatch=False)
+        tunings = None if self._module.compiles_without_gpu else self._attached_tunings(config)
         plan = self._builder.build_serialized_network(network, config)
         if plan is None:
             raise EngineError(self._refused(spec, "compile", self._log.reason()))
-        if not self._module.compiles_without_gpu:
-            self._tunings = bytes(config.get_timing_cache().serialize())
+        if tunings is not None:
+            self._tunings = bytes(tunings.serialize())
         return bytes(plan)
+
+    def _attached_tunings(self, config: BuilderConfig) -> TimingCache:
+        """Give a configuration the tunings so far. What is returned must live until the plan is built.
+
+        Raises:
+            EngineError: If they are not of this GPU and version.
+        """
+        self._log.clear()
+        tunings = config.create_timing_cache(self._tunings)
+        if tunings is None or not config.set_timing_cache(tunings, ignore_mismatch=False):
+            raise EngineError(
+                f"The timing cache {self._options.timing_cache} is not one of this GPU and {self._module.title} "
+                f"{self._trt.__version__} ({self._log.reason()}). Name another with --timing-cache, or remove it."
+            )
+        return tunings
 
     def keep_tunings(self) -> None:
         """Write the timing cache's file, if one was asked for.

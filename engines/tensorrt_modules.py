@@ -77,12 +77,22 @@ class Runtime(Protocol):
     def get_engine_validity(self, header: bytes) -> tuple[object, int]: ...
 
 
+class TimingCache(Protocol):
+    """What is used here of `ITimingCache`."""
+
+    def serialize(self) -> bytes: ...
+
+
 class BuilderConfig(Protocol):
     """What is used here of the modules' `IBuilderConfig`, which has no types of its own."""
 
     num_compute_capabilities: int
 
     def set_compute_capability(self, compute_capability: object, index: int) -> bool: ...
+
+    def create_timing_cache(self, serialized_timing_cache: bytes) -> TimingCache | None: ...
+
+    def set_timing_cache(self, cache: TimingCache, ignore_mismatch: bool) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
