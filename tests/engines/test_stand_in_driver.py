@@ -17,6 +17,7 @@ _TESTS = (
     "test_device_launch.py",
     "test_device_memory.py",
     "test_kernel_session.py",
+    "test_onnxruntime_cuda.py",
     "test_tensorrt_session.py",
 )
 _OPEN = """
