@@ -81,6 +81,8 @@ def test_every_part_compiles_and_the_manifest_says_for_what(
     built: Build, precision: DType, weights: WeightLayout
 ) -> None:
     manifest = built(precision, weights).manifest
+    kernels = {name for name in manifest.files if name.endswith(".ptx")}
+    assert kernels == {f"engines/tensorrt-rtx/{name}.ptx" for name in ("kernels", "decisions")}
     build = manifest.engine_build
     assert build is not None
     assert (build.targets, build.weights, build.profile) == (TARGETS, weights, PROFILE)

@@ -26,9 +26,10 @@ from adacorr_deploy.runtime import Pipeline, SampleRequest, SampleResult, sample
 from adacorr_deploy.runtime.denoise import Progress
 from adacorr_deploy.runtime.device_decisions import STEPS_AHEAD, sample_decided_on_device
 from adacorr_deploy.runtime.planned_run import PlannedRun, planned_run
+from tests.runtime.conftest import write_bundle
 from tests.runtime.device_engines import DeviceEngines
 from tests.runtime.fake_backend import FakeBackend
-from tests.runtime.tiny_dit import UNITS, TinyDiT
+from tests.runtime.tiny_dit import HALVES, UNITS, TinyDiT
 
 pytestmark = pytest.mark.skipif("STAND_IN_DRIVER" not in os.environ, reason="needs the stand-in driver")
 
@@ -59,14 +60,20 @@ def policy(
     )
 
 
-def controller(made: Policy) -> PaperController:
+def floors_of(made: Policy, parts: int) -> tuple[float, ...] | None:
     assert isinstance(made.gate, PaperGate)
-    run, spans = Run(steps=STEPS, blocks=len(UNITS)), unit_spans(len(UNITS))
-    return PaperController(made, made.gate, run, spans, FLOORS if made.gate.lazy else None)
+    return (FLOORS * parts)[:parts] if made.gate.lazy else None
+
+
+def controller(made: Policy, parts: int = len(UNITS)) -> PaperController:
+    assert isinstance(made.gate, PaperGate)
+    run = Run(steps=STEPS, blocks=parts)
+    return PaperController(made, made.gate, run, unit_spans(parts), floors_of(made, parts))
 
 
 def planned(pipeline: Pipeline, made: Policy, request: SampleRequest = REQUEST) -> PlannedRun:
-    return planned_run(pipeline.manifest, request, controller(made), history=1)
+    parts = len(pipeline.manifest.model.units)
+    return planned_run(pipeline.manifest, request, controller(made, parts), history=1)
 
 
 def decided(
@@ -77,11 +84,11 @@ def decided(
     progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> SampleResult:
-    assert isinstance(made.gate, PaperGate)
+    parts = len(pipeline.manifest.model.units)
     return sample_decided_on_device(
         pipeline,
         planned(pipeline, made, request),
-        block_rules(made, FLOORS if made.gate.lazy else None, len(UNITS)),
+        block_rules(made, floors_of(made, parts), parts),
         fresh_gates=made.predictor.kind.fresh_gates,
         progress=progress,
         cancelled=cancelled,
@@ -90,7 +97,7 @@ def decided(
 
 def told(pipeline: Pipeline, made: Policy, request: SampleRequest = REQUEST) -> SampleResult:
     """Run the same with the host's decisions."""
-    return pipeline.sample(request, controller(made), history=1)
+    return pipeline.sample(request, controller(made, len(pipeline.manifest.model.units)), history=1)
 
 
 def check_same(found: SampleResult, expected: SampleResult, *, actions: Sequence[Action]) -> None:
@@ -136,6 +143,16 @@ def test_the_gpu_decides_as_the_host_does(
             check_same(found, on_cpu, actions=actions)
             check_same(found, by_host, actions=actions)
             np.testing.assert_array_equal(found.latents, by_host.latents)
+
+
+def test_halves_of_blocks_are_decided_one_by_one(tmp_path: Path) -> None:
+    model = TinyDiT(units=HALVES)
+    backend = DeviceEngines(model, tmp_path)
+    with Pipeline.open(write_bundle(tmp_path / "halves", model), backend=backend) as pipeline:
+        expected, found = told(pipeline, policy()), decided(pipeline, policy())
+        check_same(found, expected, actions=tuple(Action))
+        np.testing.assert_array_equal(found.latents, expected.latents)
+    backend.close()
 
 
 def test_requests_of_other_rules_and_sizes_leave_nothing_behind(bundle: Path, engines: DeviceEngines) -> None:

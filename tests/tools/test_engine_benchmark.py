@@ -25,6 +25,9 @@ from engine_rows import (  # noqa: E402
     BLOCKS,
     BY_STEP,
     COMPILED,
+    DEVICE,
+    HELD,
+    HOST,
     INPUTS,
     MONOLITH,
     PYTORCH,
@@ -292,3 +295,8 @@ def test_on_the_stand_in_every_engine_row_is_right_and_graphs_are_where_they_are
     assert graphs[" blocks + graphs one by one"] == condition + 8 * 5  # embed, three blocks, head
     assert graphs[" blocks + graphs all at once"] == condition + 8 * 3  # embed, the blocks, head
     assert graphs[" signals + blend"] == 8
+    assert graphs[" blocks + graphs decided by the device ρ 0.5"] == condition + 8
+    by_host, by_device = (
+        Arm(backend=RTX, engine=BLOCKS, graphs=True, reuse=HELD, rho=0.5, decided_by=where) for where in (HOST, DEVICE)
+    )
+    assert found[by_device].error == found[by_host].error, "the same images"

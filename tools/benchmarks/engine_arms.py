@@ -13,13 +13,17 @@ import torch
 from diffusers import DiTTransformer2DModel
 from engine_jobs import Job
 from engine_parts import STEP_PART, EngineSet, exported_parts
-from engine_rows import BLOCKS, COMPILED, MONOLITH, PRECISIONS, PYTORCH, Arm, evaluated_steps
+from engine_rows import BLOCKS, COMPILED, DEVICE, MONOLITH, PRECISIONS, PYTORCH, Arm, evaluated_steps
 from models import GUIDANCE, HISTORY, loaded_model, monolith_buffers, prepare, static_controller
 from numpy.typing import NDArray
 from torch import nn
 
-from adacorr_deploy.caching.controllers import Run
-from adacorr_deploy.caching.predictors import PredictorKind
+from adacorr_deploy.caching.block_rules import block_rules
+from adacorr_deploy.caching.controllers import PaperController, Run
+from adacorr_deploy.caching.decisions import unit_spans
+from adacorr_deploy.caching.guards import Guards
+from adacorr_deploy.caching.policy import PaperGate, Policy
+from adacorr_deploy.caching.predictors import Predictor, PredictorKind
 from adacorr_deploy.core.errors import BackendUnavailableError
 from adacorr_deploy.core.sampler_rows import COLUMNS
 from adacorr_deploy.core.samplers import sampler_table
@@ -28,9 +32,12 @@ from adacorr_deploy.exporters import LoadedModel
 from adacorr_deploy.plugins.service_parts import SIGNALS_PART, blend_part_name
 from adacorr_deploy.runtime import SampleRequest
 from adacorr_deploy.runtime.buffers import RunSize
+from adacorr_deploy.runtime.device_decisions import sample_decided_on_device
+from adacorr_deploy.runtime.planned_run import planned_run
 from adacorr_deploy.runtime.request import NoiseStream
 from adacorr_deploy.runtime.workspace import Workspace
 
+_BEYOND_SCORES: Final = 1e9  # a floor that leaves nothing of a score, so that a guard alone decides
 _HALF: Final = (0.5, (0.0, 1.0, 1.0))  # a score between its thresholds: the blend reads the cached and the fresh output
 
 
@@ -76,6 +83,8 @@ class Bench:
         engines = self._engines(arm)
         if arm.engine == MONOLITH:
             return MonolithRunner(engines, self._request, arm)
+        if arm.decided_by:
+            return DecidedRunner(engines, self._request, arm)
         if arm.engine == BLOCKS:
             return BlocksRunner(engines, self._request, arm)
         return ServicesRunner(engines, self._request)
@@ -201,6 +210,38 @@ class BlocksRunner:
         run = Run(steps=steps, blocks=len(self._pipeline.manifest.model.units))
         controller = static_controller(PredictorKind(self._arm.reuse), run, evaluated)
         result = self._pipeline.sample(self._request, controller, history=HISTORY if reuses else 0)
+        return Outcome(latents=result.latents, rho=result.rho)
+
+
+class DecidedRunner:
+    """The chain of parts, each block decided by its own signals: once reused, once evaluated, whatever they are.
+
+    The host reads them and chooses what it launches, or the device does within a graph for each step.
+    """
+
+    def __init__(self, engines: EngineSet, request: SampleRequest, arm: Arm) -> None:
+        self._engines = engines
+        self._request = request
+        self._on_device = arm.decided_by == DEVICE
+        self._pipeline = engines.pipeline(arm.decided_by)
+        self._policy = Policy(
+            name=str(arm)[:80],
+            gate=PaperGate(lazy=True),
+            predictor=Predictor(kind=PredictorKind(arm.reuse)),
+            guards=Guards(warmup_steps=0, final_steps=0, max_age_steps=1),
+        )
+
+    def __call__(self) -> Outcome:
+        self._engines.use_graphs(True)
+        blocks = len(self._pipeline.manifest.model.units)
+        run, floors = Run(steps=self._request.steps, blocks=blocks), [_BEYOND_SCORES] * blocks
+        controller = PaperController(self._policy, PaperGate(lazy=True), run, unit_spans(blocks), floors)
+        if not self._on_device:
+            result = self._pipeline.sample(self._request, controller, history=1)
+        else:
+            plan = planned_run(self._pipeline.manifest, self._request, controller, history=1)
+            rules = block_rules(self._policy, floors, blocks)
+            result = sample_decided_on_device(self._pipeline, plan, rules, fresh_gates=False)
         return Outcome(latents=result.latents, rho=result.rho)
 
 

@@ -26,6 +26,10 @@ BAKED: Final = "baked"
 INPUTS: Final = "inputs"
 BY_BLOCK: Final = "gated-taylor"  # each block is launched, or predicted, by itself
 BY_STEP: Final = "output-taylor"  # all blocks are one launch, or the whole step is predicted
+HELD: Final = "hold"  # each block is launched, or its last residual stands for it
+HOST: Final = "host"
+DEVICE: Final = "device"
+DECIDED_RHO: Final = 0.5  # of the arms that decide
 PRECISIONS: Final = {"fp32": DType.FLOAT32, "fp16": DType.FLOAT16, "bf16": DType.BFLOAT16}
 # They capture graphs, and have two layouts of weights; ONNX Runtime has neither.
 COMPILING: Final = ("tensorrt-rtx", "tensorrt")
@@ -55,11 +59,14 @@ class Arm:
     graphs: bool = False
     reuse: str = BY_BLOCK  # of blocks
     rho: float = 0.0  # of blocks: share of their launches that a static schedule skips
+    decided_by: str = ""  # HOST or DEVICE: each block's signals are read there, instead of following a schedule
 
     def __str__(self) -> str:
         if self.backend == PYTORCH:
             return f"{PYTORCH} {self.engine}" if self.engine == EAGER else f"{self.engine} max-autotune"
         name = f"{self.backend} {self.engine}" + " + graphs" * self.graphs + " + inputs" * (self.weights == INPUTS)
+        if self.decided_by:
+            return f"{name} decided by the {self.decided_by} ρ {self.rho:g}"
         if self.engine == BLOCKS:  # no commas: --rows is a list of such names
             name += " one by one" if self.reuse == BY_BLOCK else " all at once"
         return f"{name} ρ {self.rho:g}" if self.rho else name
@@ -118,6 +125,8 @@ def _arms_of(backend: str, rhos: Sequence[float]) -> Iterator[Arm]:
     if graphs:
         for reuse in (BY_BLOCK, BY_STEP):
             yield replace(blocks, graphs=True, weights=INPUTS, reuse=reuse)
+        for decided_by in (HOST, DEVICE):
+            yield replace(blocks, graphs=True, reuse=HELD, rho=DECIDED_RHO, decided_by=decided_by)
     yield Arm(backend=backend, engine=SERVICES)
 
 

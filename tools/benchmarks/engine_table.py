@@ -45,7 +45,7 @@ GOALS: Final = (
         figure=EFFICIENCY,
         text="≥ 0.95 at ρ 0.5",
         is_met=lambda x: x >= 0.95,
-        applies=lambda _, arm: arm.engine == BLOCKS and arm.rho == 0.5,
+        applies=lambda _, arm: arm.engine == BLOCKS and arm.rho == 0.5 and not arm.decided_by,
     ),
     Goal(figure=ONE_BLOCK, text="< 1 %", is_met=lambda x: x < 0.01, applies=_is_services_of_xl),
     Goal(figure=ALL_BLOCKS, text="< 1 %", is_met=lambda x: x < 0.01, applies=_is_services_of_xl),
