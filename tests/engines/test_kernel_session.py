@@ -16,6 +16,7 @@ from adacorr_deploy.engines.kernel_session import KernelLibrary
 from adacorr_deploy.plugins import oracle
 from adacorr_deploy.plugins.kernel_compiler import compile_kernels
 from adacorr_deploy.plugins.service_parts import (
+    SIGNAL_COUNT,
     blend_spec,
     extrapolate_spec,
     output_error_spec,
@@ -176,7 +177,7 @@ def test_a_chain_of_kernels_becomes_one_graph(library: KernelLibrary) -> None:
     measured = {
         "tokens": buffers["tokens_out"],
         "reference": buffers["tokens"],
-        "signals": device.allocate((_SIZES["rows"], 5), DType.FLOAT32),
+        "signals": device.allocate((_SIZES["rows"], SIGNAL_COUNT), DType.FLOAT32),
     }
     sessions = [library.open(predict), library.open(signals)]
     launches = [sessions[0].bind(buffers), sessions[1].bind(measured)]
