@@ -101,7 +101,7 @@ class Context:
 
         self._kept.append(_HostFunction(run))
         driver = ctypes.CDLL("libcuda.so.1")
-        assert driver.cuLaunchHostFunc(ctypes.c_void_p(stream_handle), self._kept[-1], None) == 0
+        assert driver.stand_in_launch(ctypes.c_void_p(stream_handle), self._kept[-1], None) == 0
         return True
 
 

@@ -20,12 +20,14 @@ from safetensors.numpy import save_file
 from adacorr_deploy.core.errors import EngineError
 from adacorr_deploy.core.specs import DType
 from adacorr_deploy.engines.backend import Artefact
+from adacorr_deploy.engines.decision_graphs import Switch
 from adacorr_deploy.engines.device import Device
 from adacorr_deploy.engines.device_memory import DeviceBuffer
 from adacorr_deploy.engines.tensorrt_modules import TENSORRT_RTX
 from adacorr_deploy.engines.tensorrt_session import Plans, TensorRTSession
 from tests.engines import fake_tensorrt
 from tests.engines.onnx_graphs import WIDTH, part_spec
+from tests.engines.test_device_decisions import Board
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,6 +67,24 @@ def test_launches_that_share_a_context_keep_their_own_buffers(opened: Plans, dev
         assert [float(each["y"].read()[0, 0]) for each in bound] == [1.0, 2.0]
     assert session.launches == 8
     assert all(launch.captured for launch in launches)
+
+
+def test_plans_run_as_cases_of_a_graph_that_decides(opened: Plans, device: Device, tmp_path: Path) -> None:
+    """Both cases share a context and its scratch, as those of a block do that is evaluated to one place or another."""
+    session = TensorRTSession(part_spec(), opened, Artefact(path=plan_file(tmp_path)))
+    bound = [buffers(device, 3, value) for value in (1.0, 2.0, 3.0)]
+    board = Board(device)
+    cases = tuple((session.bind(each), board.note()) for each in bound)
+    graph = board.graphs.record("step", [Switch(decision=board.decision, cases=cases)])
+    board.decision.filled.write(np.array([0]))
+    for temporal, chosen in ((2.0, 0), (0.1, 1), (0.9, 2)):
+        for each in bound:
+            each["y"].write(np.zeros((3, WIDTH), np.float32))
+        board.steer(temporal)
+        board.at(2)
+        graph.run()
+        expected = [value if case == chosen else 0.0 for case, value in enumerate((1.0, 2.0, 3.0))]
+        assert [float(each["y"].read()[0, 0]) for each in bound] == expected
 
 
 def test_scratch_memory_that_grew_leaves_the_launches_of_before_theirs(
