@@ -7,6 +7,7 @@ before. Device memory is closed to this process at any other time.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -109,7 +110,7 @@ def test_a_chain_of_sessions_runs_in_the_streams_order(
             launch.run()
         late = third.read_later()
         first.write(np.zeros_like(ramp))  # behind the launches, so they don't see it
-        if factor == 1:
+        if factor == 1 and os.environ.get("STAND_IN_EAGER") != "1":
             assert driver_count("operations") == before, "nothing has waited yet"
         np.testing.assert_array_equal(late(), 4 * factor * ramp)
     assert session.launches == 4
