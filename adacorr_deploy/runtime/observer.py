@@ -55,7 +55,8 @@ class Observer:
         if observation.what is Observed.PROBE:
             return self.space.spans.probe(span)
         slot = self.space.slots.spans[span]
-        return self.space.compare(("observed", span), self._tensor(step, span, observation), slot.kept_reference)
+        use = "observed", span, observation.what.value  # another request of this size may observe something else
+        return self.space.compare(use, self._tensor(step, span, observation), slot.kept_reference)
 
     def _of_the_step_before(self, span: int, filled: int, reading: Reading | None) -> Reading | None:
         """Exchange a reading for that of the step before; None if the slot was refilled since, or none was taken."""

@@ -105,6 +105,27 @@ def test_rings_and_launches_compute_what_plain_lists_do(
         np.testing.assert_allclose([b.change_l1 for b in branches], rows[..., 5].mean(axis=1), rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("kept", list(Kept))
+def test_what_is_observed_does_not_depend_on_what_the_request_before_observed(
+    bundle: Path, model: TinyDiT, kept: Kept
+) -> None:
+    """Requests of one size take over each other's workspace and its bound launches, whatever their gates watch."""
+
+    def watching(what: Observed) -> SpanScript:
+        return every(3, BEHIND_THE_FIRST, observations={1: Observation(what=what, kept=kept)}, wants_signals=True)
+
+    fresh = {what: watching(what) for what in list(Observed)[:3]}
+    for script in fresh.values():
+        with Pipeline.open(bundle, backend=FakeBackend.of(model)) as pipeline:
+            pipeline.sample(REQUEST, script, history=1)
+    with Pipeline.open(bundle, backend=FakeBackend.of(model)) as pipeline:
+        for what in (*fresh, *fresh):
+            script = watching(what)
+            pipeline.sample(REQUEST, script, history=1)
+            assert script.signals == fresh[what].signals, what
+            assert script.signals
+
+
 def test_a_reused_range_is_not_launched_and_costs_one_launch(pipeline: Pipeline, backend: FakeBackend) -> None:
     result = pipeline.sample(REQUEST, every(3, RANGE), history=1)
     after = backend.order[backend.order.index("head") + 1 :]
