@@ -169,9 +169,8 @@ class Desk:
                 )
         ticket.deliver(outcome)
 
-    def abort(self, error: AdaCorrError) -> None:
-        """End all who wait; the lanes stop at their next look."""
-        self.close(drain_seconds=0.0)
+    def end_queue(self, error: AdaCorrError) -> None:
+        """End all who wait, once the desk is closed: a lane that leaves has either seen to them or has no time left."""
         with self._lock:
             tickets = [*self._queue]
             self._queue.clear()

@@ -38,15 +38,16 @@ class Lane:
                 self._end_those_that_must_stop()
                 self._admit()
                 self._serve_block()
-        except Exception as error:  # noqa: BLE001 (no caller may wait for ever)
+        except BaseException as error:  # noqa: BLE001 (no caller may wait for ever)
             _LOG.exception("a lane of the batching engine failed")
             reason = as_adacorr_error(error)
+            self._desk.close(drain_seconds=0.0)  # the other lanes stop at their next look
         finally:
             for run in self._active:
                 if not run.ended:
                     run.fail(reason)
             self._settle()
-            self._desk.abort(reason)
+            self._desk.end_queue(reason)
             self._pool.clear()
 
     def _end_those_that_must_stop(self) -> None:

@@ -124,7 +124,7 @@ class Ticket:
             _LOG.exception("on_done of a request raised; its outcome was %s", outcome.ending.value)
 
 
-def as_adacorr_error(error: Exception) -> AdaCorrError:
+def as_adacorr_error(error: BaseException) -> AdaCorrError:
     """Return an error as one of our own, for an outcome."""
     if isinstance(error, AdaCorrError):
         return error

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adacorr_deploy.caching.policy import Policy
-from adacorr_deploy.core.errors import RequestError
+from adacorr_deploy.core.errors import EngineError, RequestError
 from adacorr_deploy.runtime.batch_buckets import Buckets
 from adacorr_deploy.runtime.batch_desk import Desk, EngineStats
 from adacorr_deploy.runtime.batch_lane import Lane
@@ -159,7 +159,12 @@ class BatchingEngine:
 
         Returns once the threads have ended, at most one block launch after `drain_seconds`, 0 of which end all at once.
         A second call may shorten the time.
+
+        Raises:
+            EngineError: If a listener calls it: its thread would wait for itself.
         """
+        if threading.current_thread() in self._threads:
+            raise EngineError("A listener can't close the engine that calls it. Close it from another thread.")
         self._desk.close(drain_seconds=drain_seconds)
         for thread in self._threads:
             thread.join()

@@ -259,6 +259,46 @@ def test_closing_finishes_what_was_taken(pipeline: Pipeline) -> None:
     engine.close()
 
 
+def test_a_lane_that_has_nothing_left_ends_nobody_in_another(pipeline: Pipeline, backend: FakeBackend) -> None:
+    engine = BatchingEngine(pipeline, lanes=2)
+    gate = Gate(backend)
+    _, box = submit(engine, Job(steps=5))
+    gate.wait()
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    until = time.monotonic() + PATIENCE_SECONDS
+    while all(thread.is_alive() for thread in engine._threads) and time.monotonic() < until:
+        time.sleep(0.001)
+    gate.open()
+    closing.join(PATIENCE_SECONDS)
+    assert box.get().ending is Ending.DONE
+
+
+def test_a_listener_that_would_end_the_thread_leaves_nobody_waiting(engine: BatchingEngine) -> None:
+    def leave(step: int, steps: int, rho: float) -> None:
+        raise SystemExit(1)
+
+    _, box = submit(engine, Job(), on_step=leave)
+    assert "SystemExit" in str(box.get().error)
+    engine._threads[0].join(PATIENCE_SECONDS)
+    with pytest.raises(ClosedError):
+        submit(engine, Job())
+
+
+def test_a_listener_can_not_close_the_engine(pipeline: Pipeline) -> None:
+    refusals: list[EngineError] = []
+    engine = BatchingEngine(pipeline)
+
+    def close(step: int, steps: int, rho: float) -> None:
+        with pytest.raises(EngineError, match="another thread") as caught:
+            engine.close()
+        refusals.append(caught.value)
+
+    assert submit(engine, Job(steps=2), on_step=close)[1].get().ending is Ending.DONE
+    assert len(refusals) == 2
+    engine.close()
+
+
 def test_closing_at_once_ends_every_request_with_an_error(pipeline: Pipeline, backend: FakeBackend) -> None:
     gate = Gate(backend)
     backend.before_launch, hold = lambda part: None, backend.before_launch
