@@ -31,6 +31,7 @@ class Job:
     actions: tuple[Action, ...] = (Action.EVALUATE,)  # of block b at step s: the (s·BLOCKS + b)-th, over and over
     whole_steps: bool = False
     spans: tuple[Span, ...] = ()  # instead of a span for each part or the whole step
+    watched: Observed = Observed.MODULATED  # of spans
     measures: bool = False
     history: int = 2
     arrives_at: int = 0
@@ -66,11 +67,15 @@ class Job:
             choose=at_random(reuses, len(self.spans)),
             division=self.spans,
             coefficients=(1.5, -0.5)[: self.history] if self.history > 1 else (1.0,),
-            observations=dict.fromkeys(caching, Observation(what=Observed.MODULATED, kept=Kept.STEP)),
+            observations={index: self._observation(index) for index in caching},
             measures=self.measures,
             compares=self.measures,
             wants_signals=self.measures,
         )
+
+    def _observation(self, span: int) -> Observation:
+        before_the_first = self.watched is Observed.RESIDUAL and not span
+        return Observation(what=Observed.INPUT if before_the_first else self.watched, kept=Kept.STEP)
 
     def alone(self, pipeline: Pipeline) -> SampleResult:
         return pipeline.sample(self.request, self.script(), history=self.history)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from adacorr_deploy.caching.decisions import Action, Placement, SpanCache
+from adacorr_deploy.caching.decisions import Action, Observed, Placement, SpanCache
 from adacorr_deploy.caching.policy import PRESETS, UNCALIBRATED, IntervalGate, Policy, policy_named
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
 from adacorr_deploy.core.errors import EngineError, PolicyError, RequestError
@@ -35,6 +35,7 @@ JOBS = st.builds(
     actions=st.lists(st.sampled_from(Action), min_size=1, max_size=12).map(tuple),
     whole_steps=st.booleans(),
     spans=st.just(()) | divisions(),
+    watched=st.sampled_from([Observed.INPUT, Observed.MODULATED, Observed.RESIDUAL]),
     measures=st.booleans(),
     history=st.integers(1, 3),
     arrives_at=st.integers(0, 12),
