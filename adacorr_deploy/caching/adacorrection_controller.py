@@ -9,11 +9,9 @@ from adacorr_deploy.caching.calibration import Calibration
 from adacorr_deploy.caching.correction import probed_span
 from adacorr_deploy.caching.decisions import (
     Action,
-    Affine,
     Decision,
     Observation,
     Observed,
-    Prediction,
     Signals,
     SlotHistory,
     Span,
@@ -22,12 +20,13 @@ from adacorr_deploy.caching.difficulty import Difficulty, gap_of
 from adacorr_deploy.caching.gates.adacorrection import AdaCorrectionGate, Corrector
 from adacorr_deploy.caching.guards import BEYOND_CALIBRATION, NOT_FINITE, doubtful
 from adacorr_deploy.caching.planner import planner_for
+from adacorr_deploy.caching.policy_controller import PolicyController
 from adacorr_deploy.caching.policy_model import Policy
 from adacorr_deploy.caching.run import Run
 from adacorr_deploy.caching.scores import robust_score, weight_from_estimate
 
 
-class AdaCorrectionController:
+class AdaCorrectionController(PolicyController):
     """The calibrated schedule, corrected by what this request measures.
 
     A step's blocks decide together, at its first block: METHOD §3's study found that blocks evaluated on partly
@@ -41,10 +40,8 @@ class AdaCorrectionController:
     def __init__(
         self, policy: Policy, gate: AdaCorrectionGate, run: Run, spans: tuple[Span, ...], calibration: Calibration
     ) -> None:
-        self._policy = policy
+        super().__init__(policy, run, spans)
         self._gate = gate
-        self._run = run
-        self._spans = spans
         self._calibration = calibration
         self._planner = planner_for(calibration, policy.guards)
         self._price = self._planner.price(gate.speedup)
@@ -52,38 +49,25 @@ class AdaCorrectionController:
         self._difficulty = Difficulty(probe=calibration.probe, adaptivity=gate.adaptivity, memory=gate.memory)
         self._spent = 0.0
         self._decided: tuple[int, Decision] | None = None
-        self._steps = SlotHistory(
-            capacity=2
-        )  # the steps that were not skipped; protected blocks have more of their own
+        self._steps = SlotHistory(capacity=2)  # that were not skipped; protected blocks have more of their own
         self._probed = probed_span(spans, calibration.probe.block)
-
-    @property
-    def spans(self) -> tuple[Span, ...]:
-        return self._spans
-
-    @property
-    def lags(self) -> bool:
-        return self._run.lags
 
     def observation(self, span: int) -> Observation | None:
         return Observation(what=Observed.INPUT) if span == 0 else None
 
-    def affine(self, span: int) -> Affine | None:
-        return None
-
-    def needs_signals(self, step: int, block: int, history: SlotHistory) -> bool:
-        return block == 0 and self._step_guard(step) is None
+    def needs_signals(self, step: int, span: int, history: SlotHistory) -> bool:
+        return span == 0 and self._step_guard(step) is None
 
     def _step_guard(self, step: int) -> str | None:
-        return self._policy.guards.step_reason(step=step, steps=self._run.steps, age=self._steps.age(step))
+        return self._policy.guards.reason(step=step, steps=self._run.steps, age=self._steps.age(step))
 
-    def decide(self, step: int, block: int, history: SlotHistory, signals: Sequence[Signals] | None) -> Decision:
+    def decide(self, step: int, span: int, history: SlotHistory, signals: Sequence[Signals] | None) -> Decision:
         if self._decided is None or self._decided[0] != step:
             self._decided = (step, self._decide_step(step, history, signals))
             if self._decided[1].action is not Action.REUSE:
                 self._steps.record(step)
         decision = self._decided[1]
-        guard = self._guard(step, block, history)
+        guard = self._guard(step, span, history)
         if guard and decision.action is not Action.EVALUATE:
             return Decision(action=Action.EVALUATE, reason=guard, score=decision.score, weight=decision.weight)
         return decision
@@ -127,30 +111,15 @@ class AdaCorrectionController:
         reason = "estimate below the allowance" if weight == 0.0 else "deferred within the error budget"
         return Decision(action=Action.REUSE, reason=reason, score=estimate, weight=weight)
 
-    def prediction(self, step: int, block: int, history: SlotHistory) -> Prediction:
-        return self._policy.predictor.prediction(step, history.steps)
-
-    def measures_error(self, step: int, block: int, history: SlotHistory) -> bool:
-        if block != self._probed or len(history.steps) < min(2, self._policy.predictor.history):
+    def measures_error(self, step: int, span: int, history: SlotHistory) -> bool:
+        if span != self._probed or len(history.steps) < min(2, self._policy.predictor.history):
             return False
         self._difficulty.expect(step, history)
         return True
 
-    def record_error(self, step: int, block: int, error: float) -> None:
+    def record_error(self, step: int, span: int, error: float) -> None:
         self._difficulty.record(step, error)
-
-    def observes_change(self, step: int, span: int, history: SlotHistory) -> bool:
-        return False
-
-    def record_change(self, step: int, span: int, signals: Sequence[Signals]) -> None:
-        raise AssertionError("AdaCorrection observes no change")
 
     @property
     def difficulty(self) -> float:
         return self._difficulty.value
-
-    def _guard(self, step: int, span: int, history: SlotHistory) -> str | None:
-        parts, guards = self._spans[span].parts, self._policy.guards
-        return guards.step_reason(step=step, steps=self._run.steps, age=history.age(step)) or (
-            "protected block" if guards.protected_blocks.intersection(parts) else None
-        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -24,22 +24,16 @@ class Guards(BaseModel):
     max_age_steps: Annotated[int, Field(ge=1, le=1000)] = 6
     protected_blocks: frozenset[Annotated[int, Field(ge=0)]] = frozenset()
 
-    def reason(self, *, step: int, steps: int, block: int, age: int | None) -> str | None:
-        """Return why the block must be evaluated, or None if the gate may decide.
+    def reason(self, *, step: int, steps: int, age: int | None, parts: Iterable[int] = ()) -> str | None:
+        """Return why block parts must be evaluated, or None if the gate may decide.
 
         Args:
             step: Index of the step, 0 … steps − 1.
             steps: Steps of the run.
-            block: Index of the block part.
             age: Steps since its slot was filled by this request, None before the first time. A slot is cleared when it
                 is lent to another request, so a change of weights, sampler, shape or condition is a first use.
+            parts: Indices of the block parts that are decided together; none for what holds for any of the step.
         """
-        return self.step_reason(step=step, steps=steps, age=age) or (
-            "protected block" if block in self.protected_blocks else None
-        )
-
-    def step_reason(self, *, step: int, steps: int, age: int | None) -> str | None:
-        """Return why any block must be evaluated at this step, or None. Arguments as those of `reason`."""
         if age is None:
             return "first use"
         if step < self.warmup_steps:
@@ -48,7 +42,7 @@ class Guards(BaseModel):
             return "final steps"
         if age > self.max_age_steps:
             return "maximum age"
-        return None
+        return "protected block" if self.protected_blocks.intersection(parts) else None
 
 
 def doubtful(signals: Sequence[Signals] | None) -> bool:

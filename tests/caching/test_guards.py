@@ -14,7 +14,7 @@ GUARDS = Guards(warmup_steps=3, final_steps=2, max_age_steps=4, protected_blocks
 
 def reason(*, step: int, evaluated: list[int], block: int = 0, guards: Guards = GUARDS) -> str | None:
     history = SlotHistory(capacity=3, steps=evaluated)
-    return guards.reason(step=step, steps=20, block=block, age=history.age(step))
+    return guards.reason(step=step, steps=20, age=history.age(step), parts=(block,))
 
 
 @pytest.mark.parametrize(
