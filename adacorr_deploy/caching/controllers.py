@@ -7,7 +7,7 @@ from adacorr_deploy.caching.calibration import Calibration
 from adacorr_deploy.caching.correction import OnTop
 from adacorr_deploy.caching.decisions import Controller
 from adacorr_deploy.caching.gate_controller import GateController
-from adacorr_deploy.caching.gates.adacorrection import AdaCorrectionGate, PaperGate
+from adacorr_deploy.caching.gates.adacorrection import AdaCorrectionGate, Correction, Corrector, PaperGate
 from adacorr_deploy.caching.gates.steps import StepsRule
 from adacorr_deploy.caching.lookups import RequestLookups
 from adacorr_deploy.caching.paper_controller import PaperController
@@ -15,6 +15,7 @@ from adacorr_deploy.caching.policy_model import Policy
 from adacorr_deploy.caching.profile import Profile, Quantity
 from adacorr_deploy.caching.run import Run
 from adacorr_deploy.caching.scores import paper_score, robust_score, weight_from_estimate
+from adacorr_deploy.core.errors import PolicyError
 
 __all__ = [
     "AdaCorrectionController",
@@ -67,5 +68,14 @@ def controller_for_policy(
         case gate:
             on_top = None
             if policy.correction is not None:
+                _check_halves(policy.name, policy.correction, run)
                 on_top = OnTop(policy.correction, policy.guards, run, spans, lookups.calibration)
             return GateController(policy, run, spans, gate.rule(lookups), on_top, lookups.affines())
+
+
+def _check_halves(policy: str, correction: Correction, run: Run) -> None:
+    if correction.corrector is Corrector.CHEAP and not run.halves:
+        raise PolicyError(
+            f"policy {policy}: correction.corrector is cheap, which evaluates the MLP half of a block alone, and the "
+            "bundle's parts are whole blocks. Rebuild it with adacorr-build --halves, or take corrector defer."
+        )

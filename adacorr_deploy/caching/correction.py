@@ -31,7 +31,6 @@ class OnTop:
         self, settings: Correction, guards: Guards, run: Run, spans: Sequence[Span], calibration: Calibration
     ) -> None:
         self._settings = settings
-        self._halves = run.halves
         self._spans = spans
         self._planner = planner_for(calibration, guards)
         self._price = self._planner.price(settings.speedup)
@@ -81,8 +80,7 @@ class OnTop:
                 return self._cheap(span, estimate, weight)
 
     def _cheap(self, span: int, estimate: float, weight: float) -> Decision:
-        is_attention = self._spans[span].first % 2 == 0
-        if self._halves and is_attention:
+        if self._spans[span].first % 2 == 0:
             return self._reuse("attention half reused", estimate, weight)
         return _decision(Action.EVALUATE, "MLP half evaluated", estimate, weight)
 

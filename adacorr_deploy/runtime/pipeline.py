@@ -228,7 +228,7 @@ class Pipeline:
 
         Args:
             size: Of the run.
-            keeps_reference: Says of each block part whether its slot keeps the input of the last evaluation.
+            keeps_reference: Says of each span whether its slot keeps what is observed of it.
 
         Raises:
             RequestError: If the engines were not compiled for this batch or these steps.

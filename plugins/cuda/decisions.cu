@@ -57,7 +57,7 @@ __device__ inline bool paper_score(const float* signals, int rows, int images, d
     return finite;
 }
 
-// weight_from_estimate of caching/controllers.py for the thresholds floor and floor + 1.
+// weight_from_estimate of caching/scores.py for the thresholds floor and floor + 1.
 __device__ inline double paper_weight(double score, double floor, double gamma) {
     const double recompute = floor + 1.0;
     if (recompute <= floor) return score >= floor ? 1.0 : 0.0;

@@ -132,16 +132,16 @@ def test_reuses_in_the_band_never_spend_more_than_the_plan_has_by_then(
             assert spent(upto) <= budget[step] * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("corrector", ["paper", "cheap"])
-def test_a_spent_budget_is_corrected_as_the_corrector_says(corrector: str) -> None:
-    driven = run(masked({0}, band=0.99, corrector=corrector))
-    if corrector == "paper":
-        blended = [row[0] for row in driven.decisions if row[0].action is Action.CORRECT]
-        assert blended
-        assert all(decision.thresholds is not None and 0 < (decision.weight or 0) < 1 for decision in blended)
-    else:  # of whole blocks: evaluated
-        assert "MLP half evaluated" in driven.reasons()
-        assert "attention half reused" not in driven.reasons()
+def test_a_spent_budget_is_blended_by_the_paper_corrector() -> None:
+    driven = run(masked({0}, band=0.99, corrector="paper"))
+    blended = [row[0] for row in driven.decisions if row[0].action is Action.CORRECT]
+    assert blended
+    assert all(decision.thresholds is not None and 0 < (decision.weight or 0) < 1 for decision in blended)
+
+
+def test_the_cheap_corrector_is_refused_where_blocks_have_no_halves() -> None:
+    with pytest.raises(PolicyError, match="whole blocks"):
+        run(masked({0}, corrector="cheap"))
 
 
 def test_the_cheap_corrector_reuses_the_attention_half_and_evaluates_the_mlp() -> None:
