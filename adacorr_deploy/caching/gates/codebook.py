@@ -48,9 +48,9 @@ class MotionRegularisation(BaseModel):
 class AdaCacheGate(GateSettings):
     """AdaCache (arXiv 2411.02397): after an evaluation, the next one is a codebook's number of steps away.
 
-    distance = ‖r̄ − r‖₁ / ‖r̄‖₁ / rate, of what is kept of this evaluation and the one before, `rate` steps earlier. The
-    first entry (limit, steps) whose limit is above it gives the next rate, else the last. Published: of the attention
-    result of a middle layer; here of what the span keeps.
+    distance = ‖r̄ − r‖₁ / ‖r̄‖₁ / k, of what is kept of this evaluation and of the one before, k steps earlier. The first
+    entry (limit, steps) whose limit is above it gives the next rate, else the last. Published: of the attention result
+    of a middle layer; here of what the span keeps.
 
     Attributes:
         codebook: Entries (limit, steps), limits rising. The default is the published one for 30 steps.
@@ -97,15 +97,22 @@ class AdaCacheRule(Rule):
         self._gate = gate
         self._rates: dict[int, int] = {}
         self._distances: dict[int, float] = {}
+        self._evaluated: dict[int, tuple[int, int]] = {}  # by span: step of the last evaluation, and steps up to it
 
     def proposal(self, step: int, span: int, history: SlotHistory) -> Decision:
         due = history.steps[0] + self._rates.get(span, 1)
         return reuse_if(step < due, "codebook", self._distances.get(span))
 
+    def settle(self, step: int, span: int, *, evaluated: bool) -> None:
+        if evaluated:
+            before, _ = self._evaluated.get(span, (step - 1, 1))
+            self._evaluated[span] = step, step - before
+
     def observes_change(self, step: int, span: int) -> bool:
         return True
 
     def record_change(self, step: int, span: int, signals: Sequence[Signals]) -> None:
-        distance = largest(branch.relative_l1 for branch in signals) / self._rates.get(span, 1)
+        _, apart = self._evaluated[span]  # not always the rate: guards and corrections evaluate at other steps
+        distance = largest(branch.relative_l1 for branch in signals) / apart
         self._distances[span] = distance
         self._rates[span] = self._gate.rate(distance) if math.isfinite(distance) else 1

@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from adacorr_deploy.caching.gates.codebook import AdaCacheGate, MotionRegularisation
+from adacorr_deploy.caching.guards import Guards
 from adacorr_deploy.caching.policy import PRESETS, policy_named
 from adacorr_deploy.core.errors import PolicyError
 from tests.caching.driven import change, drive, made, steadily
@@ -25,6 +26,15 @@ def test_the_distance_is_that_per_step_of_the_rate_before() -> None:
     driven = drive(made(PRESETS["adacache"], steps=14), 14, changes=steadily(0.3))
     assert driven.evaluated() == [0, 1, 4, 9, 12, 13]
     assert driven.asked == []
+
+
+def test_the_distance_is_per_step_also_where_a_guard_evaluates_earlier_than_the_codebook() -> None:
+    # Rate 6 at step 1, but nothing may be older than two steps: 0.3 at step 4 is 0.1 for each of the three since.
+    policy = PRESETS["adacache"].model_copy(update={"guards": Guards(warmup_steps=1, final_steps=0, max_age_steps=2)})
+    jumps = lambda step, span: [change(0.06 if step == 1 else 0.3)] * 2  # noqa: E731
+    driven = drive(made(policy, steps=8), 8, changes=jumps)
+    assert driven.evaluated() == [0, 1, 4, 7]
+    assert driven.scores()[2:7] == pytest.approx([0.06, 0.06, None, 0.1, 0.1])
 
 
 def test_a_larger_tolerance_skips_more() -> None:
