@@ -20,7 +20,7 @@ from adacorr_deploy.quality.partials import Partials
 from adacorr_deploy.quality.profile import VERSION, ProfileOptions, check_options, profile
 from adacorr_deploy.quality.profile_quantities import Span
 from adacorr_deploy.runtime import Pipeline, SampleRequest
-from adacorr_deploy.runtime.profiles import profiles
+from adacorr_deploy.runtime.measurements import profiles
 from adacorr_deploy.runtime.sampling import calibration_key, run_of_request
 
 Stored = tuple[Path, CalibrationKey]  # a file, and for which runs it holds

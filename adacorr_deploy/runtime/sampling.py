@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
-from pathlib import Path
-from typing import Final
 
 from adacorr_deploy.caching.block_rules import BlockRule, block_rules
 from adacorr_deploy.caching.calibration import (
@@ -14,26 +11,21 @@ from adacorr_deploy.caching.calibration import (
     CalibrationKey,
     caching_spans,
     calibration_for_run,
-    calibration_from_json,
-    check_blocks,
 )
 from adacorr_deploy.caching.controllers import Run, controller_for_policy, quantities_needed
 from adacorr_deploy.caching.decisions import Controller, Placement
 from adacorr_deploy.caching.policy import UNCALIBRATED, PaperGate, Policy
 from adacorr_deploy.caching.profile import profile_for_run
-from adacorr_deploy.core.bundle import CALIBRATION_DIR, Bundle, verified_content
 from adacorr_deploy.core.errors import CalibrationError, PolicyError
 from adacorr_deploy.core.samplers import quiet_samplers
 from adacorr_deploy.core.schedules import Schedule
 from adacorr_deploy.core.untrusted import clipped
 from adacorr_deploy.runtime.denoise import LatentsObserver, Progress
 from adacorr_deploy.runtime.device_decisions import sample_decided_on_device
+from adacorr_deploy.runtime.measurements import calibrations, profiles
 from adacorr_deploy.runtime.pipeline import Pipeline, SampleResult
 from adacorr_deploy.runtime.planned_run import PlannedRun, planned_run
-from adacorr_deploy.runtime.profiles import profiles
 from adacorr_deploy.runtime.request import SampleRequest, check_request
-
-_MAX_FILE_BYTES: Final = 16 << 20  # of a calibration: eight times one of 1000 steps
 
 
 def sample_with_policy(
@@ -194,30 +186,3 @@ def calibration_key(pipeline: Pipeline, request: SampleRequest) -> CalibrationKe
         guidance=request.guidance,
         latent_shape=manifest.model.latent_shape,
     )
-
-
-def calibrations(bundle: Bundle) -> dict[str, Calibration]:
-    """Read every calibration of a bundle, by file name; nothing but what the manifest lists is read.
-
-    Raises:
-        BundleError: If one has gone since the bundle was opened.
-        CalibrationError: If one is not valid, or is not of this bundle's model.
-    """
-    found = {
-        name: _calibration(bundle.file(name), record.sha256, str(bundle.path))
-        for name, record in bundle.manifest.files.items()
-        if name.startswith(f"{CALIBRATION_DIR}/")
-    }
-    for name, calibration in found.items():
-        check_blocks(calibration, bundle.manifest.model, where=str(bundle.file(name)), bundle=str(bundle.path))
-    return found
-
-
-@lru_cache(maxsize=64)
-def _calibration(file: Path, sha256: str, bundle: str) -> Calibration:
-    """Read a calibration file once; `sha256` tells apart what the same path held at other times."""
-    try:
-        content = verified_content(file, sha256, limit_bytes=_MAX_FILE_BYTES)
-    except ValueError as error:
-        raise CalibrationError(f"{file}: {error}. Make it again with: adacorr-calibrate {bundle}") from error
-    return calibration_from_json(content, where=str(file), bundle=bundle)

@@ -18,7 +18,7 @@ from adacorr_deploy.core.errors import BundleError, OutputError, PolicyError, Re
 from adacorr_deploy.core.manifest import MANIFEST_NAME, Manifest
 from adacorr_deploy.core.output_folder import FolderKind, check_output_folder, output_folder
 from adacorr_deploy.core.samplers import Sampler, allowed_samplers
-from adacorr_deploy.runtime.sampling import calibrations
+from adacorr_deploy.runtime.measurements import calibrations
 from adacorr_deploy.serving.config_text import (
     STREAM_SUFFIX,
     Machine,

@@ -16,8 +16,8 @@ from adacorr_deploy.core.samplers import Sampler
 from adacorr_deploy.quality.calibrate import CalibrationOptions
 from adacorr_deploy.quality.policy_calibration import Needs, calibrate_policies, needs_of
 from adacorr_deploy.runtime import Pipeline, SampleRequest
-from adacorr_deploy.runtime.profiles import profiles
-from adacorr_deploy.runtime.sampling import calibrations, controller_for_request
+from adacorr_deploy.runtime.measurements import calibrations, profiles
+from adacorr_deploy.runtime.sampling import controller_for_request
 from tests.runtime.conftest import write_bundle
 from tests.runtime.fake_backend import FakeBackend
 from tests.runtime.tiny_dit import TinyDiT

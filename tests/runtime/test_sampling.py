@@ -23,7 +23,8 @@ from adacorr_deploy.core.errors import BundleError, CalibrationError, PolicyErro
 from adacorr_deploy.core.manifest import MANIFEST_NAME
 from adacorr_deploy.core.samplers import Sampler
 from adacorr_deploy.runtime import Pipeline, SampleRequest, controller_for_request, sample_with_policy
-from adacorr_deploy.runtime.sampling import calibration_key, calibrations
+from adacorr_deploy.runtime.measurements import calibrations
+from adacorr_deploy.runtime.sampling import calibration_key
 from tests.caching.scripted_calibration import STEPS, calibration
 from tests.runtime.fake_backend import FakeBackend
 from tests.runtime.tiny_dit import TinyDiT

@@ -31,8 +31,7 @@ from adacorr_deploy.core.bundle import CALIBRATION_DIR, PROFILE_DIR, open_bundle
 from adacorr_deploy.core.errors import AdaCorrError
 from adacorr_deploy.quality.metrics import psnr_per_image
 from adacorr_deploy.runtime import Pipeline, SampleRequest, sample_with_policy
-from adacorr_deploy.runtime.profiles import profiles
-from adacorr_deploy.runtime.sampling import calibrations
+from adacorr_deploy.runtime.measurements import calibrations, profiles
 
 FIRST_SEED: Final = 3_000_000
 GRID: Final = {
