@@ -291,9 +291,13 @@ def _check_memory(pipeline: Pipeline, policies: Sequence[Policy], first: SampleR
 
 
 def _distinct(policies: Sequence[Policy]) -> list[Policy]:
-    """Return each policy once: rows go by name."""
+    """Return each policy once: rows go by name, and a partner may come with any of `fewer-steps`."""
     named: dict[str, Policy] = {}
     for policy in policies:
+        if policy.name.startswith(_FEWER_STEPS) and not isinstance(policy.gate, FewerStepsGate):
+            raise RequestError(
+                f"a policy of gate {policy.gate.kind} is named {policy.name}, as a baseline is. Give it another name."
+            )
         if named.setdefault(policy.name, policy) != policy:
             raise RequestError(f"two different policies are named {policy.name}. Give one of them another name.")
     return list(named.values())

@@ -13,10 +13,8 @@ one that doesn't fit is made again.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +29,7 @@ from adacorr_deploy.core.bundle import replace_file
 from adacorr_deploy.core.errors import OutputError
 from adacorr_deploy.core.manifest import MANIFEST_NAME, file_record
 from adacorr_deploy.core.untrusted import bounded_file
+from adacorr_deploy.quality.array_files import arrays_from_npz, npz_from_arrays
 from adacorr_deploy.quality.bench_options import BenchOptions, sampler_of_runs
 from adacorr_deploy.runtime import Pipeline
 
@@ -75,13 +74,16 @@ class RunKey(BaseModel):
         )
 
 
+Seconds = Annotated[float, Field(gt=1e-9, lt=1e9)]  # whose ratios are numbers too
+
+
 class Round(BaseModel):
     """One round: the time that each policy took for all images, one after the other."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     images: int
-    seconds: dict[str, Annotated[float, Field(gt=0)]]  # by the policy's key
+    seconds: dict[str, Seconds]  # by the policy's key
 
 
 class _Rounds(BaseModel):
@@ -130,7 +132,7 @@ class ResultStore:
         try:
             content = bounded_file(self._path(policy, name), limit_bytes=_MAX_BYTES)
             return _checked_arrays(content, specs)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        except (OSError, ValueError):
             return None
 
     def save(self, policy: Policy, name: str, arrays: Arrays) -> None:
@@ -141,9 +143,7 @@ class ResultStore:
         """
         if self._folder is None:
             return
-        content = io.BytesIO()
-        np.savez(content, allow_pickle=False, **arrays)
-        _write(self._path(policy, name), content.getvalue())
+        _write(self._path(policy, name), npz_from_arrays(**arrays))
 
     def rounds(self, policies: Sequence[Policy], images: int) -> list[dict[str, float]]:
         """Return the finished rounds that timed all these policies, by policy name."""
@@ -181,14 +181,9 @@ def _checked_arrays(content: bytes, specs: Mapping[str, ArraySpec]) -> Arrays:
     """Read an archive of arrays.
 
     Raises:
-        ValueError: If it is compressed (a small file could grow without end), or an array is not what it must be.
-        KeyError: If one is missing.
+        ValueError: If it is none, or an array is missing or not what it must be.
     """
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-            raise ValueError("it is compressed")
-    with np.load(io.BytesIO(content), allow_pickle=False) as file:
-        arrays: dict[str, NDArray[np.generic]] = {name: file[name] for name in specs}
+    arrays = arrays_from_npz(content, specs)
     for name, spec in specs.items():
         array = arrays[name]
         kind = array.dtype.kind if spec.dtype == "U" else array.dtype.str[1:]

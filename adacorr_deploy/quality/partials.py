@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import zipfile
 from collections.abc import Mapping
-from io import BytesIO
 from pathlib import Path
 from typing import Final
 
@@ -20,12 +18,11 @@ from numpy.typing import NDArray
 from adacorr_deploy.core.bundle import replace_file
 from adacorr_deploy.core.errors import BundleError
 from adacorr_deploy.core.untrusted import bounded_file
+from adacorr_deploy.quality.array_files import Arrays, arrays_from_npz, npz_from_arrays
 
 _IDENTITY: Final = "identity.json"
 _MAX_IDENTITY_BYTES: Final = 1 << 20
 _SLACK_BYTES: Final = 1 << 20  # what a file's headers may take beside its arrays
-
-Arrays = dict[str, NDArray[np.generic]]
 
 
 class Partials:
@@ -60,10 +57,8 @@ class Partials:
         Raises:
             BundleError: If they can't be written.
         """
-        content = BytesIO()
-        np.savez(content, allow_pickle=False, **arrays)
         try:
-            replace_file(self._folder / f"{name}.npz", content.getvalue())
+            replace_file(self._folder / f"{name}.npz", npz_from_arrays(**arrays))
         except OSError as error:
             raise BundleError(
                 f"{self._folder} can't be written: {error}. Check the disk and the folder's permissions."
@@ -73,17 +68,10 @@ class Partials:
         """Return what was stored under a name, or None if nothing was that has these names, shapes and types."""
         limit = sum(array.nbytes for array in like.values()) + _SLACK_BYTES
         try:
-            content = BytesIO(bounded_file(self._folder / f"{name}.npz", limit_bytes=limit))
-            with zipfile.ZipFile(content) as archive:
-                if sum(entry.file_size for entry in archive.infolist()) > limit:
-                    return None
-            with np.load(content, allow_pickle=False) as archive:
-                found: Arrays = {key: archive[key] for key in archive.files}
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+            found = arrays_from_npz(bounded_file(self._folder / f"{name}.npz", limit_bytes=limit), like)
+        except (OSError, ValueError):
             return None
-        same = found.keys() == like.keys() and all(
-            (found[key].shape, found[key].dtype) == (like[key].shape, like[key].dtype) for key in like
-        )
+        same = all((found[key].shape, found[key].dtype) == (like[key].shape, like[key].dtype) for key in like)
         return found if same else None
 
     def discard(self) -> None:

@@ -20,9 +20,10 @@ from adacorr_deploy.core.progress import Progress
 from adacorr_deploy.core.samplers import Sampler, default_sampler
 from adacorr_deploy.core.shapes import MAX_BATCH
 from adacorr_deploy.core.specs import DType, ModelSpec
+from adacorr_deploy.quality.array_files import Arrays
 from adacorr_deploy.quality.calibrate import CALIBRATION_SEED
 from adacorr_deploy.quality.memory_need import require_memory
-from adacorr_deploy.quality.partials import Arrays, Partials
+from adacorr_deploy.quality.partials import Partials
 from adacorr_deploy.quality.profile_quantities import (
     COLLECTORS,
     NORM_EPSILON,

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from adacorr_deploy.caching.calibration import MAX_MEASURE, MIN_COST
-from adacorr_deploy.quality.partials import Arrays
+from adacorr_deploy.quality.array_files import Arrays
 
 MAX_SKIPPED: Final = 6
 MAX_GAP: Final = 6

@@ -272,6 +272,13 @@ def test_two_policies_of_one_name_are_refused_before_anything_runs(
     assert backend.order == []
 
 
+def test_no_policy_takes_the_name_of_a_baseline(pipeline: Pipeline, backend: FakeBackend) -> None:
+    impostor = FORA.model_copy(update={"name": "fewer-steps@2"})
+    with pytest.raises(RequestError, match=r"gate interval is named fewer-steps@2, as a baseline is"):
+        bench(pipeline, [impostor], OPTIONS)
+    assert backend.order == []
+
+
 def test_samples_without_a_network_for_their_features_are_refused(pipeline: Pipeline, backend: FakeBackend) -> None:
     with pytest.raises(RequestError, match=r"samples is 100, and there is no network.*--features"):
         bench(pipeline, [FORA], replace(OPTIONS, samples=100))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from adacorr_deploy.core.errors import BundleError
-from adacorr_deploy.quality.partials import Arrays, Partials
+from adacorr_deploy.quality.array_files import Arrays
+from adacorr_deploy.quality.partials import Partials
 
 LIKE: Arrays = {"a": np.zeros((2, 3)), "b": np.zeros(4, np.float32)}
 
