@@ -45,7 +45,7 @@ class BuildOptions:
         segment: Transformer blocks in a block part; caching decides over whole parts.
         halves: Make two parts of each transformer block, attention and MLP: one can be reused without the other.
         overwrite: Replace a bundle that stands at the output, once the new one is complete.
-        default_policy: Preset, with or without a target, for runs that name none.
+        default_policy: Preset, with or without a target or a correction on top, for runs that name none.
         vae_tile: Latent pixels, along a side, that the decoder takes at once; a larger image is decoded in tiles.
         vae_precision: Of the decoder; None: see `LoadedVae.spec`.
 
@@ -68,8 +68,8 @@ class BuildOptions:
             raise ValueError(f"a part is a half of a block or a segment of {self.segment}, not both")
         if not MIN_TILE <= self.vae_tile <= MAX_DECODER_SIZE:
             raise RequestError(f"vae_tile is {self.vae_tile}, allowed are {MIN_TILE} … {MAX_DECODER_SIZE}.")
-        known = self.default_policy.partition("@")[0] in PRESETS
-        if not known or not re.fullmatch(PRESET_PATTERN, self.default_policy):
+        preset, *_ = re.split(r"[@+]", self.default_policy)
+        if preset not in PRESETS or not re.fullmatch(PRESET_PATTERN, self.default_policy):
             raise PolicyError(
                 f"{self.default_policy!r} can't be a bundle's default policy. Known: {', '.join(PRESETS)}; "
                 "give a policy file to adacorr-run instead."

@@ -141,6 +141,11 @@ class Policy(BaseModel):
         return frozenset(found - {""}) if self.caches else frozenset()
 
     @property
+    def looks_up(self) -> bool:
+        """Whether it needs anything that is measured beforehand, a calibration or a profile."""
+        return self.needs_calibration or bool(self.quantities)
+
+    @property
     def history(self) -> int:
         """Evaluations that a slot must keep: 0 where nothing is cached."""
         return self.predictor.history if self.caches else 0

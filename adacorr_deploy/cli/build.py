@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 
 import typer
 
-from adacorr_deploy.cli.calibrate import calibrate_bundle
+from adacorr_deploy.cli.calibrate import calibrate_bundle, calibrate_for_policies
 from adacorr_deploy.cli.compiler_options import compiler_options
 from adacorr_deploy.cli.console import Advance, progress_bar, show_json, show_lines, show_table
 from adacorr_deploy.cli.errors import needs_build_packages, run_app
@@ -323,7 +323,7 @@ def _next_steps(bundle: Bundle, target: Target) -> list[str]:
 
     shown = bundle.manifest.decoder is not None or bundle.manifest.model.latent_shape[0] in PIXEL_CHANNELS
     output = "-o images" if shown else "--save-latents latents.npy"  # which become images through a VAE elsewhere
-    if target.calibrated or not policy_named(target.policy).needs_calibration:
+    if target.calibrated or not policy_named(target.policy).looks_up:
         return [f"Sample from it with: adacorr-run {bundle.path} {output}"]
     return [
         f"Policy {target.policy} needs a calibration first: adacorr-calibrate {bundle.path}",
@@ -335,16 +335,17 @@ def _default_policy(name: str | None, *, calibrated: bool) -> str:
     """Return the bundle's policy, checked before any work.
 
     Raises:
-        PolicyError: If it is unknown, or needs a calibration that this build doesn't make.
+        PolicyError: If it is unknown, or looks up what this build doesn't measure.
     """
     from adacorr_deploy.caching.policy import DEFAULT_POLICY, UNCALIBRATED, policy_named
 
     if name is None:
         return DEFAULT_POLICY
     policy = policy_named(name)
-    if policy.needs_calibration and not calibrated:
+    if policy.looks_up and not calibrated:
+        what = "calibration" if policy.needs_calibration else "profile"
         raise PolicyError(
-            f"policy {name} needs a calibration, which this build leaves out. Add --calibrate, or choose one of "
+            f"policy {name} needs a {what}, which this build leaves out. Add --calibrate, or choose one of "
             f"{UNCALIBRATED}."
         )
     return name
@@ -408,10 +409,11 @@ def _calibration(target: Target, backend: str, advance: Advance) -> Callable[[Pa
     from adacorr_deploy.quality.calibrate import CalibrationOptions
 
     options, policy = CalibrationOptions(), policy_named(target.policy)
-    if policy.needs_calibration:
-        options = replace(options, predictor=policy.predictor)
 
     def finish(folder: Path) -> None:
-        calibrate_bundle(folder, options, advance, backend=backend)
+        if policy.looks_up:
+            calibrate_for_policies(folder, [target.policy], options, advance, backend=backend)
+        else:  # for those that runs name themselves
+            calibrate_bundle(folder, options, advance, backend=backend)
 
     return finish

@@ -135,7 +135,7 @@ def calibrate(  # noqa: PLR0913, PLR0917  one parameter is one option
         if policies is None:
             stored = [calibrate_bundle(bundle, options, advance, backend=backend)]
         else:
-            stored = _calibrate_policies(bundle, policies, options, advance, backend)
+            stored = calibrate_for_policies(bundle, _names(policies), options, advance, backend=backend)
     seconds = time.perf_counter() - started
     if as_json:
         files: dict[str, object] = (
@@ -146,17 +146,6 @@ def calibrate(  # noqa: PLR0913, PLR0917  one parameter is one option
         for number, (path, key) in enumerate(stored, start=1):
             took = f", in {seconds:.1f} s" if number == len(stored) else ""
             show_lines(f"{path}: {key.sampler}, {steps} steps, guidance {guidance:g}{took}")
-
-
-def _calibrate_policies(
-    bundle: Path, names: str, options: CalibrationOptions, advance: Advance, backend: str | None
-) -> list[tuple[Path, CalibrationKey]]:
-    from adacorr_deploy.quality.policy_calibration import calibrate_policies
-    from adacorr_deploy.runtime import Pipeline
-
-    chosen = [policy_named(name) for name in _names(names)]
-    with Pipeline.open(bundle, backend=backend) as pipeline:
-        return calibrate_policies(pipeline, chosen, options, advance)
 
 
 def _names(policies: str) -> list[str]:
@@ -230,3 +219,19 @@ def calibrate_bundle(
 
     with Pipeline.open(bundle, backend=backend) as pipeline:
         return store_calibration(pipeline, options, advance)
+
+
+def calibrate_for_policies(
+    bundle: Path, names: Sequence[str], options: CalibrationOptions, advance: Advance, *, backend: str | None = None
+) -> list[tuple[Path, CalibrationKey]]:
+    """Measure what policies look up, store it in a bundle on disk, and return where and for what, as above.
+
+    Raises:
+        AdaCorrError: As `calibrate_policies`.
+    """
+    from adacorr_deploy.quality.policy_calibration import calibrate_policies
+    from adacorr_deploy.runtime import Pipeline
+
+    chosen = [policy_named(name) for name in names]
+    with Pipeline.open(bundle, backend=backend) as pipeline:
+        return calibrate_policies(pipeline, chosen, options, advance)

@@ -65,7 +65,8 @@ def plain_text(text: str) -> str:
 BundlePath = Annotated[str, Field(max_length=_MAX_PATH), AfterValidator(bundle_path)]
 PlainText = Annotated[str, AfterValidator(plain_text)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-PRESET_PATTERN: Final = r"^[a-z][a-z-]*(@[0-9.]+)?$"  # no path: a bundle names no policy file outside itself
+# A preset, maybe with its knob, maybe with a correction on top. No path: a bundle names no policy file outside itself.
+PRESET_PATTERN: Final = r"^[a-z][a-z0-9-]*(@[0-9.]+)?(\+[a-z][a-z-]*(@[0-9.]+)?)?$"
 PresetName = Annotated[str, Field(pattern=PRESET_PATTERN)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adacorr_deploy.caching.calibration import CalibrationKey
-from adacorr_deploy.caching.policy import PRESETS
 from adacorr_deploy.cli.build import Precision
-from adacorr_deploy.cli.calibrate import calibrate_bundle
+from adacorr_deploy.cli.calibrate import calibrate_for_policies
 from adacorr_deploy.cli.model_source import path_from_model
 from adacorr_deploy.core.bundle import open_bundle
 from adacorr_deploy.core.errors import CheckpointError, PolicyError
@@ -49,20 +48,25 @@ def test_demo_is_the_packaged_model_and_a_folder_of_that_name_is_not(monkeypatch
 def test_calibrate_calibrates_the_bundle_before_it_is_there(
     command: Command, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calibrated: list[tuple[Path, CalibrationOptions]] = []
+    calibrated: list[tuple[Sequence[str], CalibrationOptions]] = []
 
     def seen(
-        folder: Path, options: CalibrationOptions, advance: Callable[[str, int, int], None], *, backend: str | None
-    ) -> tuple[Path, CalibrationKey]:
-        calibrated.append((folder, options))
+        folder: Path,
+        policies: Sequence[str],
+        options: CalibrationOptions,
+        advance: Callable[[str, int, int], None],
+        *,
+        backend: str | None,
+    ) -> list[tuple[Path, CalibrationKey]]:
+        calibrated.append((policies, options))
         assert not (tmp_path / "made.bundle").exists()
-        return calibrate_bundle(folder, options, advance, backend=backend)
+        return calibrate_for_policies(folder, policies, options, advance, backend=backend)
 
-    monkeypatch.setattr("adacorr_deploy.cli.build.calibrate_bundle", seen)
+    monkeypatch.setattr("adacorr_deploy.cli.build.calibrate_for_policies", seen)
     output = tmp_path / "made.bundle"
     assert command("build", model, "-o", output, "--calibrate", "--policy", "scheduled-blocks@3").code == 0
-    ((_, options),) = calibrated
-    assert options.predictor == PRESETS["scheduled-blocks"].predictor  # not robust's, which the default would be
+    ((policies, options),) = calibrated
+    assert policies == ["scheduled-blocks@3"]  # whose predictor is not that of robust, which the default would be
     assert (options.sampler, options.steps, options.guidance) == (None, 50, 4.0)
     assert any(name.startswith("calibration/ddim-50-4") for name in open_bundle(output).manifest.files)
     assert names(tmp_path) == ["made.bundle"]
@@ -73,6 +77,8 @@ def test_calibrate_calibrates_the_bundle_before_it_is_there(
     [
         (["--policy", "robust"], "needs a calibration, which this build leaves out. Add --calibrate, or .* fora"),
         (["--policy", "scheduled@2", "--no-calibrate"], "needs a calibration"),
+        (["--policy", "teacache"], "policy teacache needs a profile, which this build leaves out. Add --calibrate"),
+        (["--policy", "fora+adacorrection"], "needs a calibration, which this build leaves out"),
         (["--policy", "nix"], r"policy 'nix' is neither a preset \(none, "),
         (["--policy", "fora@0"], "greater than or equal to 1"),
         (["--backend", "abacus"], "no backend called 'abacus'. Known: onnxruntime"),
@@ -96,6 +102,11 @@ def test_bad_options_are_refused_before_work_starts(
 def test_a_bundles_default_policy_is_a_preset_and_no_path(name: str) -> None:
     with pytest.raises(PolicyError, match=r"can't be a bundle's default policy. Known: none, "):
         BuildOptions(default_policy=name)
+
+
+@pytest.mark.parametrize("name", ["taylorseer-2@4", "robust@2.5", "teacache@0.3+adacorrection@2"])
+def test_every_preset_its_knob_and_a_correction_on_top_can_be_the_default(name: str) -> None:
+    assert BuildOptions(default_policy=name).default_policy == name
 
 
 def test_what_is_missing_is_named(command: Command, model: Path, tmp_path: Path) -> None:
