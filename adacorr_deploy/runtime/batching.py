@@ -48,7 +48,7 @@ _MAX_NUMBER: Final = 1_000_000
 class BatchingEngine:
     """Serves many requests at once over one pipeline, in threads of its own. Use it as a context manager.
 
-    It holds the pipeline from its making until it is closed; close the engine first.
+    It holds the pipeline from its making until it is closed; closing the pipeline closes the engine.
     """
 
     def __init__(
@@ -103,6 +103,7 @@ class BatchingEngine:
         ]
         for thread in self._threads:
             thread.start()
+        self._resources.enter_context(pipeline.called_before_close(self.close))
 
     def submit(
         self,

@@ -67,6 +67,7 @@ class Pipeline:
         self._resources = resources
         self._workspaces: OrderedDict[RunSize, Workspace] = OrderedDict()
         self._busy = threading.Lock()
+        self._holders: list[Callable[[], None]] = []
         self._closed = False
 
     @classmethod
@@ -123,7 +124,12 @@ class Pipeline:
         return self._sessions[part]
 
     def close(self) -> None:
-        """Close the sessions and free the buffers once no request is running. A second call does nothing."""
+        """Close the sessions and free the buffers once no request is running. A second call does nothing.
+
+        A batching engine that holds the pipeline is closed first, as its own `close` does.
+        """
+        for give_up in (*self._holders,):
+            give_up()
         with self._busy:
             self._closed = True
             self._workspaces.clear()
@@ -270,6 +276,15 @@ class Pipeline:
             yield
         finally:
             self._busy.release()
+
+    @contextmanager
+    def called_before_close(self, give_up: Callable[[], None]) -> Iterator[None]:
+        """Let whoever closes the pipeline call this first: it must end what holds the pipeline for long."""
+        self._holders.append(give_up)
+        try:
+            yield
+        finally:
+            self._holders.remove(give_up)
 
     def _workspace(self, size: RunSize) -> Workspace:
         if size not in self._workspaces:

@@ -259,6 +259,17 @@ def test_closing_finishes_what_was_taken(pipeline: Pipeline) -> None:
     engine.close()
 
 
+def test_closing_the_pipeline_closes_the_engine_that_holds_it(pipeline: Pipeline) -> None:
+    engine = BatchingEngine(pipeline)
+    _, box = submit(engine, Job(steps=5))
+    pipeline.close()
+    assert box.get().ending is Ending.DONE
+    with pytest.raises(ClosedError):
+        submit(engine, Job())
+    with pytest.raises(EngineError, match="closed"):
+        BatchingEngine(pipeline)
+
+
 def test_a_lane_that_has_nothing_left_ends_nobody_in_another(pipeline: Pipeline, backend: FakeBackend) -> None:
     engine = BatchingEngine(pipeline, lanes=2)
     gate = Gate(backend)
