@@ -327,13 +327,14 @@ def test_the_estimate_of_memory_is_what_is_really_kept(
     pipeline: Pipeline, backend: FakeBackend, predictor: Predictor
 ) -> None:
     asked = CalibrationOptions(steps=24, images=20, predictor=predictor)
+    held: list[int] = []  # whenever a launch begins: a fake engine's own temporaries are none of calibration's
+    backend.before_launch = lambda part: held.append(tracemalloc.get_traced_memory()[0])
     tracemalloc.start()
     try:
         calibrate(pipeline, asked)
-        peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak / 2.5 < needed(pipeline, asked) < peak  # the fake engines' own temporaries are in the peak
+    assert max(held) / 2 < needed(pipeline, asked) < max(held)
 
 
 def overflowing(function: Part, *, fails_at: Callable[[int], bool]) -> Part:
