@@ -10,6 +10,7 @@ from adacorr_deploy.caching.correction import probed_span
 from adacorr_deploy.caching.decisions import (
     Action,
     Decision,
+    Measured,
     Observation,
     Observed,
     Signals,
@@ -52,18 +53,18 @@ class AdaCorrectionController(PolicyController):
         self._steps = SlotHistory(capacity=2)  # that were not skipped; protected blocks have more of their own
         self._probed = probed_span(spans, calibration.probe.block)
 
-    def observation(self, span: int) -> Observation | None:
-        return Observation(what=Observed.INPUT) if span == 0 else None
+    def observations(self, span: int) -> Sequence[Observation]:
+        return (Observation(what=Observed.INPUT),) if span == 0 else ()
 
-    def needs_signals(self, step: int, span: int, history: SlotHistory) -> bool:
-        return span == 0 and self._step_guard(step) is None
+    def needs_signals(self, step: int, span: int, history: SlotHistory) -> Sequence[bool]:
+        return (self._step_guard(step) is None,) if span == 0 else ()
 
     def _step_guard(self, step: int) -> str | None:
         return self._policy.guards.reason(step=step, steps=self._run.steps, age=self._steps.age(step))
 
-    def decide(self, step: int, span: int, history: SlotHistory, signals: Sequence[Signals] | None) -> Decision:
+    def decide(self, step: int, span: int, history: SlotHistory, signals: Measured) -> Decision:
         if self._decided is None or self._decided[0] != step:
-            self._decided = (step, self._decide_step(step, history, signals))
+            self._decided = (step, self._decide_step(step, history, signals[0] if signals else None))
             if self._decided[1].action is not Action.REUSE:
                 self._steps.record(step)
         decision = self._decided[1]

@@ -6,11 +6,18 @@ from adacorr_deploy.caching.adacorrection_controller import AdaCorrectionControl
 from adacorr_deploy.caching.calibration import Calibration
 from adacorr_deploy.caching.correction import OnTop
 from adacorr_deploy.caching.decisions import Controller
-from adacorr_deploy.caching.gate_controller import GateController
-from adacorr_deploy.caching.gates.adacorrection import AdaCorrectionGate, Correction, Corrector, PaperGate
+from adacorr_deploy.caching.gate_controller import GateController, ProposalCorrection
+from adacorr_deploy.caching.gates.adacorrection import (
+    AdaCorrectionGate,
+    Correction,
+    Corrector,
+    PaperCorrection,
+    PaperGate,
+)
 from adacorr_deploy.caching.gates.steps import StepsRule
 from adacorr_deploy.caching.lookups import RequestLookups
 from adacorr_deploy.caching.paper_controller import PaperController
+from adacorr_deploy.caching.paper_correction import PaperOnTop
 from adacorr_deploy.caching.policy_model import Policy
 from adacorr_deploy.caching.profile import Profile, Quantity
 from adacorr_deploy.caching.run import Run
@@ -66,11 +73,19 @@ def controller_for_policy(
         case AdaCorrectionGate() as gate:
             return AdaCorrectionController(policy, gate, run, spans, lookups.calibration)
         case gate:
-            on_top = None
-            if policy.correction is not None:
-                _check_halves(policy.name, policy.correction, run)
-                on_top = OnTop(policy.correction, policy.guards, run, spans, lookups.calibration)
-            return GateController(policy, run, spans, gate.rule(lookups), on_top, lookups.affines())
+            return GateController(policy, run, spans, gate.rule(lookups), _on_top(lookups), lookups.affines())
+
+
+def _on_top(lookups: RequestLookups) -> ProposalCorrection | None:
+    policy, run, spans = lookups.settings, lookups.run, lookups.spans
+    match policy.correction:
+        case None:
+            return None
+        case PaperCorrection() as equations:
+            return PaperOnTop(equations, spans, lookups.paper_floors if equations.is_lazy else None)
+        case settings:
+            _check_halves(policy.name, settings, run)
+            return OnTop(settings, policy.guards, run, spans, lookups.calibration)
 
 
 def _check_halves(policy: str, correction: Correction, run: Run) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from adacorr_deploy.caching.calibration import Calibration
-from adacorr_deploy.caching.decisions import Action, Decision, SlotHistory, Span, SpanCache
+from adacorr_deploy.caching.decisions import Action, Decision, Observation, Signals, SlotHistory, Span, SpanCache
 from adacorr_deploy.caching.difficulty import Difficulty, gap_of
 from adacorr_deploy.caching.gates.adacorrection import Correction, Corrector
 from adacorr_deploy.caching.guards import Guards
@@ -27,6 +27,8 @@ class OnTop:
         CalibrationError: From the planner, if nothing can be skipped.
     """
 
+    observation: Observation | None = None  # it goes by costs and errors
+
     def __init__(
         self, settings: Correction, guards: Guards, run: Run, spans: Sequence[Span], calibration: Calibration
     ) -> None:
@@ -41,7 +43,9 @@ class OnTop:
         self._probed = probed_span(spans, calibration.probe.block)
         self._spent = 0.0
 
-    def decision(self, step: int, span: int, history: SlotHistory, proposal: Decision) -> Decision:
+    def decision(
+        self, step: int, span: int, history: SlotHistory, proposal: Decision, signals: Sequence[Signals] | None
+    ) -> Decision:
         """Return what is done with a span that no guard evaluates."""
         skipped, gap, difficulty = step - history.steps[0] - 1, gap_of(history), self._difficulty.value
         estimate = self._planner.costs.added(step, gap, skipped) * difficulty

@@ -78,6 +78,11 @@ class Observation:
     weights: tuple[float, ...] = ()
     bias: float = 0.0
 
+    @property
+    def compared(self) -> bool:
+        """Whether there is an earlier one that it is compared with."""
+        return self.what is not Observed.PROBE
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Affine:
@@ -119,6 +124,9 @@ class Signals:
         if self.reference_square == 0.0:
             return 0.0 if self.change_square == 0.0 else math.inf
         return self.change_square / self.reference_square
+
+
+Measured = Sequence[Sequence[Signals] | None]  # of each of a span's observations, in order: a `Signals` per branch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,23 +200,27 @@ class Controller(Protocol):
         """
         ...
 
-    def observation(self, span: int) -> Observation | None:
-        """What signals of a span are taken of; of its input, a correction may read the kept one too."""
+    def observations(self, span: int) -> Sequence[Observation]:
+        """What signals of a span are taken of, the same throughout the run; each costs only where it is asked for.
+
+        Of the input, where it is the first and compared with that of the last evaluation, a correction may read the
+        kept one too (`onto_kept_input`).
+        """
         ...
 
     def affine(self, span: int) -> Affine | None:
         """The calibrated map on a span's estimate, or None for none."""
         ...
 
-    def needs_signals(self, step: int, span: int, history: SlotHistory) -> bool:
-        """Whether `decide` wants the signals of what is observed (one memory-bound launch).
+    def needs_signals(self, step: int, span: int, history: SlotHistory) -> Sequence[bool]:
+        """Say of each of the span's observations whether `decide` wants its signals (a memory-bound launch each).
 
         It is asked where there is an earlier one to compare with: from the step after the span's first evaluation on.
         """
         ...
 
-    def decide(self, step: int, span: int, history: SlotHistory, signals: Sequence[Signals] | None) -> Decision:
-        """Return the action. `signals` holds one entry per branch, or is None if they were not asked for."""
+    def decide(self, step: int, span: int, history: SlotHistory, signals: Measured) -> Decision:
+        """Return the action. `signals` has an entry for each of the span's observations: None if it was not asked."""
         ...
 
     def prediction(self, step: int, span: int, history: SlotHistory) -> Prediction:

@@ -1,8 +1,8 @@
 """The table of policies: every caching method as a gate, spans, a predictor, guards and, on top, AdaCorrection.
 
 A policy is named (`teacache`), named with its knob (`teacache@0.3`), made of a file of one's own, and any of them may
-have AdaCorrection on top (`teacache@0.3+adacorrection@2`). A file is JSON or TOML with the fields of `Policy`, and is
-untrusted: unknown keys and values out of range are refused with the field's name.
+have AdaCorrection on top (`teacache@0.3+adacorrection@2`, `teacache+paper-lazy`). A file is JSON or TOML with the
+fields of `Policy`, and is untrusted: unknown keys and values out of range are refused with the field's name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from pydantic import ValidationError
 
 from adacorr_deploy.caching.decisions import Placement
 from adacorr_deploy.caching.gates.accumulated import EasyCacheGate, MagCacheGate, TeaCacheGate
-from adacorr_deploy.caching.gates.adacorrection import AdaCorrectionGate, Correction, Corrector, PaperGate
+from adacorr_deploy.caching.gates.adacorrection import (
+    AdaCorrectionGate,
+    Correction,
+    Corrector,
+    Mode,
+    PaperCorrection,
+    PaperGate,
+)
 from adacorr_deploy.caching.gates.codebook import AdaCacheGate
 from adacorr_deploy.caching.gates.error_tables import BlockCachingGate, SmoothCacheGate
 from adacorr_deploy.caching.gates.rule import GateSettings
@@ -44,6 +51,7 @@ else:
 __all__ = [
     "DEFAULT_POLICY",
     "FILE_PRESETS",
+    "ON_TOP",
     "PAPERS",
     "PRESETS",
     "UNCALIBRATED",
@@ -61,7 +69,11 @@ __all__ = [
 
 _MAX_FILE_BYTES: Final = 16 << 10  # tomllib takes seconds for more: its time grows with the square of a key's dots
 _MAX_MASK_BYTES: Final = 4 << 20  # of a mask or router in JSON: 1000 steps of 112 halves
-_ON_TOP: Final = "+adacorrection"
+ON_TOP: Final[Mapping[str, Mode]] = {  # the word after the base's name and a plus
+    "adacorrection": Mode.ROBUST,
+    "paper-lazy": Mode.PAPER_LAZY,
+    "paper-exact": Mode.PAPER_EXACT,
+}
 
 _HOLD: Final = Predictor(kind=PredictorKind.HOLD)
 _GATED: Final = Predictor(kind=PredictorKind.GATED)
@@ -172,14 +184,16 @@ def policy_named(name_or_file: str) -> Policy:
     """Return a preset, a preset with its knob turned, the policy of a file, or one of these with AdaCorrection on top.
 
     Args:
-        name_or_file: `robust@2.5`, `fora@2`, `l2c@router.json`, `mine.toml`, `teacache@0.3+adacorrection@2`.
+        name_or_file: `robust@2.5`, `fora@2`, `l2c@router.json`, `mine.toml`, `teacache@0.3+adacorrection@2`,
+            `fora+paper-lazy`.
 
     Raises:
         PolicyError: If there is no such preset or file, or a field is not valid.
     """
-    base, on_top, target = name_or_file.rpartition(_ON_TOP)
-    if on_top and (not target or target.startswith("@")):
-        return _corrected(_base_named(base), target)
+    base, plus, on_top = name_or_file.rpartition("+")
+    word, at, target = on_top.partition("@")
+    if plus and word in ON_TOP:
+        return _corrected(_base_named(base), word, at + target)
     return _base_named(name_or_file)
 
 
@@ -243,15 +257,19 @@ def _with_mask(name: str, file: str) -> Policy:
     return _validated(raw, where=f"policy file {path}")
 
 
-def _corrected(base: Policy, target: str) -> Policy:
+def _corrected(base: Policy, word: str, target: str) -> Policy:
+    """Return a policy with AdaCorrection on top, as the word says it; `target` is empty, or `@` and a speed-up."""
     raw = base.model_dump(mode="json", by_alias=True)
-    raw["name"] = f"{base.name}{_ON_TOP}{target}"
-    raw["correction"] = {"speedup": target[1:]} if target else {}
-    return _validated(raw, where=_where(raw["name"], Correction))
+    raw["name"], mode = f"{base.name}+{word}{target}", ON_TOP[word]
+    settings = Correction if mode is Mode.ROBUST else PaperCorrection
+    if target and not settings.knob:
+        raise PolicyError(f"policy {base.name}+{word} has no target: leave out {clipped(target)}")
+    raw["correction"] = {"mode": mode.value, **({settings.knob: target[1:]} if target else {})}
+    return _validated(raw, where=_where(raw["name"], settings))
 
 
 def _where(name: str, gate: GateSettings | type[GateSettings]) -> str:
-    return f"policy {clipped(name)[1:-1]} (after @ stands {gate.knob_meaning})"
+    return f"policy {clipped(name)[1:-1]}" + (f" (after @ stands {gate.knob_meaning})" if gate.knob else "")
 
 
 def _validated(raw: object, *, where: str) -> Policy:

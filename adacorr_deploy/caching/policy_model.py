@@ -8,7 +8,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from adacorr_deploy.caching.decisions import Placement, Span, SpanCache
 from adacorr_deploy.caching.gates.accumulated import EasyCacheGate, MagCacheGate, TeaCacheGate
-from adacorr_deploy.caching.gates.adacorrection import AdaCorrectionGate, Correction, Corrector, PaperGate
+from adacorr_deploy.caching.gates.adacorrection import (
+    AdaCorrectionGate,
+    AnyCorrection,
+    Correction,
+    Corrector,
+    PaperCorrection,
+    PaperEquations,
+    PaperGate,
+)
 from adacorr_deploy.caching.gates.codebook import AdaCacheGate
 from adacorr_deploy.caching.gates.error_tables import BlockCachingGate, SmoothCacheGate
 from adacorr_deploy.caching.gates.steps import (
@@ -71,7 +79,7 @@ class Policy(BaseModel):
     guards: Guards = Guards()
     decide: Placement | None = None  # one of `placements`; None: the first of them
     spans: Spans | None = None  # None: as the predictor's cache has it
-    correction: Correction | None = None  # AdaCorrection on top of the gate
+    correction: AnyCorrection | None = None  # AdaCorrection on top of the gate
 
     @property
     def division(self) -> Spans:
@@ -102,7 +110,7 @@ class Policy(BaseModel):
                 return (Placement.STEP, Placement.LAG)
             case PaperGate() if self.predictor.history == 1:
                 return (Placement.BLOCK, Placement.DEVICE)
-            case gate if not gate.observes:
+            case gate if not gate.observes and not (self.correction is not None and self.correction.observes):
                 return ()
             case _ if self.division.granularity is Granularity.PARTS:
                 return (Placement.BLOCK,)
@@ -125,14 +133,14 @@ class Policy(BaseModel):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether it reads a calibration: what skipping costs."""
-        match self.gate:
-            case ScheduleGate() | AdaCorrectionGate():
-                return True
-            case PaperGate(lazy=lazy):
-                return lazy
-            case _:
-                return self.correction is not None
+        """Whether it reads a calibration: what skipping costs, or the floors of the paper's score."""
+        equations = self.correction if isinstance(self.correction, PaperCorrection) else self.gate
+        return self.needs_costs or (isinstance(equations, PaperEquations) and equations.is_lazy)
+
+    @property
+    def needs_costs(self) -> bool:
+        """Whether it reads what skipping costs: of its own predictor and spans, where floors are of any calibration."""
+        return isinstance(self.gate, ScheduleGate | AdaCorrectionGate) or isinstance(self.correction, Correction)
 
     @property
     def quantities(self) -> frozenset[str]:
@@ -180,8 +188,8 @@ class Policy(BaseModel):
             raise ValueError(f"predictor {kind.value} stands for whole steps and can't blend blocks")
         if kind.cache is SpanCache.OUTPUT and self.guards.protected_blocks:
             raise ValueError(f"predictor {kind.value} stands for whole steps and can't protect blocks")
-        if self._blends and kind.cache is not SpanCache.UNITS:
-            raise ValueError(f"predictor {kind.value} keeps residuals; blending needs one of units")
+        if isinstance(self.gate, PaperGate) and kind.cache is not SpanCache.UNITS:
+            raise ValueError(f"predictor {kind.value} keeps residuals; gate paper blends with what units were")
         return self
 
     @model_validator(mode="after")
@@ -203,7 +211,8 @@ class Policy(BaseModel):
         if not self.caches or isinstance(self.gate, AdaCorrectionGate | PaperGate):
             why = "keeps nothing" if not self.caches else "is AdaCorrection itself"
             raise ValueError(f"correction stands on top of another gate; {self.gate.kind} {why}")
-        if self.correction.corrector is Corrector.CHEAP and self.division.granularity is not Granularity.PARTS:
+        is_cheap = isinstance(self.correction, Correction) and self.correction.corrector is Corrector.CHEAP
+        if is_cheap and self.division.granularity is not Granularity.PARTS:
             raise ValueError("correction.corrector is cheap, which decides over halves: spans.granularity parts")
         return self
 
@@ -215,8 +224,10 @@ class Policy(BaseModel):
 
     @property
     def _blends(self) -> bool:
-        correctors = (getattr(self.gate, "corrector", None), self.correction and self.correction.corrector)
-        return isinstance(self.gate, PaperGate) or Corrector.PAPER in correctors
+        pieces = (self.gate, self.correction)
+        return any(isinstance(each, PaperEquations) for each in pieces) or Corrector.PAPER in (
+            getattr(each, "corrector", None) for each in pieces
+        )
 
 
 _GRANULARITIES_OF_CACHE = {

@@ -48,7 +48,8 @@ def _examples(*lines: str) -> str:
 # Of --policy: what its value may be.
 POLICY_NAMES: Final = (
     "A preset (adacorr-bench --list), one with its knob turned (robust@2.5: a speed-up of 2.5; fora@4: every 4th step "
-    "is evaluated), a .json or .toml file, or any of these with AdaCorrection on top (teacache+adacorrection@2)."
+    "is evaluated), a .json or .toml file, or any of these with AdaCorrection on top (teacache+adacorrection@2, "
+    "fora+paper-lazy)."
 )
 MAX_IMAGES: Final = 1024  # sampled together
 

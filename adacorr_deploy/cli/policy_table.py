@@ -27,7 +27,9 @@ _COLUMNS: Final = (
 _WIDTH: Final = 320  # a row a line, for grep
 _ON_TOP: Final = (
     "With AdaCorrection on top: NAME+adacorrection, NAME+adacorrection@2 (a target speed-up), where NAME keeps "
-    "anything and is not AdaCorrection itself; such a policy needs a calibration."
+    "anything and is not AdaCorrection itself; such a policy needs a calibration. With the paper's own weight, where "
+    "NAME keeps something of blocks: NAME+paper-lazy (needs a calibration), and NAME+paper-exact, the reference, which "
+    "evaluates everything and saves nothing."
 )
 
 

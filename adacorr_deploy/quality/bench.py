@@ -317,7 +317,7 @@ def _block_share(pipeline: Pipeline, options: BenchOptions) -> float:
     request = next(requests(pipeline, options))
     size = RunSize.of(request, history=0, whole_steps=False)
     table = table_from_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
-    with pipeline.lease(size, keeps_reference=lambda block: False) as (space, slots):
+    with pipeline.lease(size, references=lambda block: 0) as (space, slots):
         space.prepare(request, table, NoiseStream(request, pipeline.manifest.model.latent_shape).at(0))
         shares = []
         for _ in range(9):

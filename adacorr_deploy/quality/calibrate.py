@@ -111,7 +111,7 @@ def calibrate(
     """
     request, size = check_calibration(pipeline, options)
     table = table_from_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
-    with pipeline.lease(size, keeps_reference=lambda block: True) as (space, slots):
+    with pipeline.lease(size, references=lambda block: 1) as (space, slots):
         latents = NoiseStream(request, pipeline.manifest.model.latent_shape).at(0)
         space.prepare(request, table, latents)
         residuals = SpanResiduals(predictor=options.predictor, spans=options.spans, maps=options.maps)

@@ -64,7 +64,7 @@ def part_inputs(reference: Pipeline, request: SampleRequest) -> dict[str, Arrays
     studied = {model.units.index(units): deque[_Evaluation](maxlen=MAX_EVALUATIONS + 1) for units in model.units}
     outputs = deque[NDArray[np.generic]](maxlen=MAX_EVALUATIONS + 1)  # of the model, (1, B, C, H, W) each
     inputs: dict[str, Arrays] = {}
-    with reference.lease(size, keeps_reference=lambda block: False) as (space, slots):
+    with reference.lease(size, references=lambda block: 0) as (space, slots):
         space.prepare(request, table, initial_latents(reference, request))
         for step in range(middle + 1):
             space.embed(step)

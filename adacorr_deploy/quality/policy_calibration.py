@@ -8,7 +8,7 @@ from pathlib import Path
 
 from adacorr_deploy.caching.calibration import CachingSpan, CalibrationKey, caching_spans
 from adacorr_deploy.caching.controllers import quantities_needed
-from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS, PaperGate, Policy
+from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS, Policy
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
 from adacorr_deploy.caching.profile import AffineMap, Profile, Quantity
 from adacorr_deploy.core.bundle import CALIBRATION_DIR, PROFILE_DIR, measured_identity, store_in_bundle
@@ -55,10 +55,10 @@ def needs_of(pipeline: Pipeline, request: SampleRequest, policies: Sequence[Poli
         quantities |= quantities_needed(policy)
         if policy.predictor.kind is PredictorKind.AFFINE:
             spans |= {(span.first, span.stop) for span in caching}
-        if policy.needs_calibration and isinstance(policy.gate, PaperGate):  # takes its floors from any
-            calibrations[PRESETS[DEFAULT_POLICY].predictor, ()] = None
-        elif policy.needs_calibration:
+        if policy.needs_costs:
             calibrations[policy.predictor, caching] = None
+        elif policy.needs_calibration:  # takes its floors from any
+            calibrations[PRESETS[DEFAULT_POLICY].predictor, ()] = None
     return Needs(
         calibrations=tuple(calibrations),
         quantities=frozenset(quantities),

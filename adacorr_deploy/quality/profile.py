@@ -199,7 +199,7 @@ class _BatchStudy:
         request, pipeline = self._request, self._pipeline
         table = table_from_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
         size = RunSize.of(request, history=0, whole_steps=False)
-        with pipeline.lease(size, keeps_reference=lambda block: False) as (space, slots):
+        with pipeline.lease(size, references=lambda block: 0) as (space, slots):
             space.prepare(request, table, None)
             modulation = [_f32(buffer.read()) for buffer in space.blocks.modulation]
             for step, draw in enumerate(draws_of_steps(table)):

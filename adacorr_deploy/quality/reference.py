@@ -89,7 +89,7 @@ def uncached_latents(
     """Run every block of every step with the noise given, and return the final latents, also if they are not finite."""
     table = table_from_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
     size = RunSize(batch=request.batch, branches=request.branches, steps=request.steps, history=0)
-    with pipeline.lease(size, keeps_reference=lambda block: False) as (space, slots):
+    with pipeline.lease(size, references=lambda block: 0) as (space, slots):
         space.prepare(request, table, latents)
         for step, noise in enumerate(noises):
             space.embed(step)

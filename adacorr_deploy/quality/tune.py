@@ -279,7 +279,7 @@ class _Searcher:
     def _searched(self, family: str, requests: int) -> list[TunedPoint]:
         preset = policy_named(family)
         start = self._start(family, preset)
-        whole = preset.correction is None and isinstance(_knob_value(preset), int)
+        whole = not family.endswith(ON_TOP) and isinstance(_knob_value(preset), int)
 
         def measure(value: float) -> TunedPoint | None:
             try:
@@ -291,20 +291,21 @@ class _Searcher:
         found = search(Knob(start=start, whole=whole), measure, self._options.target)
         best = self._options.target.best(found)
         if best is not None:
-            self._knobs[family] = float(best.policy.name.rpartition("@")[2])
+            self._knobs[family] = float(best.policy.name.rpartition("@")[2].partition("+")[0])
         return found
 
     def _start(self, family: str, preset: Policy) -> float:
         if family in self._knobs:
             return self._knobs[family]
-        aims = preset.correction is not None or preset.gate.knob == "speedup"
+        aims = family.endswith(ON_TOP) or preset.gate.knob == "speedup"
         if aims and self._options.target.speedup is not None:
             return self._options.target.speedup
         return 2.0 if aims else float(_knob_value(preset))
 
     def _named(self, family: str, value: float) -> str:
-        if not family.endswith(ON_TOP):
-            return f"{family}@{value:.4g}"
+        if not family.endswith(ON_TOP):  # the paper's modes have no knob of their own: it is the base's that turns
+            base, plus, mode = family.partition("+")
+            return f"{base}@{value:.4g}{plus}{mode}"
         base = family.removesuffix(ON_TOP)
         knob = f"@{self._knobs[base]:.4g}" if base in self._knobs else ""
         return f"{base}{knob}{ON_TOP}@{value:.4g}"

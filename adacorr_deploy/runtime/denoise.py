@@ -218,19 +218,19 @@ class Denoiser:
             self._measured(step, index, self.space.error_signals(span.stop - 1))
         self._refill(step, index, span, slot)
 
-    def _refill(self, step: int, index: int, span: Span, slot: CacheSlot) -> None:
-        """Note that the slot holds what this step's evaluation gave, and bring a residual there."""
+    def _refill(self, step: int, index: int, span: Span, slot: CacheSlot, *, aside: bool = False) -> None:
+        """Note that the slot holds what this step's evaluation gave, and bring a residual there: of a fresh output."""
         compares = bool(slot.history.steps) and self.controller.observes_change(step, index, slot.history)
         if span.cache is not SpanCache.RESIDUAL:
             if compares:
                 raise PolicyError(f"A policy compares what span {index} keeps; that can be done with residuals alone.")
             slot.record(step)
         elif compares:
-            reading = self.space.spans.keep_compared(index)
+            reading = self.space.spans.keep_compared(index, aside=aside)
             slot.record(step)
             self._changed(step, index, reading())
         elif slot.history.capacity:
-            self.space.spans.keep(index)
+            self.space.spans.keep(index, aside=aside)
             slot.record(step)
 
     def _changed(self, step: int, index: int, rows: NDArray[np.generic]) -> None:
@@ -253,17 +253,24 @@ class Denoiser:
             self.controller.record_error(measured_at, index, error)
 
     def _correct(self, step: int, index: int, span: Span, slot: CacheSlot, decision: Decision) -> Iterator[BlockWork]:
-        if span.cache is not SpanCache.UNITS:
-            raise PolicyError(f"A policy corrects span {index}, which keeps no units. Let it evaluate or reuse it.")
         if decision.score is None or decision.thresholds is None:
             raise PolicyError(f"A policy corrects span {index} at step {step} without a score and its thresholds.")
-        prediction, block = self.controller.prediction(step, index, slot.history), span.first
-        predict = self.space.predict_cached if prediction.onto_kept_input else self.space.predict_aside
-        predict(block, slot, slot.window(prediction))
-        self.observer.keep(step, index, Kept.EVALUATION)
-        yield self._work(step, block, (slot,), aside=True)
-        self._refill(step, index, span, slot)
-        self.space.blend(block, slot, decision.score, decision.thresholds)
+        prediction, last = self.controller.prediction(step, index, slot.history), span.stop - 1
+        window = slot.window(prediction)
+        if span.cache is SpanCache.RESIDUAL:
+            if prediction.onto_kept_input:
+                raise PolicyError(f"A policy blends with the cached output of span {index}, which keeps no units.")
+            self.space.spans.predict_aside(index, window)
+            self.observer.keep(step, index, Kept.EVALUATION)
+            yield self._work(step, span.first, self.slots[span.first : span.stop])
+            self.space.set_aside(last)
+        else:
+            predict = self.space.predict_cached if prediction.onto_kept_input else self.space.predict_aside
+            predict(last, slot, window)
+            self.observer.keep(step, index, Kept.EVALUATION)
+            yield self._work(step, last, (slot,), aside=True)
+        self.space.blend(last, self.slots[last], decision.score, decision.thresholds)
+        self._refill(step, index, span, slot, aside=True)
 
     def _stop_if_cancelled(self, step: int) -> None:
         stop_if_cancelled(self.cancelled, step, self.trace.steps)

@@ -56,7 +56,7 @@ def sample_decided_on_device(
         SamplingCancelledError: If `cancelled` returned True.
         EngineError: If the backend can't decide on the device, an engine fails, or the latents become NaN.
     """
-    with pipeline.lease(run.size, keeps_reference=lambda block: True) as (space, slots):
+    with pipeline.lease(run.size, references=lambda block: 1) as (space, slots):
         decided = _steps_of(pipeline, space, slots, run, fresh_gates)
         started = time.perf_counter()
         space.prepare(run.request, run.table, run.request.latents)

@@ -9,68 +9,105 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from adacorr_deploy.caching.decisions import Controller, Kept, Observation, Observed, Signals, SlotHistory
+from adacorr_deploy.caching.decisions import Controller, Kept, Measured, Observation, Observed, Signals, SlotHistory
+from adacorr_deploy.core.errors import EngineError
 from adacorr_deploy.engines.backend import Buffer
 from adacorr_deploy.runtime.workspace import Reading, Workspace
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Watch:
+    """One observation of a span, and where the earlier one is kept that it is compared with: None of a probe."""
+
+    number: int
+    observation: Observation
+    reference: Buffer | None
+
+
 @dataclass(slots=True, kw_only=True)
 class Observer:
-    """The observations of one request."""
+    """The observations of one request, in a workspace that was lent to it."""
 
     space: Workspace
     controller: Controller
     batch: int
     suspect: bool = False  # something that was measured was not finite; whoever looks into it resets it
-    _observed: tuple[int, int, Buffer] | None = None  # step and span of the last one that was computed
-    _earlier: dict[int, tuple[int, Reading]] = field(default_factory=dict)  # span → when it was filled, last signals
+    _watches: list[list[_Watch]] = field(init=False)  # by span
+    _observed: tuple[int, int, Observed, Buffer] | None = None  # step, span and kind of the last one that was computed
+    _earlier: dict[tuple[int, int], tuple[int, Reading]] = field(
+        default_factory=dict
+    )  # span and observation → when the slot was filled, last signals
 
-    def signals(self, step: int, span: int, history: SlotHistory) -> list[Signals] | None:
-        """Return a span's signals, one per guidance branch, if the controller asks for them and there are any."""
-        if not history.steps or not self.controller.needs_signals(step, span, history):
-            return None
-        observation = self.controller.observation(span)
-        if observation is None:
-            return None
-        reading: Reading | None = self._measured(step, span, observation)
-        if self.controller.lags:
-            reading = self._of_the_step_before(span, history.steps[0], reading)
-        if reading is None:
-            return None
-        rows = reading()
-        probes = observation.what is Observed.PROBE
-        signals = probes_of_branches(rows, self.batch) if probes else signals_of_branches(rows, self.batch)
-        self.suspect |= not all(branch.finite for branch in signals)
-        return signals
+    def __post_init__(self) -> None:
+        self._watches = [self._watches_of(span) for span in range(len(self.controller.spans))]
+
+    def _watches_of(self, span: int) -> list[_Watch]:
+        kept = iter(self.space.slots.spans[span].references)
+        return [
+            _Watch(number=number, observation=each, reference=next(kept, None) if each.compared else None)
+            for number, each in enumerate(self.controller.observations(span))
+        ]
+
+    def signals(self, step: int, span: int, history: SlotHistory) -> Measured:
+        """Return what the controller asks for of a span's observations, each one `Signals` per guidance branch.
+
+        One is None where it is not asked for, or there is none.
+        """
+        watches = self._watches[span]
+        if not watches:
+            return ()
+        if not history.steps:
+            return (None,) * len(watches)
+        wanted = self.controller.needs_signals(step, span, history)
+        # All are launched before the first is read: the host waits for a GPU once.
+        readings = [
+            self._reading(step, span, watch, history) if asked else None
+            for watch, asked in zip(watches, wanted, strict=True)
+        ]
+        return [
+            self._summed(watch, reading) if reading is not None else None
+            for watch, reading in zip(watches, readings, strict=True)
+        ]
 
     def keep(self, step: int, span: int, kept: Kept) -> None:
         """Keep what is observed of a span now, if that is what it will be compared with."""
-        observation, reference = self.controller.observation(span), self.space.slots.spans[span].reference
-        if observation is None or reference is None or observation.kept is not kept:
-            return
-        reference.copy_from(self._tensor(step, span, observation))
-        self._observed = None
+        for watch in self._watches[span]:
+            if watch.reference is not None and watch.observation.kept is kept:
+                watch.reference.copy_from(self._tensor(step, span, watch.observation.what))
 
-    def _measured(self, step: int, span: int, observation: Observation) -> Reading:
-        if observation.what is Observed.PROBE:
+    def _reading(self, step: int, span: int, watch: _Watch, history: SlotHistory) -> Reading | None:
+        reading = self._measured(step, span, watch)
+        if not self.controller.lags:
+            return reading
+        return self._of_the_step_before(span, watch.number, history.steps[0], reading)
+
+    def _measured(self, step: int, span: int, watch: _Watch) -> Reading:
+        what = watch.observation.what
+        if what is Observed.PROBE:
             return self.space.spans.probe(span)
-        slot = self.space.slots.spans[span]
-        use = "observed", span, observation.what.value  # another request of this size may observe something else
-        return self.space.compare(use, self._tensor(step, span, observation), slot.kept_reference)
+        if watch.reference is None:
+            raise EngineError("The slot keeps no reference to compare with. Lend it with one for each observation.")
+        tensor = self._tensor(step, span, what)
+        # The next request in this workspace may watch something else: the pair is named by both of its buffers.
+        return self.space.compare(("observed", span, what.value, watch.reference.address), tensor, watch.reference)
 
-    def _of_the_step_before(self, span: int, filled: int, reading: Reading | None) -> Reading | None:
+    def _summed(self, watch: _Watch, reading: Reading) -> list[Signals]:
+        probes = watch.observation.what is Observed.PROBE
+        signals = (probes_of_branches if probes else signals_of_branches)(reading(), self.batch)
+        self.suspect |= not all(branch.finite for branch in signals)
+        return signals
+
+    def _of_the_step_before(self, span: int, number: int, filled: int, reading: Reading) -> Reading | None:
         """Exchange a reading for that of the step before; None if the slot was refilled since, or none was taken."""
-        if reading is None:
-            return None
-        filled_then, earlier = self._earlier.get(span, (None, reading))
-        self._earlier[span] = filled, reading
+        filled_then, earlier = self._earlier.get((span, number), (None, reading))
+        self._earlier[span, number] = filled, reading
         return earlier if filled_then == filled else None
 
-    def _tensor(self, step: int, span: int, observation: Observation) -> Buffer:
-        """Return what is observed, computed once a step."""
-        if self._observed is None or self._observed[:2] != (step, span):
-            self._observed = step, span, self.space.spans.observed(span, observation.what)
-        return self._observed[2]
+    def _tensor(self, step: int, span: int, what: Observed) -> Buffer:
+        """Return what is observed, computed once a step; it holds until another is computed."""
+        if self._observed is None or self._observed[:3] != (step, span, what):
+            self._observed = step, span, what, self.space.spans.observed(span, what)
+        return self._observed[3]
 
 
 def signals_of_branches(rows: NDArray[np.generic], batch: int) -> list[Signals]:

@@ -172,7 +172,7 @@ class Pipeline:
             EngineError: If an engine fails, the latents become NaN, or the pipeline is busy or closed.
         """
         run = planned_run(self.manifest, request, controller, history=history)
-        with self.lease(run.size, keeps_reference=run.keeps_reference) as (space, slots):
+        with self.lease(run.size, references=run.references) as (space, slots):
             launches = self._block_launches()
             started = time.perf_counter()
             denoiser = run.start(space, slots, progress=progress, cancelled=cancelled, on_latents=on_latents)
@@ -228,13 +228,13 @@ class Pipeline:
 
     @contextmanager
     def lease(
-        self, size: RunSize, *, keeps_reference: Callable[[int], bool]
+        self, size: RunSize, *, references: Callable[[int], int]
     ) -> Iterator[tuple[Workspace, tuple[CacheSlot, ...]]]:
         """Lend the workspace of a run size and its cleared slots; `sample` does, and calibration drives them itself.
 
         Args:
             size: Of the run.
-            keeps_reference: Says of each span whether its slot keeps what is observed of it.
+            references: Says of each span how many of its observations its slot keeps an earlier one of.
 
         Raises:
             RequestError: If the engines were not compiled for this batch or these steps.
@@ -243,7 +243,7 @@ class Pipeline:
         self.check_size(size)
         with self.exclusive():
             space = self._workspace(size)
-            with space.slots.lease(keeps_reference=keeps_reference if size.caches else _never) as slots:
+            with space.slots.lease(references=references if size.caches else _none) as slots:
                 yield space, slots
 
     def check_size(self, size: RunSize) -> None:
@@ -298,8 +298,8 @@ class Pipeline:
         return sum(self._sessions[name].launches for name in self.manifest.model.block_names)
 
 
-def _never(block: int) -> bool:
-    return False
+def _none(span: int) -> int:
+    return 0
 
 
 def _check_parts(bundle: Bundle) -> None:

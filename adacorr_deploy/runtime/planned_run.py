@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from adacorr_deploy.caching.decisions import Controller, Observed, keeps_output
+from adacorr_deploy.caching.decisions import Controller, keeps_output
 from adacorr_deploy.core.errors import PolicyError
 from adacorr_deploy.core.manifest import Manifest
 from adacorr_deploy.core.samplers import SamplerTable
@@ -29,12 +29,11 @@ class PlannedRun:
     controller: Controller
     size: RunSize
 
-    def keeps_reference(self, span: int) -> bool:
-        """Whether a span's slot keeps what is observed of it; a probe is compared with nothing."""
+    def references(self, span: int) -> int:
+        """Return how many of a span's observations its slot keeps an earlier one of; a probe is compared with none."""
         if not self.size.caches or span >= len(self.controller.spans):
-            return False
-        observation = self.controller.observation(span)
-        return observation is not None and observation.what is not Observed.PROBE
+            return 0
+        return sum(each.compared for each in self.controller.observations(span))
 
     def start(
         self,

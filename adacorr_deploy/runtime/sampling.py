@@ -14,7 +14,7 @@ from adacorr_deploy.caching.calibration import (
 )
 from adacorr_deploy.caching.controllers import Run, controller_for_policy, quantities_needed
 from adacorr_deploy.caching.decisions import Controller, Placement
-from adacorr_deploy.caching.policy import UNCALIBRATED, PaperGate, Policy
+from adacorr_deploy.caching.policy import UNCALIBRATED, Policy
 from adacorr_deploy.caching.profile import profile_for_run
 from adacorr_deploy.core.errors import CalibrationError, PolicyError
 from adacorr_deploy.core.samplers import quiet_samplers
@@ -151,7 +151,7 @@ def _calibration_for_request(pipeline: Pipeline, request: SampleRequest, policy:
         return None
     _check_no_noise(request, policy, pipeline.manifest.schedule)
     found = calibrations(pipeline.bundle).values()
-    predictor = None if isinstance(policy.gate, PaperGate) else policy.predictor
+    predictor = policy.predictor if policy.needs_costs else None  # floors are those of any
     key, bundle = calibration_key(pipeline, request), str(pipeline.bundle.path)
     spans = caching_spans(policy.spans_of(run_of_request(pipeline, request, policy)))
     return calibration_for_run(found, key, predictor, policy=policy.name, bundle=bundle, spans=spans)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,17 +40,17 @@ class CacheSlot:
     ring: Buffer  # (T, U, R, N, D): a part's units, or (T, 1, R, N, D): a span's residuals, of the last T evaluations
     zeros: Buffer  # (R, N, D), never written
     history: SlotHistory  # steps of those evaluations, newest first; its capacity is 0 in a run that keeps no cache
-    keeps_reference: bool = False  # whether this request's policy wants `reference`
-    _reference: Buffer | None = None
+    references: tuple[Buffer, ...] = ()  # (R, N, D) each: what this request's policy observes, as it was earlier
+    _allocated: list[Buffer] = field(default_factory=list)  # references of this request and those before
     _filled: int = 0
 
     @property
     def reference(self) -> Buffer | None:
-        """What is observed, as it was earlier, (R, N, D); None where the policy does not want it.
+        """The first of the references; None where the policy wants none.
 
         Of a policy that observes the input, it is the input of the last evaluation.
         """
-        return self._reference if self.keeps_reference else None
+        return self.references[0] if self.references else None
 
     @property
     def kept_reference(self) -> Buffer:
@@ -119,14 +119,14 @@ class CacheSlot:
             for entry in range(self.ring.shape[0]):
                 for unit in range(self.ring.shape[1]):
                     self.ring[entry][unit].copy_from(self.zeros)
-        if self._reference is not None:
-            self._reference.copy_from(self.zeros)
+        for reference in self._allocated:
+            reference.copy_from(self.zeros)
 
-    def keep_reference(self, allocate: Callable[[], Buffer] | None) -> None:
-        """Choose whether this request keeps the reference; its buffer is allocated once, by the first that does."""
-        self.keeps_reference = allocate is not None
-        if allocate is not None and self._reference is None:
-            self._reference = allocate()
+    def keep_references(self, count: int, allocate: Callable[[], Buffer]) -> None:
+        """Choose how many references this request keeps; a buffer is allocated once, by the first that wants it."""
+        while len(self._allocated) < count:
+            self._allocated.append(allocate())
+        self.references = tuple(self._allocated[:count])
 
 
 class SlotPool:
@@ -153,11 +153,11 @@ class SlotPool:
         return len(self._slots)
 
     @contextmanager
-    def lease(self, *, keeps_reference: Callable[[int], bool]) -> Iterator[tuple[CacheSlot, ...]]:
+    def lease(self, *, references: Callable[[int], int]) -> Iterator[tuple[CacheSlot, ...]]:
         """Lend the parts' slots, cleared; all are cleared again when they come back, however the request ends.
 
         Args:
-            keeps_reference: Says it of each span, by index.
+            references: Says of each span, by index, how many references its slot keeps.
 
         Raises:
             EngineError: If another request holds them.
@@ -167,7 +167,7 @@ class SlotPool:
         self._lent = True
         try:
             for index, slot in enumerate(self.spans):
-                slot.keep_reference(self._allocate_reference if keeps_reference(index) else None)
+                slot.keep_references(references(index), self._allocate_reference)
             self._clear()
             yield self._slots
         finally:

@@ -45,11 +45,9 @@ class SpanLaunches:
                 self._write_affine(index, affine)
             elif affine is not None:
                 raise PolicyError(f"A policy maps span {index}, which keeps {span.cache.value}; maps are of residuals.")
-            observation = controller.observation(index)
-            if observation is not None and observation.what is Observed.PROBE:
-                weights = np.asarray(observation.weights, dtype=np.float32)
-                self._write(f"weights {index}", weights)
-                self._write(f"bias {index}", np.asarray([observation.bias], dtype=np.float32), width=1)
+            for probe in (each for each in controller.observations(index) if each.what is Observed.PROBE):
+                self._write(f"weights {index}", np.asarray(probe.weights, dtype=np.float32))
+                self._write(f"bias {index}", np.asarray([probe.bias], dtype=np.float32), width=1)
 
     # --- Residuals -----------------------------------------------------------------------------------------------
 
@@ -61,17 +59,20 @@ class SpanLaunches:
         """Predict the span's output from its present input into the estimate buffer."""
         self._combine_residuals(index, window, "aside", self._space.blocks.estimate)
 
-    def keep(self, index: int) -> None:
-        """Store what the span has just added to its input in its slot's oldest entry; the caller records it."""
+    def keep(self, index: int, *, aside: bool = False) -> None:
+        """Store what the span has just added to its input in its slot's oldest entry; the caller records it.
+
+        Where the span was corrected, its fresh output stands `aside` (`Workspace.set_aside`).
+        """
         slot = self._slot(index)
         entry = slot.next_entry
-        self._subtract(("keep", index, entry), self._spans[index], slot.ring[entry][0])
+        self._subtract(("keep", index, entry, int(aside)), self._spans[index], slot.ring[entry][0], aside=aside)
 
-    def keep_compared(self, index: int) -> Reading:
+    def keep_compared(self, index: int, *, aside: bool = False) -> Reading:
         """Do as `keep`, and compare it with what the evaluation before had stored: (R, 9) signals."""
         slot, space = self._slot(index), self._space
         fresh, before = space.blocks.estimate, slot.newest_entry  # aside: of a ring of one, it is overwritten
-        self._subtract(("change", index), self._spans[index], fresh)
+        self._subtract(("change", index, int(aside)), self._spans[index], fresh, aside=aside)
         reading = space.compare(("change", index, before), fresh, slot.ring[before][0])
         slot.ring[slot.next_entry][0].copy_from(fresh)
         return reading
@@ -91,12 +92,12 @@ class SpanLaunches:
             },
         )
 
-    def _subtract(self, use: tuple[str | int, ...], span: Span, difference: Buffer) -> None:
+    def _subtract(self, use: tuple[str | int, ...], span: Span, difference: Buffer, *, aside: bool = False) -> None:
         """Compute what a span has added: its output minus its input, which its parts have left as it was."""
         self._space.run(
             (combine_part_name(1), *use),
             lambda: {
-                "base": self._space.block_output(span.stop - 1),
+                "base": self._space.blocks.fresh if aside else self._space.block_output(span.stop - 1),
                 "history": self._space.block_input_as_history(span.first),
                 "coefficients": self._constant("minus one", -1.0, width=1),
                 "scale": self._constant("one", 1.0),

@@ -286,6 +286,10 @@ class Workspace:
             },
         )
 
+    def set_aside(self, block: int) -> None:
+        """Copy a block's output to where one that is to be corrected stands."""
+        self.blocks.fresh.copy_from(self.block_output(block))
+
     def blend(self, block: int, slot: CacheSlot, score: float, thresholds: tuple[float, float, float]) -> None:
         """Weigh the score, and mix estimate and fresh output, (1 − w)·estimate + w·fresh, into the block's output.
 

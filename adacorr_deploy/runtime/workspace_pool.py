@@ -36,7 +36,7 @@ class WorkspacePool:
         space = self._take(run.size)
         self.lent_bytes += size_bytes
         try:
-            with space.slots.lease(keeps_reference=run.keeps_reference) as slots:
+            with space.slots.lease(references=run.references) as slots:
                 yield space, slots
             self._keep(run.size, space)
         finally:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 from adacorr_deploy.caching.calibration import Calibration
 from adacorr_deploy.caching.controllers import Run, controller_for_policy
-from adacorr_deploy.caching.decisions import Action, Controller, Decision, Signals, SlotHistory
+from adacorr_deploy.caching.decisions import Action, Controller, Decision, Measured, Signals, SlotHistory
 from adacorr_deploy.caching.policy import Policy
 from adacorr_deploy.caching.profile import Profile
 
-Measured = Callable[[int, int], Sequence[Signals]]  # step, span → one per branch
+Source = Callable[[int, int], Sequence[Signals]]  # step, span → one per branch
 
 
 def change(relative: float, *, norm: float = 1.0, probe: float | None = None) -> Signals:
@@ -30,11 +30,11 @@ def change(relative: float, *, norm: float = 1.0, probe: float | None = None) ->
     )
 
 
-def steadily(relative: float, *, norm: float = 1.0) -> Measured:
+def steadily(relative: float, *, norm: float = 1.0) -> Source:
     return lambda step, span: [change(relative, norm=norm)] * 2
 
 
-def each_step(relatives: Sequence[float]) -> Measured:
+def each_step(relatives: Sequence[float]) -> Source:
     """The change of step s is `relatives[s]`, whatever the span."""
     return lambda step, span: [change(relatives[step])] * 2
 
@@ -63,8 +63,8 @@ def drive(
     controller: Controller,
     steps: int,
     *,
-    signals: Measured = _CALM,
-    changes: Measured = _CHANGING,
+    signals: Source = _CALM,
+    changes: Source = _CHANGING,
     error: float = 0.1,
     into: Driven | None = None,
 ) -> Driven:
@@ -77,11 +77,10 @@ def drive(
     for step in range(steps):
         row = []
         for span, history in enumerate(histories):
-            wanted = bool(history.steps) and controller.needs_signals(step, span, history)
-            if wanted:
-                assert controller.observation(span) is not None
+            measured = answered(controller, step, span, history, signals)
+            if any(each is not None for each in measured):
                 driven.asked.append((step, span))
-            decision = controller.decide(step, span, history, signals(step, span) if wanted else None)
+            decision = controller.decide(step, span, history, measured)
             if decision.action is Action.REUSE:
                 assert controller.prediction(step, span, history).coefficients
             else:
@@ -91,8 +90,16 @@ def drive(
     return driven
 
 
+def answered(controller: Controller, step: int, span: int, history: SlotHistory, signals: Source) -> Measured:
+    """Answer whatever the controller asks for, with the same signals for every observation."""
+    observations = controller.observations(span)
+    wanted = controller.needs_signals(step, span, history) if history.steps else [False] * len(observations)
+    assert len(wanted) == len(observations)
+    return [signals(step, span) if asked else None for asked in wanted]
+
+
 def _evaluate(
-    controller: Controller, step: int, span: int, history: SlotHistory, changes: Measured, error: float
+    controller: Controller, step: int, span: int, history: SlotHistory, changes: Source, error: float
 ) -> None:
     if history.steps and controller.measures_error(step, span, history):
         controller.record_error(step, span, error)

@@ -24,6 +24,7 @@ from adacorr_deploy.caching.policy import PRESETS, Corrector, Policy, policy_nam
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
 from adacorr_deploy.core.errors import CalibrationError
 from adacorr_deploy.plugins import oracle
+from tests.caching.driven import answered
 from tests.caching.scripted_calibration import PROBE_BLOCK, STEPS, calibration
 
 BLOCKS = 2
@@ -46,8 +47,8 @@ def drive(controller: Controller, *, given_signals: Signals | None = None, error
     for step in range(STEPS):
         row = []
         for block, history in enumerate(histories):
-            wanted = bool(history.steps) and controller.needs_signals(step, block, history)
-            decision = controller.decide(step, block, history, [given_signals or signals()] * 2 if wanted else None)
+            measured = answered(controller, step, block, history, lambda *_: [given_signals or signals()] * 2)
+            decision = controller.decide(step, block, history, measured)
             if decision.action is not Action.REUSE:
                 if history.steps and controller.measures_error(step, block, history):
                     controller.record_error(step, block, error)
@@ -224,8 +225,8 @@ def test_whatever_is_measured_no_slot_outlives_the_maximum_age(errors: list[floa
     chosen = controller("robust@4")
     history, maximum = SlotHistory(capacity=2), PRESETS["robust"].guards.max_age_steps
     for step in range(STEPS):
-        wanted = bool(history.steps) and chosen.needs_signals(step, 0, history)
-        decision = chosen.decide(step, 0, history, [signals(offsets[step])] if wanted else None)
+        measured = answered(chosen, step, 0, history, lambda at, _: [signals(offsets[at])])
+        decision = chosen.decide(step, 0, history, measured)
         if decision.action is Action.REUSE:
             assert 0 < step - history.steps[0] <= maximum
             continue

@@ -12,7 +12,7 @@ from adacorr_deploy.caching.calibration import Calibration
 from adacorr_deploy.caching.controllers import GateController, Run
 from adacorr_deploy.caching.correction import probed_span
 from adacorr_deploy.caching.decisions import Action, Span, SpanCache
-from adacorr_deploy.caching.gates.adacorrection import AdaCorrectionGate, PaperGate
+from adacorr_deploy.caching.gates.adacorrection import AdaCorrectionGate, Correction, PaperGate
 from adacorr_deploy.caching.gates.steps import MaskGate
 from adacorr_deploy.caching.guards import Guards
 from adacorr_deploy.caching.planner import planner_for
@@ -191,8 +191,7 @@ def test_a_name_takes_the_knob_of_the_base_and_the_target_of_the_correction() ->
     policy = policy_named("teacache@0.3+adacorrection@2.5")
     assert policy.name == "teacache@0.3+adacorrection@2.5"
     assert policy.gate.model_dump()["threshold"] == 0.3
-    assert policy.correction is not None
-    assert policy.correction.speedup == 2.5
+    assert policy.correction == Correction(speedup=2.5)
     assert policy_named("fora+adacorrection").correction is not None
 
 
@@ -202,8 +201,8 @@ def test_a_name_takes_the_knob_of_the_base_and_the_target_of_the_correction() ->
         ("none+adacorrection", "none keeps nothing"),
         ("robust+adacorrection", "adacorrection is AdaCorrection itself"),
         ("paper-lazy+adacorrection", "paper is AdaCorrection itself"),
-        ("teacache+adacorrection@0", "correction.speedup"),
-        ("teacache+adacorrection@", "correction.speedup"),
+        ("teacache+adacorrection@0", "correction.robust.speedup"),
+        ("teacache+adacorrection@", "correction.robust.speedup"),
         ("teacache+adacorrections", "neither a preset"),
         ("tea+adacorrection", "neither a preset"),
         ("+adacorrection", "neither a preset"),

@@ -11,10 +11,12 @@ import pytest
 from pydantic import ValidationError
 
 from adacorr_deploy.caching.decisions import Placement
+from adacorr_deploy.caching.gates.adacorrection import Correction, PaperCorrection
 from adacorr_deploy.caching.guards import Guards
 from adacorr_deploy.caching.policy import (
     DEFAULT_POLICY,
     FILE_PRESETS,
+    ON_TOP,
     PAPERS,
     PRESETS,
     AdaCorrectionGate,
@@ -47,7 +49,7 @@ def test_the_policy_files_of_the_documentation_load_and_every_field_is_in_it(tmp
     assert loaded[0].predictor == Predictor()
     assert loaded[0].guards.model_copy(update={"protected_blocks": frozenset()}) == Guards()
     gates = [type(policy.gate) for policy in PRESETS.values()]
-    for model in (Policy, Predictor, Guards, *gates):
+    for model in (Policy, Predictor, Guards, Correction, PaperCorrection, *gates):
         for name, field in model.model_fields.items():
             assert re.search(rf"(^|`|\[){field.alias or name}\b", section, re.MULTILINE), (model, name)
     assert all(f"`{gate.model_fields['kind'].default}`" in section for gate in gates)
@@ -65,6 +67,7 @@ def test_the_documentations_table_has_every_policy_its_predictor_and_its_paper()
         assert not policy.caches or f"`{policy.predictor.kind.value}`" in row or name.endswith("-blocks"), name
         assert ("profile" in row) == bool(policy.quantities), name
     assert all(f"`{name}@FILE`" in text for name in FILE_PRESETS)
+    assert all(f"`NAME+{word}" in text for word in ON_TOP)
 
 
 def test_a_toml_file_is_read(tmp_path: Path) -> None:

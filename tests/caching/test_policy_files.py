@@ -76,7 +76,10 @@ _OTHERS: Final[Mapping[str, Mapping[str, list[object]]]] = {
         "max_age_steps": [1, 3, 1000],
         "protected_blocks": [[], [0], [3]],
     },
-    "correction": {name: _GATE[name] for name in ("speedup", "gamma", "band", "adaptivity", "memory", "corrector")},
+    "correction": {
+        "mode": ["robust", "paper-lazy", "paper-exact", "paper"],
+        **{name: _GATE[name] for name in ("speedup", "gamma", "band", "adaptivity", "memory", "corrector", "epsilon")},
+    },
 }
 
 
@@ -85,7 +88,7 @@ def files(draw: st.DrawFn) -> Content:
     """A preset with up to three fields changed, and sometimes AdaCorrection on top."""
     content: Content = json.loads(json.dumps(_BASES[draw(st.sampled_from(sorted(_BASES)))]))
     if draw(st.integers(0, 2)) == 0:
-        content["correction"] = {}
+        content["correction"] = draw(st.sampled_from([{}, {"mode": "paper-lazy"}, {"mode": "paper-exact"}]))
     for _ in range(draw(st.integers(0, 3))):
         table = draw(st.sampled_from(["gate", *_OTHERS]))
         held = content.get(table) or {}

@@ -20,6 +20,7 @@ from adacorr_deploy.plugins.decision_kernels import CASES, NEVER, REASONS, Verdi
 from adacorr_deploy.plugins.decision_oracle import decide
 from adacorr_deploy.plugins.service_parts import SIGNAL_COUNT
 from adacorr_deploy.runtime.observer import signals_of_branches
+from tests.caching.driven import answered
 
 STEPS, BLOCKS = 10, 2
 
@@ -79,8 +80,8 @@ def test_it_decides_as_the_controller(
     used = floors if gate.lazy else None
     controller = PaperController(policy, gate, Run(steps=STEPS, blocks=BLOCKS), unit_spans(BLOCKS), used)
     history = SlotHistory(capacity=1, steps=[] if filled == NEVER else [filled])
-    wanted = bool(history.steps) and controller.needs_signals(step, block, history)
-    expected = controller.decide(step, block, history, signals_of_branches(signals, images) if wanted else None)
+    measured = answered(controller, step, block, history, lambda *_: signals_of_branches(signals, images))
+    expected = controller.decide(step, block, history, measured)
 
     rule = block_rules(policy, used, BLOCKS)[block]
     found = decide(rule, signals, images=images, step=step, steps=STEPS, filled=filled)

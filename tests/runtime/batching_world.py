@@ -61,13 +61,12 @@ class Job:
         )
 
     def _span_script(self) -> SpanScript:
-        reuses = [Action.EVALUATE if action is Action.EVALUATE else Action.REUSE for action in self.actions]
         caching = [index for index, span in enumerate(self.spans) if span.cache is not SpanCache.NONE]
         return SpanScript(
-            choose=at_random(reuses, len(self.spans)),
+            choose=at_random(self.actions, len(self.spans)),
             division=self.spans,
             coefficients=(1.5, -0.5)[: self.history] if self.history > 1 else (1.0,),
-            observations={index: self._observation(index) for index in caching},
+            watched={index: (self._observation(index), Observation(what=Observed.INPUT)) for index in caching},
             measures=self.measures,
             compares=self.measures,
             wants_signals=self.measures,

@@ -13,6 +13,7 @@ from adacorr_deploy.caching.decisions import (
     Action,
     Affine,
     Decision,
+    Measured,
     Observation,
     Observed,
     Prediction,
@@ -57,18 +58,18 @@ class Script:
     def spans(self) -> tuple[Span, ...]:
         return whole_step_spans(self.blocks) if self.whole_steps else unit_spans(self.blocks)
 
-    def observation(self, span: int) -> Observation | None:
-        return Observation(what=Observed.INPUT) if self.references else None
+    def observations(self, span: int) -> Sequence[Observation]:
+        return (Observation(what=Observed.INPUT),) if self.references else ()
 
     def affine(self, span: int) -> Affine | None:
         return None
 
-    def needs_signals(self, step: int, block: int, history: SlotHistory) -> bool:
-        return self.wants_signals
+    def needs_signals(self, step: int, block: int, history: SlotHistory) -> Sequence[bool]:
+        return [self.wants_signals] * len(self.observations(block))
 
-    def decide(self, step: int, block: int, history: SlotHistory, signals: Sequence[Signals] | None) -> Decision:
-        if signals is not None:
-            self.signals[step, block] = signals
+    def decide(self, step: int, block: int, history: SlotHistory, signals: Measured) -> Decision:
+        if signals and signals[0] is not None:
+            self.signals[step, block] = signals[0]
         action = self.choose(step, block) if history.steps else Action.EVALUATE
         weight = self.weight if action is Action.CORRECT else None
         if weight is None:

@@ -14,6 +14,7 @@ from adacorr_deploy.caching.decisions import (
     Affine,
     Decision,
     Kept,
+    Measured,
     Observation,
     Observed,
     Prediction,
@@ -39,22 +40,24 @@ class SpanScript(Script):
     """What to do with each span at each step; what keeps nothing, or has no filled slot yet, is evaluated."""
 
     division: tuple[Span, ...] = ()
-    observations: Mapping[int, Observation] = field(default_factory=dict)
+    watched: Mapping[int, Sequence[Observation]] = field(default_factory=dict)
     affines: Mapping[int, Affine] = field(default_factory=dict)
     compares: bool = False
+    measured: dict[tuple[int, int, int], Sequence[Signals]] = field(default_factory=dict)  # step, span, observation
     changes: dict[tuple[int, int], Sequence[Signals]] = field(default_factory=dict)
 
     @property
     def spans(self) -> tuple[Span, ...]:
         return self.division
 
-    def observation(self, span: int) -> Observation | None:
-        return self.observations.get(span)
+    def observations(self, span: int) -> Sequence[Observation]:
+        return self.watched.get(span, ())
 
     def affine(self, span: int) -> Affine | None:
         return self.affines.get(span)
 
-    def decide(self, step: int, block: int, history: SlotHistory, signals: Sequence[Signals] | None) -> Decision:
+    def decide(self, step: int, block: int, history: SlotHistory, signals: Measured) -> Decision:
+        self.measured |= {(step, block, n): each for n, each in enumerate(signals) if each is not None}
         if self.division[block].cache is SpanCache.NONE:
             return Decision(action=Action.EVALUATE, reason="keeps nothing")
         return Script.decide(self, step, block, history, signals)
@@ -80,12 +83,12 @@ class PlainSpans:
     history: int
     inputs: dict[tuple[int, int], Array] = field(default_factory=dict)  # of each span at each step
     residuals: dict[tuple[int, int], Array] = field(default_factory=dict)  # what each evaluated span added
-    rows: dict[tuple[int, int], Array] = field(default_factory=dict)  # signals, or a probe's values
+    rows: dict[tuple[int, int, int], Array] = field(default_factory=dict)  # of each observation: signals, or probes
     change_rows: dict[tuple[int, int], Array] = field(default_factory=dict)
     _kept: dict[int, list[tuple[int, Array]]] = field(
         default_factory=dict
     )  # by span: (step, what is kept), newest first
-    _watched: dict[int, Array] = field(default_factory=dict)  # by span: what it is compared with
+    _watched: dict[tuple[int, int], Array] = field(default_factory=dict)  # span, observation: compared with this
 
     def latents(self) -> Array:
         """Run all steps and return the final latents."""
@@ -113,15 +116,23 @@ class PlainSpans:
         return latents
 
     def _span(self, step: int, index: int, tokens: Array, tables: Tensors) -> Array:
-        span, kept = self.script.division[index], self._kept.setdefault(index, [])
+        kept = self._kept.setdefault(index, [])
         self.inputs[step, index] = tokens
-        watched = self._observed(step, index, tables)
-        reuses = bool(kept) and self.script.choose(step, index) is Action.REUSE
-        observation = self.script.observations.get(index)
-        if observation is not None and (observation.kept is Kept.STEP or not reuses):
-            self._watched[index] = watched
-        if reuses:
-            return self._predicted(step, index, tokens, tables)
+        action = self.script.choose(step, index) if kept else Action.EVALUATE
+        for number, observation in enumerate(self.script.observations(index)):
+            watched = self._observed(step, index, number, tables)
+            if observation.kept is Kept.STEP or action is not Action.REUSE:
+                self._watched[index, number] = watched
+        if action is Action.EVALUATE:
+            return self._evaluated(step, index, tokens, tables)
+        predicted = self._predicted(step, index, tokens, tables)
+        if action is Action.REUSE:
+            return predicted
+        weight = np.float32(self.script.weight)
+        return f32((1 - weight) * predicted + weight * self._evaluated(step, index, tokens, tables))
+
+    def _evaluated(self, step: int, index: int, tokens: Array, tables: Tensors) -> Array:
+        span, kept = self.script.division[index], self._kept[index]
         output, units = tokens, np.empty(0, np.float32)
         for part in span.parts:
             results = self.model.block(
@@ -157,11 +168,9 @@ class PlainSpans:
             return f32(tokens + summed)
         return f32(tokens + f32(np.asarray(affine.scale)) * summed + f32(np.asarray(affine.shift)))
 
-    def _observed(self, step: int, index: int, tables: Tensors) -> Array:
+    def _observed(self, step: int, index: int, number: int, tables: Tensors) -> Array:
         """Return what is observed now, and note the signals where the slot holds anything."""
-        observation = self.script.observations.get(index)
-        if observation is None:
-            return np.empty(0, np.float32)
+        observation = self.script.observations(index)[number]
         first, tokens = self.script.division[index].first, self.inputs[step, index]
         modulation, at = f32(tables[f"modulation_{first:02d}"]), np.asarray([step])
         match observation.what:
@@ -176,7 +185,9 @@ class PlainSpans:
                 watched = oracle.probe(tokens, modulation, at, weights, bias)
         if self._kept.get(index):
             probes = observation.what is Observed.PROBE
-            self.rows[step, index] = watched if probes else oracle.signals(watched, self._watched[index])
+            self.rows[step, index, number] = (
+                watched if probes else oracle.signals(watched, self._watched[index, number])
+            )
         return watched
 
 

@@ -48,7 +48,7 @@ def kept_numbers(engine: BatchingEngine) -> list[Array]:
     spaces = [space for pool in engine._pools for _, space in pool._idle.values()]
     pools = [space.slots for space in spaces]
     slots = [slot for pool in pools for slot in (*pool._slots, *pool.spans, pool.output) if slot.history.capacity]
-    buffers = [buffer for slot in slots for buffer in (slot.ring, slot._reference) if buffer is not None]
+    buffers = [buffer for slot in slots for buffer in (slot.ring, *slot._allocated)]
     return [buffer.values.astype(np.float32) for buffer in buffers if isinstance(buffer, FakeBuffer)]
 
 

@@ -214,7 +214,7 @@ def test_the_loop_asks_for_every_launch_of_a_block_and_makes_none_itself(
 ) -> None:
     script = Script(choose=every(3).choose, whole_steps=whole_steps, references=not whole_steps)
     run = planned_run(pipeline.manifest, REQUEST, script, history=1)
-    with pipeline.lease(run.size, keeps_reference=run.keeps_reference) as (space, slots):
+    with pipeline.lease(run.size, references=run.references) as (space, slots):
         denoiser = run.start(space, slots, progress=None, cancelled=None)
         for work in denoiser.works():
             before = len(backend.order)

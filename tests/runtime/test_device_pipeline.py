@@ -55,7 +55,7 @@ def spans(observation: Observation, *, lags: bool = False) -> SpanScript:
     return SpanScript(
         choose=lambda step, span: Action.REUSE if step % 4 == 3 else Action.EVALUATE,
         division=(Span(first=0, stop=1, cache=SpanCache.NONE), Span(first=1, stop=3, cache=SpanCache.RESIDUAL)),
-        observations={1: observation},
+        watched={1: (observation,)},
         affines={1: AFFINE},
         wants_signals=True,
         measures=True,

@@ -79,8 +79,8 @@ def test_slots_are_empty_after_a_request_and_after_a_failed_one(pipeline: Pipeli
     for slot in space.slots._slots:
         assert slot.history.steps == []
         assert not slot.ring.read().any()
-        assert slot._reference is not None
-        assert not slot._reference.read().any()
+        (reference,) = slot._allocated
+        assert not reference.read().any()
 
 
 def test_cancellation_takes_effect_between_two_blocks(pipeline: Pipeline, backend: FakeBackend) -> None:
@@ -175,9 +175,9 @@ def test_two_leases_of_one_slot_are_refused(pipeline: Pipeline) -> None:
     sampled(pipeline)
     pool = next(iter(pipeline._workspaces.values())).slots
     with (
-        pool.lease(keeps_reference=lambda block: False),
+        pool.lease(references=lambda block: 0),
         pytest.raises(EngineError, match="belong to another request"),
-        pool.lease(keeps_reference=lambda block: False),
+        pool.lease(references=lambda block: 0),
     ):
         pass
 
@@ -189,12 +189,12 @@ def test_a_lease_clears_what_an_interrupted_return_left(pipeline: Pipeline, monk
     def interrupted(self: CacheSlot) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), pool.lease(keeps_reference=lambda block: True) as slots:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), pool.lease(references=lambda block: 1) as slots:  # noqa: PT012
         for slot in slots:
             slot.record(0)
         monkeypatch.setattr(CacheSlot, "clear", interrupted)
     monkeypatch.undo()
-    with pool.lease(keeps_reference=lambda block: True) as slots:
+    with pool.lease(references=lambda block: 1) as slots:
         assert [(slot.history.steps, slot.next_entry) for slot in slots] == [([], 0)] * 3
     np.testing.assert_array_equal(sampled(pipeline), expected)
 

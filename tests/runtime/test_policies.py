@@ -21,11 +21,13 @@ from tests.runtime.fake_backend import FakeBackend
 from tests.runtime.tiny_dit import HALVES, UNITS, WIDTH, TinyDiT
 
 REQUEST = SampleRequest((0, 2), steps=STEPS, guidance=3.0, seed=7)
-ON_TOP = [
-    f"{name}+adacorrection@2"
+BASES = [
+    name
     for name, policy in PRESETS.items()
     if policy.caches and not isinstance(policy.gate, AdaCorrectionGate | PaperGate)
 ]
+BLENDING = [name for name in BASES if not PRESETS[name].predictor.whole_step]  # an output is not blended
+ON_TOP = [f"{name}+adacorrection@2" for name in BASES] + [f"{name}+paper-lazy" for name in BLENDING]
 
 
 @contextmanager
@@ -46,13 +48,36 @@ def short(name: str) -> Policy:
     return policy.model_copy(update=changes)
 
 
-def sampled(pipeline: Pipeline, policy: Policy) -> SampleResult:
+EAGER = {  # of those that go by a measurement: knobs at which they reuse on a model that was not trained
+    "smoothcache": 100,
+    "teacache": 100,
+    "adacache": 1000,
+    "fbcache": 100,
+    "dbcache": 100,
+    "dbprune": 100,
+    "easycache": 100,
+}
+
+
+def eager(name: str) -> Policy:
+    """A short policy that reuses."""
+    return short(f"{name}@{EAGER[name]}" if name in EAGER else name)
+
+
+def weighed(name: str, mode: str, **equations: float) -> Policy:
+    """It with the paper on top."""
+    raw = eager(name).model_dump(mode="json", by_alias=True)
+    return Policy.model_validate({**raw, "correction": {"mode": mode, **equations}})
+
+
+def sampled(pipeline: Pipeline, policy: Policy, floor: float = 2.0) -> SampleResult:
     model = pipeline.manifest.model
     steps = policy.sampled_steps(STEPS)
     run = Run(
         steps=steps, blocks=len(model.units), halves=model.halves, elements=model.tokens * model.width, lags=policy.lags
     )
     made = calibration(predictor=policy.predictor, spans=policy.spans_of(run), blocks=run.blocks)
+    made = made.model_copy(update={"paper_floors": (floor,) * run.blocks})
     controller = controller_for_policy(policy, run, made, profile(steps=steps, parts=run.blocks, width=WIDTH))
     request = SampleRequest(REQUEST.labels, steps=steps, guidance=REQUEST.guidance, seed=REQUEST.seed)
     return pipeline.sample(request, controller, history=policy.history)
@@ -80,3 +105,38 @@ def test_with_nothing_reused_a_policy_computes_what_none_does(tmp_path: Path, na
         found, plain = sampled(pipeline, short(name)), sampled(pipeline, PRESETS["none"])
     assert found.rho == 0.0
     np.testing.assert_array_equal(found.latents, plain.latents)
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("name", BLENDING)
+def test_the_paper_with_a_weight_of_one_computes_what_none_does(tmp_path: Path, name: str, halves: bool) -> None:
+    """Whatever the base keeps, a correction blends with the fresh output and nothing of it is lost or kept blended."""
+    with tiny(tmp_path, halves=halves) as pipeline:
+        policy = weighed(name, "paper-exact", gamma=100.0)
+        found, plain = sampled(pipeline, policy), sampled(pipeline, PRESETS["none"])
+    corrected = [record for record in found.trace.records if record.action is Action.CORRECT]
+    assert corrected
+    assert {record.weight for record in corrected} == {1.0}
+    assert (found.rho, found.launches) == (0.0, found.trace.launches)
+    np.testing.assert_array_equal(found.latents, plain.latents)
+
+
+@pytest.mark.parametrize("name", BLENDING)
+def test_the_paper_with_a_weight_of_nought_is_the_base(tmp_path: Path, name: str) -> None:
+    with tiny(tmp_path, halves=False) as pipeline:
+        found, base = sampled(pipeline, weighed(name, "paper-lazy"), floor=1e9), sampled(pipeline, eager(name))
+    assert found.rho == base.rho > 0
+    assert {record.weight for record in found.trace.records if record.action is Action.REUSE} == {0.0}
+    np.testing.assert_array_equal(found.latents, base.latents)
+
+
+def test_between_the_two_the_paper_blends_with_what_the_base_would_reuse(tmp_path: Path) -> None:
+    """γ small: the image lies between the base's and the uncached one, and every block is launched."""
+    with tiny(tmp_path, halves=False) as pipeline:
+        plain, base = sampled(pipeline, PRESETS["none"]).latents, sampled(pipeline, short("fora")).latents
+        off = [
+            float(np.abs(sampled(pipeline, weighed("fora", "paper-exact", gamma=gamma)).latents - plain).mean())
+            for gamma in (1e-6, 0.1, 100.0)
+        ]
+    assert off[0] > off[1] > off[2] == 0.0
+    assert off[0] <= float(np.abs(base - plain).mean()) * 1.01

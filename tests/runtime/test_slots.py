@@ -76,7 +76,7 @@ def test_a_prediction_from_more_than_the_slot_holds_is_refused(prediction: Predi
 
 def test_a_cleared_slot_holds_nothing() -> None:
     slot = slot_of(2)
-    slot.keep_reference(lambda: FakeBuffer(np.ones((1, 1, 1), np.float32)))
+    slot.keep_references(1, lambda: FakeBuffer(np.ones((1, 1, 1), np.float32)))
     slot.ring.write(np.full(slot.ring.shape, np.nan, np.float32))
     slot.record(3)
     slot.clear()
@@ -88,9 +88,9 @@ def test_a_cleared_slot_holds_nothing() -> None:
 
 def test_the_reference_is_allocated_once_and_hidden_from_policies_that_do_not_want_it() -> None:
     slot = slot_of(1)
-    slot.keep_reference(lambda: FakeBuffer(np.ones((1, 1, 1), np.float32)))
+    slot.keep_references(1, lambda: FakeBuffer(np.ones((1, 1, 1), np.float32)))
     first = slot.reference
-    slot.keep_reference(None)
+    slot.keep_references(0, lambda: FakeBuffer(np.ones((1, 1, 1), np.float32)))
     assert slot.reference is None
-    slot.keep_reference(lambda: FakeBuffer(np.ones((1, 1, 1), np.float32)))
+    slot.keep_references(1, lambda: FakeBuffer(np.ones((1, 1, 1), np.float32)))
     assert slot.reference is first

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ from tests.runtime.tiny_dit import HALVES, TinyDiT
 RTOL, ATOL = 1e-4, 1e-5  # float32; differences of tokens of up to about 10 lose a few bits
 REQUEST = SampleRequest((0, 2), steps=6, guidance=3.0, seed=7)
 EXAMPLES = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-ACTIONS = st.lists(st.sampled_from([Action.EVALUATE, Action.REUSE]), min_size=1, max_size=18)
+ACTIONS = st.lists(st.sampled_from(list(Action)), min_size=1, max_size=18)
 WATCHED = st.sampled_from([*(Observation(what=w, kept=k) for w in list(Observed)[:3] for k in Kept), PROBE])
 
 RANGE = (Span(first=0, stop=PARTS, cache=SpanCache.RESIDUAL),)
@@ -54,7 +54,7 @@ def every(period: int, division: tuple[Span, ...], **more: object) -> SpanScript
     division=divisions(),
     actions=ACTIONS,
     coefficients=st.lists(st.floats(-2, 2, width=32), min_size=1, max_size=3),
-    watched=st.dictionaries(st.integers(0, PARTS - 1), WATCHED, max_size=3),
+    watched=st.dictionaries(st.integers(0, PARTS - 1), st.lists(WATCHED, max_size=3, unique=True), max_size=3),
     maps=st.dictionaries(st.integers(0, PARTS - 1), st.just(AFFINE), max_size=2),
     compares=st.booleans(),
     history=st.integers(1, 3),
@@ -65,18 +65,22 @@ def test_rings_and_launches_compute_what_plain_lists_do(
     division: tuple[Span, ...],
     actions: list[Action],
     coefficients: list[float],
-    watched: Mapping[int, Observation],
+    watched: Mapping[int, Sequence[Observation]],
     maps: Mapping[int, Affine],
     compares: bool,
     history: int,
 ) -> None:
     caching = [index for index, span in enumerate(division) if span.cache is not SpanCache.NONE]
-    watched = {i: o for i, o in watched.items() if i in caching and (i > 0 or o.what is not Observed.RESIDUAL)}
+    watched = {
+        i: [each for each in several if i > 0 or each.what is not Observed.RESIDUAL]
+        for i, several in watched.items()
+        if i in caching
+    }
     script = SpanScript(
         choose=at_random(actions, len(division)),
         division=division,
         coefficients=tuple(coefficients[:history]),
-        observations=watched,
+        watched=watched,
         affines={i: a for i, a in maps.items() if i in caching and division[i].cache is SpanCache.RESIDUAL},
         compares=compares,
         wants_signals=True,
@@ -87,10 +91,10 @@ def test_rings_and_launches_compute_what_plain_lists_do(
         result = pipeline.sample(REQUEST, script, history=history)
     np.testing.assert_allclose(result.latents, expected, rtol=RTOL, atol=ATOL * max(1.0, float(np.abs(expected).max())))
     assert result.launches == result.trace.launches
-    assert script.signals.keys() == plain.rows.keys()
-    for key, branches in script.signals.items():
+    assert script.measured.keys() == plain.rows.keys()
+    for key, branches in script.measured.items():
         rows = plain.rows[key].reshape(2, REQUEST.batch, -1)  # branches, images
-        if watched[key[1]].what is Observed.PROBE:
+        if watched[key[1]][key[2]].what is Observed.PROBE:
             probes = np.asarray([b.probe for b in branches], dtype=np.float64)
             np.testing.assert_allclose(probes, rows.mean(axis=1)[:, 0], rtol=1e-3, atol=1e-3)
         else:
@@ -100,8 +104,8 @@ def test_rings_and_launches_compute_what_plain_lists_do(
             )
     residual = {key: rows for key, rows in plain.change_rows.items() if compares}
     assert script.changes.keys() == residual.keys()
-    for key, branches in script.changes.items():
-        rows = residual[key].reshape(2, REQUEST.batch, -1)
+    for at, branches in script.changes.items():
+        rows = residual[at].reshape(2, REQUEST.batch, -1)
         np.testing.assert_allclose([b.change_l1 for b in branches], rows[..., 5].mean(axis=1), rtol=1e-2, atol=1e-3)
 
 
@@ -112,7 +116,7 @@ def test_what_is_observed_does_not_depend_on_what_the_request_before_observed(
     """Requests of one size take over each other's workspace and its bound launches, whatever their gates watch."""
 
     def watching(what: Observed) -> SpanScript:
-        return every(3, BEHIND_THE_FIRST, observations={1: Observation(what=what, kept=kept)}, wants_signals=True)
+        return every(3, BEHIND_THE_FIRST, watched={1: (Observation(what=what, kept=kept),)}, wants_signals=True)
 
     fresh = {what: watching(what) for what in list(Observed)[:3]}
     for script in fresh.values():
@@ -143,7 +147,7 @@ def test_a_reused_range_is_its_input_and_the_kept_residual_exactly(pipeline: Pip
     run = planned_run(pipeline.manifest, request, script, history=1)
     plain = PlainSpans(model, request, script, 1)
     plain.latents()
-    with pipeline.lease(run.size, keeps_reference=run.keeps_reference) as (space, slots):
+    with pipeline.lease(run.size, references=run.references) as (space, slots):
         run.start(space, slots, progress=None, cancelled=None).run()
         np.testing.assert_array_equal(space.slots.spans[0].ring[0][0].read(), plain.residuals[0, 0])
         expected = plain.inputs[1, 0] + plain.residuals[0, 0]
@@ -184,10 +188,10 @@ def test_spans_that_are_always_evaluated_change_no_bit(
 
 
 def test_slots_of_spans_are_cleared_and_the_next_request_is_the_same(pipeline: Pipeline) -> None:
-    script = every(2, BEHIND_THE_FIRST, observations={1: Observation(what=Observed.RESIDUAL)}, wants_signals=True)
+    script = every(2, BEHIND_THE_FIRST, watched={1: (Observation(what=Observed.RESIDUAL),)}, wants_signals=True)
     run = planned_run(pipeline.manifest, REQUEST, script, history=1)
     first = pipeline.sample(REQUEST, script, history=1)
-    with pipeline.lease(run.size, keeps_reference=run.keeps_reference) as (space, _):
+    with pipeline.lease(run.size, references=run.references) as (space, _):
         slot = space.slots.spans[1]
         assert not slot.history.steps
         assert not slot.ring.read().any()
@@ -279,11 +283,10 @@ def test_a_division_that_can_not_be_run_is_refused(pipeline: Pipeline, division:
 @pytest.mark.parametrize(
     ("script", "why"),
     [
-        (SpanScript(division=RANGE, choose=always(Action.CORRECT)), "corrects span 0, which keeps no units"),
         (SpanScript(division=unit_spans(PARTS), affines={0: AFFINE}), "maps span 0, which keeps units"),
         (SpanScript(division=RANGE, affines={0: Affine(scale=(1.0,), shift=(0.0,))}), "brings 1 numbers for scale 0"),
         (
-            SpanScript(division=RANGE, observations={0: Observation(what=Observed.RESIDUAL)}, wants_signals=True),
+            SpanScript(division=RANGE, watched={0: (Observation(what=Observed.RESIDUAL),)}, wants_signals=True),
             "what the span before the first added",
         ),
     ],

@@ -22,6 +22,6 @@ def test_the_estimate_is_within_a_tenth_of_what_is_allocated(
     size = RunSize(batch=5, branches=branches, steps=steps, history=history, output_history=output_history)
     backend = FakeBackend.of(TinyDiT())
     space = allocate_workspace(backend, model, {}, size)
-    with space.slots.lease(keeps_reference=lambda block: bool(history or output_history)):
+    with space.slots.lease(references=lambda block: int(bool(history or output_history))):
         allocated = sum(buffer.values.nbytes for buffer in backend.buffers)
     assert workspace_bytes(model, size) == pytest.approx(allocated, rel=0.1)

@@ -86,7 +86,7 @@ class StepArms:
         self.differences: dict[str, float] = {}  # largest between the chain's latents and the others'
 
     def __call__(self) -> Times:
-        with self._pipeline.lease(run_size(self._request), keeps_reference=lambda block: False) as (space, slots):
+        with self._pipeline.lease(run_size(self._request), references=lambda block: 0) as (space, slots):
             prepare(self._pipeline, space, self._request)
             times = _chain_times(space, slots)
             if self._launch is None:
@@ -166,7 +166,7 @@ class RunArms:
         """Time the prediction and the signals of all blocks, over slots that hold two evaluations."""
         pipeline = self._pipelines["blocks"]
         size = run_size(self._request, history=HISTORY)
-        with pipeline.lease(size, keeps_reference=lambda block: True) as (space, slots):
+        with pipeline.lease(size, references=lambda block: 1) as (space, slots):
             prepare(pipeline, space, self._request)
             for step in range(HISTORY):
                 space.embed(step)
@@ -192,7 +192,7 @@ class RunArms:
         """Time a step whose output is extrapolated, as the loop runs it."""
         pipeline = self._pipelines["output"]
         size = run_size(self._request, output_history=HISTORY)
-        with pipeline.lease(size, keeps_reference=lambda block: False) as (space, _):
+        with pipeline.lease(size, references=lambda block: 0) as (space, _):
             prepare(pipeline, space, self._request)
             for step in range(HISTORY):  # without its blocks: the outputs' values don't matter
                 space.embed(step)

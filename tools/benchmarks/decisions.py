@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Final
 
@@ -80,13 +81,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def policies() -> Iterator[Policy]:
-    """Yield every preset, and every one that takes it with AdaCorrection on top."""
+    """Yield every preset, and every one that takes it with AdaCorrection on top, in its modes."""
     for name, policy in PRESETS.items():
         yield policy
-        try:
-            yield policy_named(f"{name}+adacorrection@2")
-        except PolicyError:
-            continue
+        for on_top in ("adacorrection@2", "paper-lazy", "paper-exact"):
+            with suppress(PolicyError):
+                yield policy_named(f"{name}+{on_top}")
 
 
 def measured(policy: Policy, arguments: argparse.Namespace) -> Row:
@@ -115,12 +115,13 @@ def measured(policy: Policy, arguments: argparse.Namespace) -> Row:
 def drive(controller: Controller, steps: int, signals: Sequence[Sequence[Signals]]) -> list[float]:
     """Decide every span of every step as the loop does, and return the seconds of each."""
     histories = [SlotHistory(capacity=3) for _ in controller.spans]
+    watched = [len(controller.observations(span)) for span in range(len(histories))]
     times = []
     for step in range(steps):
         for span, history in enumerate(histories):
             started = time.perf_counter()
-            wanted = bool(history.steps) and controller.needs_signals(step, span, history)
-            decision = controller.decide(step, span, history, signals[step] if wanted else None)
+            wanted = controller.needs_signals(step, span, history) if history.steps else [False] * watched[span]
+            decision = controller.decide(step, span, history, [signals[step] if asked else None for asked in wanted])
             if decision.action is Action.REUSE:
                 controller.prediction(step, span, history)
             else:

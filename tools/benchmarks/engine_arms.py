@@ -260,7 +260,7 @@ class MonolithRunner:
     def __call__(self) -> Outcome:
         self._engines.use_graphs(self._graphs)
         size = RunSize.of(self._request, history=0, whole_steps=False)
-        with self._pipeline.lease(size, keeps_reference=lambda block: False) as (space, _):
+        with self._pipeline.lease(size, references=lambda block: 0) as (space, _):
             prepare(self._pipeline, space, self._request)
             if not self._launches:
                 self._launches = self._bound(space)
@@ -285,7 +285,7 @@ class ServicesRunner:
         opened = engines.opened()
         self._pipeline, before = opened.pipeline(), len(opened.bound)
         size = RunSize.of(request, history=1, whole_steps=False)
-        with self._pipeline.lease(size, keeps_reference=lambda block: True) as (space, slots):
+        with self._pipeline.lease(size, references=lambda block: 1) as (space, slots):
             prepare(self._pipeline, space, request)
             space.embed(0)
             for block, slot in enumerate(slots):

@@ -85,7 +85,7 @@ class Chain:
         run = Run(steps=STEPS, blocks=len(pipeline.manifest.model.units))
         controller = static_controller(PredictorKind.RESIDUAL_TAYLOR, run, frozenset(range(STEPS)))
         planned = planned_run(pipeline.manifest, request, controller, history=HISTORY)
-        with pipeline.lease(planned.size, keeps_reference=lambda span: True) as (space, slots):
+        with pipeline.lease(planned.size, references=lambda span: 1) as (space, slots):
             planned.start(space, slots, progress=None, cancelled=None)
             yield cls(space, slots)
 

@@ -58,7 +58,7 @@ def runs(pipeline: Pipeline, args: argparse.Namespace) -> Iterator[tuple[list[ND
         table = sampler_table(pipeline.manifest.schedule, request.sampler, request.steps)
         size = RunSize.of(request, history=0, whole_steps=False)
         inputs, outputs = [], []
-        with pipeline.lease(size, keeps_reference=lambda block: False) as (space, slots):
+        with pipeline.lease(size, references=lambda block: 0) as (space, slots):
             space.prepare(request, table, None)
             for step in range(args.steps):
                 space.embed(step)

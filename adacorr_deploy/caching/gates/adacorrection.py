@@ -1,11 +1,12 @@
-"""AdaCorrection's settings: alone, as the paper has it, and on top of another gate."""
+"""AdaCorrection's settings: alone and on top of another gate, with the calibrated weight or the paper's."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from adacorr_deploy.caching.gates.rule import GateSettings, Speedup
 from adacorr_deploy.caching.granularity import Granularity
@@ -58,6 +59,14 @@ class AdaCorrectionGate(_Correcting):
     offset_margin: Annotated[float, Field(ge=1, le=1000)] = 1.5
 
 
+class Mode(str, Enum):
+    """What weighs a correction on top of a gate."""
+
+    ROBUST = "robust"  # calibrated costs and measured errors
+    PAPER_LAZY = "paper-lazy"  # the paper's score, above a calibrated floor; nothing is launched where it is within ε
+    PAPER_EXACT = "paper-exact"  # the paper's score; always evaluated, then blended: the reference, no speed-up
+
+
 class Correction(_Correcting):
     """AdaCorrection on top of a gate (`NAME+adacorrection`): the gate proposes, the calibrated weight decides.
 
@@ -71,29 +80,84 @@ class Correction(_Correcting):
 
     signal: ClassVar[str] = "calibrated costs, measured error"
 
+    mode: Literal[Mode.ROBUST] = Mode.ROBUST
     promote: bool = True
 
 
-class PaperGate(GateSettings):
-    """The paper's equations: S = Δ_temp² + λ·Δ_spatial, w = clip(γ·S, 0, 1) (arXiv 2602.13357).
+class PaperEquations(GateSettings):
+    """S = Δ_temp² + λ·Δ_spatial, w = clip(γ·S, 0, 1) (arXiv 2602.13357).
 
-    `lazy` subtracts the calibrated floor from S and does not launch a block whose w ≤ `epsilon`; without it every block
-    is evaluated at every step and blended: the reference, which saves nothing.
+    Attributes:
+        gamma: γ.
+        lambda_: λ.
+        epsilon: Where it is lazy, what w must exceed for a launch; S is then taken above a calibrated floor.
     """
 
-    signal: ClassVar[str] = "S of each block's input"
     paper: ClassVar[str] = "2602.13357"
-    granularities: ClassVar[tuple[Granularity, ...]] = (Granularity.PARTS,)
     observes: ClassVar[bool] = True
 
-    kind: Literal["paper"] = "paper"
-    lazy: bool = False
     gamma: Annotated[float, Field(gt=0, le=100)] = 1.0
     lambda_: Annotated[float, Field(ge=0, le=100, alias="lambda")] = 1.0
     epsilon: Annotated[float, Field(ge=0, lt=1)] = 0.05
 
+    @property
+    def is_lazy(self) -> bool:
+        raise NotImplementedError
+
     @model_validator(mode="after")
-    def _floor_fits_lambda(self) -> PaperGate:
-        if self.lazy and self.lambda_ != 1.0:
+    def _floor_fits_lambda(self) -> PaperEquations:
+        if self.is_lazy and self.lambda_ != 1.0:
             raise ValueError(f"lambda is {self.lambda_}; the calibrated floor of a lazy gate is made for 1")
         return self
+
+
+class PaperGate(PaperEquations):
+    """The paper's equations alone: a block whose w ≤ `epsilon` is not launched where the gate is `lazy`.
+
+    Without it every block is evaluated at every step and blended: the reference, which saves nothing.
+    """
+
+    signal: ClassVar[str] = "S of each block's input"
+    granularities: ClassVar[tuple[Granularity, ...]] = (Granularity.PARTS,)
+
+    kind: Literal["paper"] = "paper"
+    lazy: bool = False
+
+    @property
+    def is_lazy(self) -> bool:
+        return self.lazy
+
+
+class PaperCorrection(PaperEquations):
+    """The paper's equations on top of a gate (`NAME+paper-lazy`, `NAME+paper-exact`): its reuses are corrected.
+
+    Where the gate reuses a span, S of the span's input, against that of its last evaluation, gives w: within `epsilon`
+    the reuse stands, at 1 the span is recomputed, between it is evaluated and blended with what the reuse would have
+    been. `paper-exact` always evaluates. Where the gate evaluates, nothing is changed: the paper promotes nothing.
+    """
+
+    signal: ClassVar[str] = "S of each span's input"
+
+    mode: Literal[Mode.PAPER_LAZY, Mode.PAPER_EXACT]
+
+    @property
+    def is_lazy(self) -> bool:
+        return self.mode is Mode.PAPER_LAZY
+
+
+def _family(given: object) -> str | None:
+    """Return the tag of the settings that a correction's mode means; without a mode it is robust."""
+    mode = given.get("mode", Mode.ROBUST) if isinstance(given, Mapping) else getattr(given, "mode", None)
+    if mode == Mode.ROBUST:
+        return "robust"
+    return "paper" if mode in (Mode.PAPER_LAZY, Mode.PAPER_EXACT) else None
+
+
+AnyCorrection = Annotated[
+    Annotated[Correction, Tag("robust")] | Annotated[PaperCorrection, Tag("paper")],
+    Discriminator(
+        _family,
+        custom_error_type="mode",
+        custom_error_message=f"mode must be one of {', '.join(mode.value for mode in Mode)}",
+    ),
+]

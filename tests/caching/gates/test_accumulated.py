@@ -21,8 +21,7 @@ def test_teacache_adds_up_changes_and_starts_anew_at_an_evaluation() -> None:
     assert driven.evaluated() == [0, 3, 6, 9]
     assert driven.scores()[1:4] == pytest.approx([0.09, 0.18, 0.27])
     assert (9, 0) not in driven.asked
-    observation = controller.observation(0)
-    assert observation is not None
+    (observation,) = controller.observations(0)
     assert (observation.what, observation.kept) == (Observed.MODULATED, Kept.STEP)
 
 

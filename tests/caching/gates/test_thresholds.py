@@ -27,9 +27,8 @@ def test_fbcache_evaluates_the_rest_where_the_first_residual_moved() -> None:
     driven = drive(controller, 6, signals=each_step([0, 0.05, 0.11, 0.1, 0.2, 0.0]))
     assert driven.evaluated(1) == [0, 2, 4]  # at the limit it is reused
     assert driven.evaluated(0) == list(range(6))
-    observation = controller.observation(1)
-    assert controller.observation(0) is None
-    assert observation is not None
+    (observation,) = controller.observations(1)
+    assert not controller.observations(0)
     assert (observation.what, observation.kept) == (Observed.RESIDUAL, Kept.EVALUATION)
 
 
@@ -92,8 +91,7 @@ def test_fastcache_compares_each_block_with_the_step_before() -> None:
     controller = made(policy, steps=4, profile=profile(steps=4))
     driven = drive(controller, 4, signals=each_step(changes))
     assert driven.evaluated(0) == driven.evaluated(1) == [0, 2]
-    observation = controller.observation(0)
-    assert observation is not None
+    (observation,) = controller.observations(0)
     assert (observation.what, observation.kept) == (Observed.INPUT, Kept.STEP)
 
 
@@ -103,8 +101,7 @@ def test_lazydit_reuses_where_both_branches_gates_say_so() -> None:
     driven = drive(controller, 4, signals=lambda step, span: [change(0.0, probe=logit) for logit in logits[step]])
     assert driven.evaluated() == [0, 2]
     assert driven.scores()[1] == pytest.approx(1 / (1 + math.exp(-0.5)))
-    observation = controller.observation(1)
-    assert observation is not None
+    (observation,) = controller.observations(1)
     assert (observation.what, observation.weights, observation.bias) == (Observed.PROBE, (1.0,) * 3, 0.5)
 
 
