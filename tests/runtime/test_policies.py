@@ -14,6 +14,7 @@ from adacorr_deploy.caching.decisions import Action
 from adacorr_deploy.caching.gates.adacorrection import AdaCorrectionGate, PaperGate
 from adacorr_deploy.caching.policy import PRESETS, Policy, policy_named
 from adacorr_deploy.runtime import Pipeline, SampleRequest, SampleResult
+from adacorr_deploy.runtime import pipeline as pipeline_module
 from tests.caching.scripted_calibration import STEPS, calibration
 from tests.caching.scripted_profile import profile
 from tests.runtime.conftest import write_bundle
@@ -140,3 +141,23 @@ def test_between_the_two_the_paper_blends_with_what_the_base_would_reuse(tmp_pat
         ]
     assert off[0] > off[1] > off[2] == 0.0
     assert off[0] <= float(np.abs(base - plain).mean()) * 1.01
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_no_policy_leaves_anything_to_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, halves: bool
+) -> None:
+    """All of them in one pipeline that keeps every workspace, there and back, against a pipeline for each."""
+    monkeypatch.setattr(pipeline_module, "WORKSPACES_KEPT", 100)
+    names = [*PRESETS, *ON_TOP]
+    with tiny(tmp_path, halves=halves) as pipeline:
+        found = {name: [sampled(pipeline, short(name))] for name in names}
+        for name in reversed(names):
+            found[name].append(sampled(pipeline, short(name)))
+        assert len(pipeline._workspaces) < len(names)
+    for name, results in found.items():
+        with tiny(tmp_path / name, halves=halves) as pipeline:
+            alone = sampled(pipeline, short(name))
+        for result in results:
+            np.testing.assert_array_equal(result.latents, alone.latents, err_msg=name)
+            assert result.trace.to_json() == alone.trace.to_json(), name
