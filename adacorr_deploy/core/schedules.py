@@ -18,9 +18,7 @@ VarianceType = Literal["fixed_small", "fixed_large", "learned_range"]
 FinalSigma = Literal["zero", "sigma_min"]
 TimeShift = Literal["exponential", "linear"]
 
-MAX_TRAINING_STEPS: Final = (
-    100_000  # a config is untrusted: no schedule is this long, and one that is would fill memory
-)
+MAX_TRAINING_STEPS: Final = 100_000  # a config is untrusted: no schedule is this long, and it would fill memory
 _MAX_SHIFT: Final = 1e4  # e^μ and shifts beyond any use (published: 1 … 12), and far from overflow
 
 

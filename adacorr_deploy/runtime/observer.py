@@ -34,9 +34,8 @@ class Observer:
     suspect: bool = False  # something that was measured was not finite; whoever looks into it resets it
     _watches: list[list[_Watch]] = field(init=False)  # by span
     _observed: tuple[int, int, Observed, Buffer] | None = None  # step, span and kind of the last one that was computed
-    _earlier: dict[tuple[int, int], tuple[int, Reading]] = field(
-        default_factory=dict
-    )  # span and observation → when the slot was filled, last signals
+    # By span and observation: when the slot was filled, and the signals of the step before.
+    _earlier: dict[tuple[int, int], tuple[int, Reading]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._watches = [self._watches_of(span) for span in range(len(self.controller.spans))]
