@@ -124,7 +124,7 @@ def calibrate(
         study = _Study(replay, request, progress or (lambda phase, done, total: None), partials)
         study.record(latents)
         study.measure()
-    return study.calibration(calibration_key(pipeline, request), options)
+    return study.calibration(calibration_key(pipeline.bundle, request), options)
 
 
 def check_calibration(pipeline: Pipeline, options: CalibrationOptions) -> tuple[SampleRequest, RunSize]:
@@ -161,7 +161,7 @@ def partials_for(pipeline: Pipeline, options: CalibrationOptions) -> Partials:
     Raises:
         BundleError: If the bundle can't be written.
     """
-    key = calibration_key(pipeline, _request(pipeline, options))
+    key = calibration_key(pipeline.bundle, _request(pipeline, options))
     name = calibration_name(key, options.predictor, options.spans)
     identity = {
         "measurement": _VERSION,

@@ -51,7 +51,7 @@ def needs_of(pipeline: Pipeline, request: SampleRequest, policies: Sequence[Poli
     quantities: set[Quantity] = set()
     spans: set[Span] = set()
     for policy in policies:
-        caching = caching_spans(policy.spans_of(run_of_request(pipeline, request, policy)))
+        caching = caching_spans(policy.spans_of(run_of_request(pipeline.bundle, request, policy)))
         quantities |= quantities_needed(policy)
         if policy.predictor.kind is PredictorKind.AFFINE:
             spans |= {(span.first, span.stop) for span in caching}
@@ -131,7 +131,7 @@ def store_profile(
     progress: Progress | None = None,
 ) -> tuple[Profile, Path]:
     """Profile, store the result in the bundle, and return it with its path; errors as `calibrate_policies`."""
-    key = calibration_key(pipeline, request)
+    key = calibration_key(pipeline.bundle, request)
     before = next((each for each in profiles(pipeline.bundle).values() if each.key == key), None)
     kept_quantities = before.quantities if before is not None else frozenset()
     kept_spans = [(each.first, each.stop) for each in (before.affine if before is not None else None) or ()]

@@ -247,7 +247,7 @@ def _profile(
     wanted = options.quantities
     spans = spans_of(len(pipeline.manifest.model.units), options)
     return Profile(
-        key=calibration_key(pipeline, request),
+        key=calibration_key(pipeline.bundle, request),
         images=options.images,
         output_change=output_change(rows(Quantity.OUTPUT_CHANGE, "pairs"))
         if Quantity.OUTPUT_CHANGE in wanted

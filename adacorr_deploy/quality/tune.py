@@ -117,7 +117,7 @@ def families_that_fit(pipeline: Pipeline, request: SampleRequest) -> tuple[str, 
 
 def _fits(pipeline: Pipeline, request: SampleRequest, policy: Policy) -> bool:
     try:
-        policy.spans_of(run_of_request(pipeline, request, policy))
+        policy.spans_of(run_of_request(pipeline.bundle, request, policy))
     except PolicyError:
         return False
     return True

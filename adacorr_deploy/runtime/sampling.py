@@ -15,7 +15,8 @@ from adacorr_deploy.caching.calibration import (
 from adacorr_deploy.caching.controllers import Run, controller_for_policy, quantities_needed
 from adacorr_deploy.caching.decisions import Controller, Placement
 from adacorr_deploy.caching.policy import UNCALIBRATED, Policy
-from adacorr_deploy.caching.profile import profile_for_run
+from adacorr_deploy.caching.profile import Profile, profile_for_run
+from adacorr_deploy.core.bundle import Bundle
 from adacorr_deploy.core.errors import CalibrationError, PolicyError
 from adacorr_deploy.core.samplers import quiet_samplers
 from adacorr_deploy.core.schedules import Schedule
@@ -109,20 +110,30 @@ def controller_for_request(pipeline: Pipeline, request: SampleRequest, policy: P
         RequestError: If the request is out of range.
         EngineError: If the policy decides on the device, and the backend can't.
     """
-    calibration = _calibration_for_request(pipeline, request, policy)
+    calibration, profile = lookups_for_request(pipeline.bundle, request, policy)
     if policy.placement is Placement.DEVICE:
         pipeline.backend.decision_graphs()  # refused before the work starts, where there are none
-    run, profile = run_of_request(pipeline, request, policy), None
+    return controller_for_policy(policy, run_of_request(pipeline.bundle, request, policy), calibration, profile)
+
+
+def lookups_for_request(
+    bundle: Bundle, request: SampleRequest, policy: Policy
+) -> tuple[Calibration | None, Profile | None]:
+    """Return what a policy looks up, after checking that a bundle, none of whose engines is open, holds it.
+
+    Raises:
+        AdaCorrError: As `controller_for_request`.
+    """
+    calibration, profile = _calibration_for_request(bundle, request, policy), None
     if needed := quantities_needed(policy):
-        measured, bundle = profiles(pipeline.bundle).values(), str(pipeline.bundle.path)
-        key = calibration_key(pipeline, request)
-        profile = profile_for_run(measured, key, needed, policy=policy.name, bundle=bundle)
-    return controller_for_policy(policy, run, calibration, profile)
+        key, measured = calibration_key(bundle, request), profiles(bundle).values()
+        profile = profile_for_run(measured, key, needed, policy=policy.name, bundle=str(bundle.path))
+    return calibration, profile
 
 
-def run_of_request(pipeline: Pipeline, request: SampleRequest, policy: Policy) -> Run:
+def run_of_request(bundle: Bundle, request: SampleRequest, policy: Policy) -> Run:
     """Return what a policy's controller must know of a request and the bundle."""
-    model = pipeline.manifest.model
+    model = bundle.manifest.model
     return Run(
         steps=policy.sampled_steps(request.steps),
         blocks=len(model.units),
@@ -138,23 +149,23 @@ def rules_for_request(pipeline: Pipeline, request: SampleRequest, policy: Policy
     Raises:
         PolicyError: Also if the policy has no such rules.
     """
-    calibration = _calibration_for_request(pipeline, request, policy)
+    calibration = _calibration_for_request(pipeline.bundle, request, policy)
     floors = calibration.paper_floors if calibration is not None else None
     return block_rules(policy, floors, len(pipeline.manifest.model.units))
 
 
-def _calibration_for_request(pipeline: Pipeline, request: SampleRequest, policy: Policy) -> Calibration | None:
+def _calibration_for_request(bundle: Bundle, request: SampleRequest, policy: Policy) -> Calibration | None:
     """Check a request and a policy, and return the calibration that it needs, if it does."""
-    check_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
-    _check_protected_blocks(policy, len(pipeline.manifest.model.units))
+    check_request(request, bundle.manifest.model, bundle.manifest.schedule)
+    _check_protected_blocks(policy, len(bundle.manifest.model.units))
     if not policy.needs_calibration:
         return None
-    _check_no_noise(request, policy, pipeline.manifest.schedule)
-    found = calibrations(pipeline.bundle).values()
+    _check_no_noise(request, policy, bundle.manifest.schedule)
+    found = calibrations(bundle).values()
     predictor = policy.predictor if policy.needs_costs else None  # floors are those of any
-    key, bundle = calibration_key(pipeline, request), str(pipeline.bundle.path)
-    spans = caching_spans(policy.spans_of(run_of_request(pipeline, request, policy)))
-    return calibration_for_run(found, key, predictor, policy=policy.name, bundle=bundle, spans=spans)
+    key = calibration_key(bundle, request)
+    spans = caching_spans(policy.spans_of(run_of_request(bundle, request, policy)))
+    return calibration_for_run(found, key, predictor, policy=policy.name, bundle=str(bundle.path), spans=spans)
 
 
 def _check_no_noise(request: SampleRequest, policy: Policy, schedule: Schedule) -> None:
@@ -176,9 +187,9 @@ def _check_protected_blocks(policy: Policy, blocks: int) -> None:
         )
 
 
-def calibration_key(pipeline: Pipeline, request: SampleRequest) -> CalibrationKey:
+def calibration_key(bundle: Bundle, request: SampleRequest) -> CalibrationKey:
     """Return what a calibration for this request must have been made for."""
-    manifest = pipeline.manifest
+    manifest = bundle.manifest
     return CalibrationKey(
         checkpoint_sha256=manifest.checkpoint_sha256,
         sampler=request.sampler.value,

@@ -15,7 +15,7 @@ from pydantic import Field as Allowed
 
 from adacorr_deploy.caching.policy import PRESETS, Policy, policy_from_file, policy_named
 from adacorr_deploy.core.errors import PolicyError, RequestError
-from adacorr_deploy.core.manifest import Manifest
+from adacorr_deploy.core.manifest import PRESET_PATTERN, Manifest
 from adacorr_deploy.core.samplers import MAX_GUIDANCE, Sampler
 from adacorr_deploy.core.untrusted import clipped, first_fault
 from adacorr_deploy.runtime.images import PIXEL_CHANNELS
@@ -23,7 +23,6 @@ from adacorr_deploy.runtime.request import MAX_SEED, SampleRequest, check_intege
 from adacorr_deploy.serving.settings import POLICIES_DIR, Quality, ServingSettings
 from adacorr_deploy.serving.tensors import IMAGE_NAMES, Field
 
-_TARGET: Final = re.compile(r"(@[0-9]{1,6}(\.[0-9]{1,6})?)?")
 _MAX_TIMEOUT_MS: Final = 24 * 3600 * 1000
 _NUMPY: Final = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
 
@@ -133,11 +132,12 @@ class OrderBook:
             raise RequestError("policy and quality were both given; each names a policy. Give one of them.")
         if given.policy in self.policies:
             return self.policies[given.policy]
-        name = given.policy.partition("@")[0]
-        if name not in PRESETS or not _TARGET.fullmatch(given.policy[len(name) :]):  # never a path
+        preset, *_ = re.split(r"[@+]", given.policy)
+        if preset not in PRESETS or not re.fullmatch(PRESET_PATTERN, given.policy):  # never a path
             known = ", ".join([*PRESETS, *self.policies])
             raise PolicyError(
-                f"policy is {clipped(given.policy)}, allowed are {known}, and presets with a target as in robust@2.5."
+                f"policy is {clipped(given.policy)}, allowed are {known}, presets with a target as in robust@2.5, and "
+                "with AdaCorrection on top as in fora@3+adacorrection@2."
             )
         return policy_named(given.policy)
 

@@ -12,13 +12,15 @@ from string import Template
 from typing import Final
 
 import adacorr_deploy
-from adacorr_deploy.caching.policy import PRESETS, policy_from_file, policy_named
+from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS, policy_from_file, policy_named
 from adacorr_deploy.core.bundle import Bundle, open_bundle
 from adacorr_deploy.core.errors import BundleError, OutputError, PolicyError, RequestError
-from adacorr_deploy.core.manifest import MANIFEST_NAME, Manifest
+from adacorr_deploy.core.manifest import MANIFEST_NAME, PRESET_PATTERN, Manifest
 from adacorr_deploy.core.output_folder import FolderKind, check_output_folder, output_folder
 from adacorr_deploy.core.samplers import Sampler, allowed_samplers
+from adacorr_deploy.runtime import SampleRequest
 from adacorr_deploy.runtime.measurements import calibrations
+from adacorr_deploy.runtime.sampling import lookups_for_request, run_of_request
 from adacorr_deploy.serving.config_text import (
     STREAM_SUFFIX,
     Machine,
@@ -128,22 +130,38 @@ def _settings(bundle: Bundle, options: RepositoryOptions) -> ServingSettings:
             f"The model's name {name!r} can't be a folder's: allowed are up to 64 letters, digits, dots, dashes and "
             f"underscores, not ending in {STREAM_SUFFIX}. Choose another with --name."
         )
-    runs = [calibration.key for calibration in calibrations(bundle).values()]
-    tiers = {**(_CALIBRATED_TIERS if runs else _UNCALIBRATED_TIERS), **options.quality}
-    for tier, policy in tiers.items():
-        if policy_named(policy).needs_calibration and not runs:
-            raise PolicyError(
-                f"policy {policy} of --{tier.value} needs a calibration, which {bundle.path} has not. "
-                f"Make one with: adacorr-calibrate {bundle.path}"
-            )
+    measured = list(calibrations(bundle).values())
+    of_robust = [each.key for each in measured if each.predictor == PRESETS[DEFAULT_POLICY].predictor]
+    runs = of_robust or [each.key for each in measured]
+    tiers = {**(_CALIBRATED_TIERS if of_robust else _UNCALIBRATED_TIERS), **options.quality}
     defaults = (
         RunDefaults(steps=runs[0].steps, guidance=runs[0].guidance, sampler=Sampler(runs[0].sampler))
         if runs
         else RunDefaults(sampler=_usual_sampler(bundle.manifest))
     )
+    for tier, policy in tiers.items():
+        _check_tier(bundle, defaults, tier, policy)
     return ServingSettings(
         model=name, defaults=defaults, limits=options.limits, quality=tiers, policies=_shipped(options.policy_files)
     )
+
+
+def _check_tier(bundle: Bundle, defaults: RunDefaults, tier: Quality, name: str) -> None:
+    """Refuse a tier's policy that requests with the defaults would be refused for, one by one.
+
+    Raises:
+        PolicyError: If it is no preset, or doesn't fit the bundle.
+        CalibrationError: If the bundle doesn't hold what it looks up.
+    """
+    policy = policy_named(name)
+    if not re.fullmatch(PRESET_PATTERN, name):
+        raise PolicyError(
+            f"policy {name} of --{tier.value} is no preset. Give one, or let requests name a file, with --policy-file."
+        )
+    request = SampleRequest((0,), steps=defaults.steps, guidance=defaults.guidance, sampler=defaults.sampler)
+    lookups_for_request(bundle, request, policy)
+    if policy.caches:  # whose spans need blocks
+        policy.spans_of(run_of_request(bundle, request, policy))
 
 
 def _usual_sampler(manifest: Manifest) -> Sampler:

@@ -48,7 +48,7 @@ def own_pipeline(own_bundle: Path, backend: FakeBackend) -> Iterator[Pipeline]:
 
 def for_pipeline(pipeline: Pipeline, predictor: Predictor, **key: object) -> Calibration:
     """A calibration of this bundle's three block parts that forbids nothing by its offsets."""
-    key = {**calibration_key(pipeline, REQUEST).model_dump(), **key}
+    key = {**calibration_key(pipeline.bundle, REQUEST).model_dump(), **key}
     made = calibration(predictor=predictor).model_dump()
     limits = tuple((MAX_MEASURE,) * 3 for _ in range(STEPS))
     return Calibration.model_validate({**made, "key": key, "offset_limits": limits, "paper_floors": (1e9,) * 3})

@@ -53,6 +53,8 @@ def test_what_is_not_given_is_taken_from_the_repository(book: OrderBook) -> None
         ({"quality": "exact"}, "none"),
         ({"quality": "fast"}, "robust@3"),
         ({"policy": "fora@4"}, "fora@4"),
+        ({"policy": "fora@4+adacorrection@2"}, "fora@4+adacorrection@2"),
+        ({"policy": "taylorseer-2"}, "taylorseer-2"),
         ({"policy": "careful"}, "careful"),
     ],
 )
@@ -61,10 +63,11 @@ def test_a_policy_is_a_tier_a_preset_or_a_shipped_file(book: OrderBook, fields: 
 
 
 @pytest.mark.parametrize(
-    "path", ["/etc/passwd", "careful.toml", "../careful.toml", "policies/careful.toml", "robust@2/../x.json"]
+    "path",
+    ["/etc/passwd", "careful.toml", "../careful.toml", "policies/careful.toml", "robust@2/../x.json", "l2c@x.json"],
 )
 def test_a_request_names_no_file(book: OrderBook, path: str) -> None:
-    with pytest.raises(PolicyError, match=r"policy is .*, allowed are none, fewer-steps, .*careful, and presets with"):
+    with pytest.raises(PolicyError, match=r"policy is .*, allowed are none, fewer-steps, .*careful, presets with"):
         book.order({"class_labels": [1], "policy": path})
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from adacorr_deploy.core.bundle import Bundle, open_bundle
-from adacorr_deploy.core.errors import BundleError, OutputError, PolicyError, RequestError
+from adacorr_deploy.core.errors import BundleError, CalibrationError, OutputError, PolicyError, RequestError
 from adacorr_deploy.serving.metrics import METRICS
 from adacorr_deploy.serving.repository import Repository, RepositoryOptions, write_repository
 from adacorr_deploy.serving.server_packages import SERVER_IMAGE
@@ -116,6 +116,24 @@ def test_a_tier_must_be_a_policy_that_the_bundle_can_run(served_bundle: Bundle, 
     policy.write_text('name = "x"\n[gate]\nkind = "none"\n')
     with pytest.raises(PolicyError, match="its name robust is taken"):
         write_repository(served_bundle.path, tmp_path / "m", RepositoryOptions(policy_files=(policy,)))
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ("static-mask@mask.json", "can't be read"),
+        ("teacache", "policy teacache needs a profile of the model; the bundle holds none"),
+        ("scheduled-blocks", "policy scheduled-blocks needs a calibration"),
+        ("fora@2+adacorrection@2", r"policy fora@2\+adacorrection@2 needs a calibration"),
+        ("dbcache", "nothing is left to reuse"),
+    ],
+)
+def test_a_tier_that_every_request_would_be_refused_for_is_refused(
+    served_bundle: Bundle, tmp_path: Path, policy: str, message: str
+) -> None:
+    with pytest.raises((PolicyError, CalibrationError), match=message):
+        write_repository(served_bundle.path, tmp_path / "m", RepositoryOptions(quality={Quality.BALANCED: policy}))
+    assert not (tmp_path / "m").exists()
 
 
 def test_settings_that_were_altered_stop_the_load(version_folder: Path, tmp_path: Path) -> None:
