@@ -142,7 +142,7 @@ class OrderBook:
         return policy_named(given.policy)
 
     def _outputs(self, asked: Sequence[str] | None, wanted: Sequence[str]) -> tuple[str, ...]:
-        drawable = self.manifest.model.latent_shape[0] in PIXEL_CHANNELS
+        drawable = self.manifest.decoder is not None or self.manifest.model.latent_shape[0] in PIXEL_CHANNELS
         names = asked or wanted or [IMAGE_NAMES[0] if drawable else "latents"]
         for name in names:
             if name not in IMAGE_NAMES:
@@ -150,6 +150,6 @@ class OrderBook:
             if not drawable and name != "latents":
                 raise RequestError(
                     f"outputs holds {name}, allowed is latents: this model's latents have "
-                    f"{self.manifest.model.latent_shape[0]} channels, and decoding them is the client's."
+                    f"{self.manifest.model.latent_shape[0]} channels, and the bundle holds no decoder."
                 )
         return tuple(dict.fromkeys(names))

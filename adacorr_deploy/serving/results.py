@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,15 +13,20 @@ from adacorr_deploy.runtime import SampleResult
 from adacorr_deploy.runtime.images import levels_from_pixels, picture_from_pixels, png_from_picture
 from adacorr_deploy.serving.tensors import Tensor, text_tensor
 
+ImagesOfLatents = Callable[[NDArray[np.float32]], NDArray[np.float32]]  # (B, C, H, W) → pixels in [−1, 1]
 JsonValue = str | int | float | bool | None
 
 
 def result_tensors(
-    result: SampleResult, *, outputs: Sequence[str], policy: str, queue_seconds: float
+    result: SampleResult, *, images: ImagesOfLatents, outputs: Sequence[str], policy: str, queue_seconds: float
 ) -> dict[str, Tensor]:
-    """Return a finished request's tensors: the images that were wanted, and what it took."""
+    """Return a finished request's tensors: the images that were wanted, and what it took.
+
+    Raises:
+        EngineError: If the latents can't be decoded.
+    """
     return {
-        **image_tensors(result.latents, outputs),
+        **image_tensors(result.latents, outputs, images),
         "rho": np.array([result.rho], dtype=np.float64),
         "launches": np.array([result.launches], dtype=np.int64),
         "steps": np.array([result.steps], dtype=np.int64),
@@ -31,15 +36,18 @@ def result_tensors(
     }
 
 
-def image_tensors(latents: NDArray[np.float32], outputs: Sequence[str]) -> dict[str, Tensor]:
-    """Return latents (B, C, H, W) in the forms of `outputs`, names of `tensors.IMAGES`."""
+def image_tensors(latents: NDArray[np.float32], outputs: Sequence[str], images: ImagesOfLatents) -> dict[str, Tensor]:
+    """Return latents (B, C, H, W) in the forms of `outputs`, names of `tensors.IMAGES`; decoded only if need be."""
     tensors: dict[str, Tensor] = {}
     if "latents" in outputs:
         tensors["latents"] = latents
+    if set(outputs) <= {"latents"}:
+        return tensors
+    pixels = images(latents)
     if "pixels" in outputs:
-        tensors["pixels"] = levels_from_pixels(latents)
+        tensors["pixels"] = levels_from_pixels(pixels)
     if "png" in outputs or "png_base64" in outputs:
-        files = [png_from_picture(picture_from_pixels(image)) for image in latents]
+        files = [png_from_picture(picture_from_pixels(image)) for image in pixels]
         if "png" in outputs:
             tensors["png"] = text_tensor(files)
         if "png_base64" in outputs:

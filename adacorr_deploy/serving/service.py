@@ -11,12 +11,16 @@ import secrets
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Final
 
-from adacorr_deploy.core.errors import AdaCorrError, RequestError
+import numpy as np
+from numpy.typing import NDArray
+
+from adacorr_deploy.core.errors import AdaCorrError, EngineError, RequestError
 from adacorr_deploy.core.untrusted import clipped
 from adacorr_deploy.serving.engine import Engine, Finished, Ticket
 from adacorr_deploy.serving.logs import JsonLog, Level
@@ -32,7 +36,7 @@ from adacorr_deploy.serving.metrics import (
 )
 from adacorr_deploy.serving.orders import Order, OrderBook
 from adacorr_deploy.serving.replies import Incoming, Reply, Status, outcome_of, status_of
-from adacorr_deploy.serving.results import JsonValue, event_tensor, result_tensors
+from adacorr_deploy.serving.results import ImagesOfLatents, JsonValue, event_tensor, result_tensors
 from adacorr_deploy.serving.streams import Stream
 from adacorr_deploy.serving.tensors import IMAGE_NAMES, OUTPUTS, Field, Tensors, fields_from_tensors
 
@@ -63,19 +67,31 @@ class _Pending:
 class SamplingService:
     """Use it as a context manager: `close` answers what is still running, within the engine's own limits."""
 
-    def __init__(self, engine: Engine, book: OrderBook, recorder: Recorder, log: JsonLog) -> None:
+    def __init__(
+        self, engine: Engine, book: OrderBook, recorder: Recorder, log: JsonLog, images: ImagesOfLatents | None = None
+    ) -> None:
+        """Make a service; nothing runs before it is entered.
+
+        Args:
+            engine: Samples.
+            book: Checks orders.
+            recorder: Takes what happens.
+            log: Takes a line for each request.
+            images: Decodes latents, and is called from one thread; None where latents are the images.
+        """
         self._engine = engine
+        self._images = images or _as_they_are
         self._book = book
         self._recorder = recorder
         self._log = log
         self._pending: dict[int, _Pending] = {}
         self._streams: dict[str, Stream] = {}
         self._lock = threading.Lock()
-        self._finished: queue.SimpleQueue[tuple[_Pending, Finished] | None] = queue.SimpleQueue()
+        self._to_answer: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._threads = [
             threading.Thread(target=target, name=name, daemon=True)
-            for target, name in ((self._answer_finished, "adacorr-answers"), (self._watch, "adacorr-watch"))
+            for target, name in ((self._give_answers, "adacorr-answers"), (self._watch, "adacorr-watch"))
         ]
 
     def __enter__(self) -> SamplingService:
@@ -91,7 +107,7 @@ class SamplingService:
     def close(self) -> None:
         """End: the engine finishes or gives up what it has, and everybody gets an answer."""
         self._engine.close()
-        self._finished.put(None)
+        self._to_answer.put(None)
         self._closing.set()
         for thread in self._threads:
             thread.join()
@@ -121,7 +137,9 @@ class SamplingService:
                 reply.send(self._open_stream(incoming, self._order(incoming, fields)))
             case "next":
                 after_step = fields.get("after_step", 0)
-                self._stream(fields).ask(reply, after_step if isinstance(after_step, int) else 0)
+                stream = self._stream(fields)
+                stream.ask(reply, after_step if isinstance(after_step, int) else 0)
+                self._to_answer.put(stream.answer)
             case "cancel":
                 self._close_stream(self._stream(fields))
                 reply.send({"event": event_tensor("cancelled", {})})
@@ -155,6 +173,7 @@ class SamplingService:
             pending.last_step = now
             if stream is not None:
                 stream.progressed(step, steps, rho)
+                self._to_answer.put(stream.answer)
 
         with self._lock:
             self._pending[id(pending)] = pending
@@ -164,7 +183,7 @@ class SamplingService:
                 order.policy,
                 deadline=deadline,
                 on_step=stepped,
-                on_done=lambda finished: self._finished.put((pending, finished)),
+                on_done=lambda finished: self._to_answer.put(partial(self._answer, pending, finished)),
                 preview_every=order.preview_every if stream is not None else 0,
                 on_preview=stream.previewed if stream is not None else None,
             )
@@ -175,7 +194,7 @@ class SamplingService:
     # --- Streams -------------------------------------------------------------------------------------------------
 
     def _open_stream(self, incoming: Incoming, order: Order) -> Tensors:
-        stream = Stream(name=secrets.token_hex(8), outputs=order.outputs)
+        stream = Stream(name=secrets.token_hex(8), outputs=order.outputs, images=self._images)
         pending = _Pending(incoming=incoming, order=order, reply=None, stream=stream)
         self._submit(pending)
         stream.ticket = pending.ticket
@@ -202,9 +221,16 @@ class SamplingService:
 
     # --- Answers -------------------------------------------------------------------------------------------------
 
-    def _answer_finished(self) -> None:
-        while (item := self._finished.get()) is not None:
-            self._answer(*item)
+    def _give_answers(self) -> None:
+        while (answer := self._to_answer.get()) is not None:
+            self._guarded(answer)
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        """Do what concerns one client; nothing that goes wrong with it may end the thread that all need."""
+        try:
+            work()
+        except Exception:  # noqa: BLE001  a bug of ours, or of the server's
+            self._log.write(Level.ERROR, "bug", {"message": traceback.format_exc()})
 
     def _answer(self, pending: _Pending, finished: Finished) -> None:
         self._forget(pending)
@@ -212,19 +238,29 @@ class SamplingService:
         self._recorder.observe(QUEUE_SECONDS, finished.queue_seconds)
         if finished.error is None and finished.result is not None:
             result = finished.result
-            tensors = result_tensors(
-                result, outputs=order.outputs, policy=order.policy.name, queue_seconds=finished.queue_seconds
-            )
+            try:
+                tensors = result_tensors(
+                    result,
+                    images=self._images,
+                    outputs=order.outputs,
+                    policy=order.policy.name,
+                    queue_seconds=finished.queue_seconds,
+                )
+            except AdaCorrError as error:
+                self._end_badly(pending, finished, error)
+                return
             self._recorder.count(IMAGES, order.request.batch)
             self._recorder.observe(REQUEST_SECONDS, finished.seconds)
             self._recorder.observe(RHO, result.rho)
             self._tell(pending, Outcome.DONE, finished, {"rho": result.rho, "launches": result.launches})
             self._send(pending, tensors)
         else:
-            error = finished.error or AdaCorrError("The engine gave no result.")
-            outcome = outcome_of(error)
-            self._tell(pending, outcome, finished, {"message": str(error)})
-            self._fail(pending, status_of(outcome), str(error))
+            self._end_badly(pending, finished, finished.error or EngineError("The engine gave no result."))
+
+    def _end_badly(self, pending: _Pending, finished: Finished, error: AdaCorrError) -> None:
+        outcome = outcome_of(error)
+        self._tell(pending, outcome, finished, {"message": str(error)})
+        self._fail(pending, status_of(outcome), str(error))
 
     def _send(self, pending: _Pending, tensors: Tensors) -> None:
         if pending.stream is not None:
@@ -260,12 +296,12 @@ class SamplingService:
             with self._lock:
                 pending, streams = list(self._pending.values()), list(self._streams.values())
             for each in pending:
-                self._cancel_if_client_gone(each)
+                self._guarded(partial(self._cancel_if_client_gone, each))
             for stream in streams:
-                self._look_after(stream, now)
+                self._guarded(partial(self._look_after, stream, now))
             if now - flushed >= _FLUSH_SECONDS:
                 flushed = now
-                self._recorder.flush(self._engine.stats())
+                self._guarded(lambda: self._recorder.flush(self._engine.stats()))
         self._recorder.flush(self._engine.stats())
 
     def _cancel_if_client_gone(self, pending: _Pending) -> None:
@@ -278,7 +314,8 @@ class SamplingService:
             pending.ticket.cancel()
 
     def _look_after(self, stream: Stream, now: float) -> None:
-        stream.beat(now)
+        if stream.beat(now):
+            self._to_answer.put(stream.answer)
         if stream.is_read:
             self._forget_stream(stream)
         elif stream.is_abandoned(now):
@@ -306,6 +343,10 @@ class SamplingService:
         level = {Outcome.DONE: Level.INFO, Outcome.FAILED: Level.ERROR}.get(outcome, Level.WARNING)
         about = {"request_id": incoming.request_id, "trace_id": incoming.trace_id, "outcome": outcome.value}
         self._log.write(level, "request", {**about, **values})
+
+
+def _as_they_are(latents: NDArray[np.float32]) -> NDArray[np.float32]:
+    return latents
 
 
 def _check_parameters(parameters: Mapping[str, str | int | float | bool]) -> None:

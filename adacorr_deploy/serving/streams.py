@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from adacorr_deploy.serving.engine import Ticket
 from adacorr_deploy.serving.replies import Reply, Status
-from adacorr_deploy.serving.results import event_tensor, image_tensors
+from adacorr_deploy.serving.results import ImagesOfLatents, event_tensor, image_tensors
 from adacorr_deploy.serving.tensors import Tensors
 
 LEASE_SECONDS: Final = 10.0  # without a question, after which the reader counts as gone
@@ -29,6 +29,7 @@ class Stream:
 
     name: str
     outputs: tuple[str, ...]
+    images: ImagesOfLatents
     ticket: Ticket | None = None
     _step: int = 0
     _steps: int = 0
@@ -43,7 +44,6 @@ class Stream:
     def progressed(self, step: int, steps: int, rho: float) -> None:
         with self._lock:
             self._step, self._steps, self._rho = step, steps, rho
-            self._answer()
 
     def previewed(self, step: int, latents: NDArray[np.float32]) -> None:
         with self._lock:
@@ -60,21 +60,26 @@ class Stream:
             self._answer()
 
     def ask(self, reply: Reply, after_step: int) -> None:
-        """Answer as soon as more than `after_step` steps are done; one question at a time."""
+        """Take a question: what is there once more than `after_step` steps are done? One at a time."""
         with self._lock:
             self._asked = time.monotonic()
             if self._waiting is not None:
                 reply.fail(Status.INVALID, f"stream {self.name} is being read by another request.")
                 return
             self._waiting = (reply, after_step)
+
+    def answer(self) -> None:
+        """Answer the question that waits, if there is news for it. Makes images: not for the engine's own thread."""
+        with self._lock:
             self._answer()
 
-    def beat(self, now: float) -> None:
-        """Answer a question that waits for long."""
+    def beat(self, now: float) -> bool:
+        """Say whether a question has waited for long; then the next `answer` answers it without news too."""
         with self._lock:
-            if self._waiting is not None and now - self._asked > HEARTBEAT_SECONDS:
+            waits = self._waiting is not None and now - self._asked > HEARTBEAT_SECONDS
+            if waits and self._waiting is not None:
                 self._waiting = (self._waiting[0], -1)
-                self._answer()
+            return waits
 
     def is_abandoned(self, now: float) -> bool:
         return self._waiting is None and now - self._asked > LEASE_SECONDS
@@ -103,5 +108,5 @@ class Stream:
     def _message(self) -> Tensors:
         preview, self._preview = self._preview, None
         values = {"step": self._step, "steps": self._steps, "rho": self._rho}
-        images = image_tensors(preview, self.outputs) if preview is not None else {}
+        images = image_tensors(preview, self.outputs, self.images) if preview is not None else {}
         return {**images, "event": event_tensor("progress", values)}

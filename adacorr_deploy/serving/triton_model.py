@@ -65,11 +65,12 @@ class TritonPythonModel:
                 pipeline = resources.enter_context(_opened(folder / BUNDLE_NAME, backend))
                 book = OrderBook.of_repository(pipeline.manifest, settings, folder)
                 warm_up(pipeline, settings)
+                decoder = pipeline.decoder().images if pipeline.manifest.decoder is not None else None
                 engine = engine_of(pipeline, settings, log)
             except AdaCorrError as error:
                 log.write(Level.ERROR, "load", {"message": str(error)})
                 _stop_load(str(error))
-            service = SamplingService(engine, book, Recorder(TritonMetrics()), log)
+            service = SamplingService(engine, book, Recorder(TritonMetrics()), log, decoder)
             self._service = resources.enter_context(service)
             self._log = log
             self._resources = resources.pop_all()

@@ -6,9 +6,11 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from adacorr_deploy.core.errors import (
     AdaCorrError,
@@ -187,6 +189,26 @@ def test_a_bug_is_an_answer_too(bench: Bench) -> None:
     assert "ZeroDivisionError" in str(bench.log[0]["message"])
 
 
+def test_images_come_from_the_decoder_and_its_error_is_the_requests_own(book: OrderBook) -> None:
+    def decoded(latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        if latents.min() == 1:
+            raise EngineError("The decoded images hold NaN.")
+        return np.repeat(latents, 3, axis=1)
+
+    engine = ScriptedEngine()
+    with SamplingService(engine, book, Recorder(CountingSink()), JsonLog("tiny", io.StringIO()), decoded) as service:
+        clients = [Client(), Client()]
+        for seed, client in enumerate(clients):
+            tensors: Tensors = {"class_labels": np.array([1]), "seed": np.array([seed], dtype=np.uint64)}
+            wanted = frozenset({"pixels", "latents"})
+            incoming = Incoming(request_id="r", tensors=partial(dict, tensors), parameters={}, wanted=wanted)
+            service.handle(incoming, client)
+            engine.jobs[seed].finish()
+        assert clients[0].tensors["pixels"].shape == (1, 4, 4, 3)
+        assert clients[0].tensors["latents"].shape == (1, 1, 4, 4)
+        assert clients[1].failure == (Status.INTERNAL, "The decoded images hold NaN.")
+
+
 def test_status_takes_no_place_in_the_queue(bench: Bench) -> None:
     bench.engine.refusal = QueueFullError(64)
     assert event(bench.ask(command("status"))) == {
@@ -235,7 +257,7 @@ def test_a_waiting_reader_gets_a_sign_of_life(bench: Bench) -> None:
 def test_a_stream_can_be_cancelled(bench: Bench) -> None:
     name = opened(bench)
     reader = bench.ask({**command("next", name), "after_step": np.array([-1])})
-    assert reader.answered
+    assert event(reader)["step"] == 0
     reader = bench.ask(command("next", name))
     assert event(bench.ask(command("cancel", name))) == {"type": "cancelled"}
     assert reader.failure[0] is Status.CANCELLED
