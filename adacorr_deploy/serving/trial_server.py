@@ -25,7 +25,7 @@ from adacorr_deploy.serving.local_server import InstalledTriton, Ports
 from adacorr_deploy.serving.repository import Repository
 from adacorr_deploy.serving.tensors import INPUTS, Field
 
-START_SECONDS: Final = 60.0
+START_SECONDS: Final = 150.0  # a busy machine takes minutes to load NumPy and an engine
 _STOP_SECONDS: Final = 60.0
 _SHOWN: Final = 4000  # characters of a log
 _DTYPES: Final[dict[str, type[np.generic]]] = {

@@ -17,7 +17,7 @@ from adacorr_deploy.serving.engine import Finished, OnPreview
 from adacorr_deploy.serving.replies import Status
 from adacorr_deploy.serving.tensors import Tensors
 
-SECONDS = 5.0  # that a test waits for what must come
+SECONDS = 30.0  # that a test waits for what must come
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,7 @@ from tests.cli.conftest import STEPS
 from tests.serving.conftest import MAX_QUEUE
 from tests.serving.scripted_engine import wait_until
 
-pytestmark = [pytest.mark.triton, pytest.mark.slow]
+pytestmark = [pytest.mark.triton, pytest.mark.slow, pytest.mark.timeout(600)]
 
 LONG: dict[str, Field] = {"class_labels": [0, 1, 2, 0], "steps": 1000, "policy": "none"}  # seconds of work
 TRACING = ("--trace-config=mode=opentelemetry", "--trace-config=rate=1", "--trace-config=level=TIMESTAMPS",
