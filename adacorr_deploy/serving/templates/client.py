@@ -18,6 +18,7 @@ from typing import Final
 import numpy as np
 import tritonclient.grpc as triton
 from numpy.typing import NDArray
+from tritonclient.utils import InferenceServerException
 
 MODEL: Final[str] = json.loads((Path(__file__).parent / "adacorr-repository.json").read_text())["model"]
 FACTS: Final = ("rho", "launches", "steps", "seconds", "queue_seconds", "policy")
@@ -85,7 +86,10 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     server, output, streamed = (arguments.pop(name) for name in ("server", "output", "stream"))
     fields = {name: value for name, value in arguments.items() if value is not None}
-    result = (stream if streamed else sample)(triton.InferenceServerClient(server), fields)
+    try:
+        result = (stream if streamed else sample)(triton.InferenceServerClient(server), fields)
+    except InferenceServerException as error:
+        raise SystemExit(f"error: {server} says: {error.message()}") from error
     output.mkdir(parents=True, exist_ok=True)
     for index, (label, png) in enumerate(zip(fields["class_labels"], result.as_numpy("png"), strict=True)):
         (output / f"{index:02d}_class{label}.png").write_bytes(png)
