@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
@@ -24,7 +26,9 @@ _COLUMNS: Final = (
     "@ sets",
     "paper",
 )
+_BRIEF: Final = ("policy", "observes", "spans", "calibrated", "@ sets")  # what a terminal has room for
 _WIDTH: Final = 320  # a row a line, for grep
+_ALL: Final = "Every column: adacorr-bench --list | less -S. Every setting: adacorr-bench --list --json."
 _ON_TOP: Final = (
     "With AdaCorrection on top: NAME+adacorrection, NAME+adacorrection@2 (a target speed-up), where NAME keeps "
     "anything and is not AdaCorrection itself; such a policy needs a calibration. With the paper's own weight, where "
@@ -42,8 +46,11 @@ def show_policies(*, as_json: bool) -> None:
         return
     rows = [_row(policy) for policy in PRESETS.values()]
     rows += [_file_row(name, gate) for name, gate in FILE_PRESETS.items()]
-    show_table(_COLUMNS, rows, piped_width=_WIDTH)
-    show_lines(_ON_TOP)
+    brief = sys.stdout.isatty() and shutil.get_terminal_size().columns < _WIDTH
+    columns = _BRIEF if brief else _COLUMNS
+    shown = [[row[_COLUMNS.index(column)] for column in columns] for row in rows]
+    show_table(columns, shown, piped_width=_WIDTH)
+    show_lines(_ON_TOP, *([_ALL] if brief else []))
 
 
 def _described(policy: Policy) -> Mapping[str, object]:

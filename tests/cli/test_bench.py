@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from adacorr_deploy.caching.policy import FILE_PRESETS, PRESETS, Policy
+from adacorr_deploy.cli.policy_table import show_policies
 from adacorr_deploy.quality import bench_sampling
 from adacorr_deploy.quality.bench_rows import COLUMNS
 from adacorr_deploy.quality.bench_sampling import Sampler
@@ -84,6 +85,18 @@ def test_an_interrupted_bench_goes_on_where_it_was_and_another_run_is_refused(
     ]
     other = command("bench", *arguments, "--seed", 1)
     assert "holds the results of another run (seed 0, not 1). Choose another folder" in other.error
+
+
+def test_on_a_terminal_the_list_is_what_has_room_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "100")
+    show_policies(as_json=False)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    assert all(any(line.split()[:1] == [name] for line in lines) for name in PRESETS)  # no name is broken
+    assert max(len(line) for line in lines[:-2]) <= 100
+    assert "--list --json" in lines[-1]
 
 
 def test_list_shows_every_preset_without_a_bundle(command: Command) -> None:
