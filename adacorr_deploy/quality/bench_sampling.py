@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from adacorr_deploy.caching.policy import Policy
 from adacorr_deploy.quality.bench_options import BenchOptions, requests
 from adacorr_deploy.quality.bench_store import Arrays, ArraySpec, ResultStore
-from adacorr_deploy.quality.features import FeatureNetwork
+from adacorr_deploy.quality.features import FeatureNetwork, image_shape
 from adacorr_deploy.quality.flops import FlopCounter
 from adacorr_deploy.runtime import Pipeline, SampleRequest, SampleResult, sample_with_policy
 from adacorr_deploy.runtime.trace import Trace
@@ -129,8 +129,9 @@ class Sampler:
     def features(self, policy: Policy, network: FeatureNetwork) -> Floats32:
         """Return the features of `options.samples` images, (N, F); errors as `sampled`."""
         made = []
+        width = network.features(np.zeros((1, *image_shape(self._pipeline.manifest)), np.float32)).shape[1]
         for index, request in enumerate(requests(self._pipeline, self._options, self._options.samples)):
-            name, spec = f"samples-{index:05d}", {"features": ArraySpec(dtype="f4", shape=(request.batch, None))}
+            name, spec = f"samples-{index:05d}", {"features": ArraySpec(dtype="f4", shape=(request.batch, width))}
             arrays = self._store.load(policy, name, spec)
             if arrays is None:
                 latents = sample_with_policy(self._pipeline, request, policy).latents
