@@ -58,9 +58,16 @@ class DeadlineExceededError(AdaCorrError):
 class QueueFullError(AdaCorrError):
     """The queue takes no further request now."""
 
-    def __init__(self, depth: int) -> None:
-        super().__init__(f"{depth} requests are waiting already, as many as the queue takes. Try again later.")
+    def __init__(self, message: str, *, depth: int = 0) -> None:
+        """Take the message, and how many requests wait."""
+        super().__init__(message)
         self.depth = depth
+
+    @classmethod
+    def at(cls, depth: int) -> QueueFullError:
+        """Return the error of a queue of which so many requests are all that it takes."""
+        message = f"{depth} requests are waiting already, as many as the queue takes. Try again later."
+        return cls(message, depth=depth)
 
 
 class ClosedError(AdaCorrError):

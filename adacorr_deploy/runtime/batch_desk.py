@@ -71,7 +71,7 @@ class Desk:
             if self._drain_until is not None:
                 raise ClosedError("This batching engine was closed. Make another one over the pipeline.")
             if len(self._queue) >= self._max_queue:
-                raise QueueFullError(len(self._queue))
+                raise QueueFullError.at(len(self._queue))
 
     def put(self, ticket: Ticket) -> None:
         """Let a request wait; errors as those of `refuse_if_closed_or_full`."""

@@ -106,5 +106,5 @@ def test_a_build_whose_golden_sample_can_not_be_made_leaves_nothing(
     save_file(state, own_model / WEIGHTS)
     output = tmp_path / "out" / "made.bundle"
     error = command("build", own_model, "-o", output, "--policy", "fora").error
-    assert re.search(r"own: after 4 steps of DDIM, .* hold NaN or infinite values\. Check", error)
+    assert re.search(r"own: after 4 steps of ddim, .* hold NaN or infinite values\. Check", error)
     assert list(output.parent.iterdir()) == []

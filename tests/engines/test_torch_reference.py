@@ -62,6 +62,10 @@ class Signals(torch.nn.Module):
             (spread - spread_ref).abs() / (spread_ref + 1e-6),
             distance.mean(1),
             spread,
+            (tokens - reference).abs().mean((1, 2)),
+            reference.abs().mean((1, 2)),
+            (tokens - reference).square().mean((1, 2)),
+            reference.square().mean((1, 2)),
         )
         return (torch.stack(columns, dim=1),)
 

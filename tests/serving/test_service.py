@@ -142,7 +142,7 @@ def test_an_error_of_the_engine_fails_its_request_alone(
 
 
 def test_a_full_queue_is_told_with_its_depth(bench: Bench) -> None:
-    bench.engine.refusal = QueueFullError(64)
+    bench.engine.refusal = QueueFullError.at(64)
     status, message = bench.ask().failure
     assert status is Status.UNAVAILABLE
     assert "64" in message
@@ -210,7 +210,7 @@ def test_images_come_from_the_decoder_and_its_error_is_the_requests_own(book: Or
 
 
 def test_status_takes_no_place_in_the_queue(bench: Bench) -> None:
-    bench.engine.refusal = QueueFullError(64)
+    bench.engine.refusal = QueueFullError.at(64)
     assert event(bench.ask(command("status"))) == {
         "type": "status",
         "queue_depth": 1,
