@@ -67,7 +67,7 @@ class OnnxRuntimeBackend:
         """Take a number of threads per launch; 0 means one per physical core that the process may use."""
         if threads < 0:
             raise EngineError(f"The number of threads must be 0 (all cores) or more, got {threads}.")
-        self._threads = threads
+        self.threads: Final = threads
 
     def build(self, onnx_path: Path, spec: PartSpec, artefact_dir: Path) -> Artefact:
         """Check that ONNX Runtime takes the part, and return the ONNX file itself: nothing is compiled.
@@ -122,7 +122,7 @@ class OnnxRuntimeBackend:
         _register_shared_arena()
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.intra_op_num_threads = self._threads
+        options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         options.enable_mem_pattern = False
         options.log_severity_level = LOG_FATAL_ONLY

@@ -88,6 +88,18 @@ def serve(  # noqa: PLR0913, PLR0917  one parameter is one option
             show_default=False,
         ),
     ] = None,
+    lanes: Annotated[
+        int | None,
+        typer.Option(
+            "--lanes",
+            metavar="N",
+            min=1,
+            max=256,
+            help="On a CPU, requests served side by side, each with its share of the cores; 1 gives one request all "
+            "of them.  Default: one per core.",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", metavar="", help="Replace the repository that stands at REPO.")
     ] = False,
@@ -119,7 +131,7 @@ def serve(  # noqa: PLR0913, PLR0917  one parameter is one option
     options = RepositoryOptions(
         name=name,
         overwrite=overwrite,
-        limits=_limits(max_images, max_queue, batch_rows),
+        limits=_limits(max_images, max_queue, lanes, batch_rows),
         quality={tier: policy for tier, policy in given.items() if policy is not None},
         policy_files=tuple(policy_file or ()),
     )
@@ -138,10 +150,10 @@ def serve(  # noqa: PLR0913, PLR0917  one parameter is one option
     )
 
 
-def _limits(max_images: int, max_queue: int, batch_rows: str | None) -> Limits:
+def _limits(max_images: int, max_queue: int, lanes: int | None, batch_rows: str | None) -> Limits:
     from adacorr_deploy.serving.settings import Limits
 
-    limits = Limits(max_images=max_images, max_queue=max_queue)
+    limits = Limits(max_images=max_images, max_queue=max_queue, lanes=lanes)
     return limits if batch_rows is None else limits.model_copy(update={"batch_rows": _sizes(batch_rows)})
 
 

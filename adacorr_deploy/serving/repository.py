@@ -31,6 +31,7 @@ from adacorr_deploy.serving.config_text import (
 from adacorr_deploy.serving.server_packages import SERVER_IMAGE, requirements
 from adacorr_deploy.serving.settings import (
     BUNDLE_NAME,
+    CPU_BACKEND,
     POLICIES_DIR,
     SETTINGS_NAME,
     Limits,
@@ -43,7 +44,6 @@ ABOUT_NAME: Final = "adacorr-repository.json"
 REPOSITORY: Final = FolderKind(
     name="repository of adacorr-serve", is_one=lambda path: (path / ABOUT_NAME).is_file(), inner=""
 )
-CPU_BACKEND: Final = "onnxruntime"  # opens any bundle's ONNX files
 
 _PACKAGES: Final = ("core", "caching", "plugins", "engines", "runtime", "serving")  # what runs on a server
 _TEMPLATES: Final = Path(__file__).parent / "templates"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -12,11 +13,12 @@ from adacorr_deploy.core.errors import BundleError
 from adacorr_deploy.core.manifest import PlainText, PresetName
 from adacorr_deploy.core.samplers import MAX_GUIDANCE, Sampler
 from adacorr_deploy.core.untrusted import bounded_file, first_fault
-from adacorr_deploy.runtime.batching import DEFAULT_BUCKETS
+from adacorr_deploy.runtime.batching import DEFAULT_BUCKETS, MAX_LANES
 
 SETTINGS_NAME: Final = "serving.json"
 BUNDLE_NAME: Final = "model.bundle"
 POLICIES_DIR: Final = "policies"
+CPU_BACKEND: Final = "onnxruntime"  # opens any bundle's ONNX files
 
 _MAX_BYTES: Final = 1 << 20
 _MAX_ROWS: Final = 4096
@@ -48,6 +50,17 @@ class Limits(_Frozen):
     max_images: Annotated[int, Field(ge=1, le=_MAX_ROWS)] = 16  # of one request
     max_queue: Annotated[int, Field(ge=1, le=100_000)] = 64  # requests that wait; one more is refused
     batch_rows: Annotated[tuple[Annotated[int, Field(ge=1, le=_MAX_ROWS)], ...], Field(min_length=1)] = DEFAULT_BUCKETS
+    lanes: Annotated[int, Field(ge=1, le=MAX_LANES)] | None = None  # see `lanes_on`
+
+    def lanes_on(self, backend: str | None) -> int:
+        """Return how many requests are served side by side with a backend.
+
+        On a CPU one for each core, each with a core of its own, unless `lanes` says otherwise: cores that share every
+        launch of small models wait for one another (`tools/benchmarks/batching.py`). On a GPU one.
+        """
+        if backend != CPU_BACKEND:
+            return 1
+        return self.lanes or len(os.sched_getaffinity(0))
 
 
 class ServingSettings(_Frozen):

@@ -8,6 +8,7 @@ kept, and answers whenever the engine is done, in any order. Streams are read by
 from __future__ import annotations
 
 import json
+import os
 import secrets
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import numpy as np
 
 from adacorr_deploy.caching.policy import PRESETS
 from adacorr_deploy.core.errors import AdaCorrError, EngineError
+from adacorr_deploy.engines.backend import Backend
 from adacorr_deploy.runtime import Pipeline, SampleRequest, sample_with_policy
 from adacorr_deploy.runtime.batching import BatchingEngine
 from adacorr_deploy.runtime.self_test import self_test
@@ -27,7 +29,13 @@ from adacorr_deploy.serving.metrics import METRICS, Metric, MetricKind, Recorder
 from adacorr_deploy.serving.orders import OrderBook
 from adacorr_deploy.serving.replies import Incoming, Status
 from adacorr_deploy.serving.service import SamplingService
-from adacorr_deploy.serving.settings import BUNDLE_NAME, SETTINGS_NAME, ServingSettings, settings_from_file
+from adacorr_deploy.serving.settings import (
+    BUNDLE_NAME,
+    CPU_BACKEND,
+    SETTINGS_NAME,
+    ServingSettings,
+    settings_from_file,
+)
 from adacorr_deploy.serving.tensors import Tensors
 
 if TYPE_CHECKING:
@@ -62,7 +70,9 @@ class TritonPythonModel:
             try:
                 settings = settings_from_file(folder / SETTINGS_NAME)
                 backend = _parameter(args["model_config"], "backend")
-                pipeline = resources.enter_context(_opened(folder / BUNDLE_NAME, backend))
+                pipeline = resources.enter_context(
+                    _opened(folder / BUNDLE_NAME, backend, settings.limits.lanes_on(backend))
+                )
                 book = OrderBook.of_repository(pipeline.manifest, settings, folder)
                 warm_up(pipeline, settings)
                 decoder = pipeline.decoder().images if pipeline.manifest.decoder is not None else None
@@ -88,20 +98,29 @@ class TritonPythonModel:
         self._log.write(Level.INFO, "stopped", {})
 
 
-def _opened(path: Path, backend: str | None) -> Pipeline:
-    """Open the bundle.
+def _opened(path: Path, backend: str | None, lanes: int) -> Pipeline:
+    """Open the bundle, on a CPU with an equal share of its cores for each lane.
 
     Raises:
         AdaCorrError: With the command that rebuilds, if the engines can't be opened here.
     """
     try:
-        return Pipeline.open(path, backend=backend)
+        return Pipeline.open(path, backend=backend_for_lanes(backend, lanes))
     except EngineError as error:
         wanted = backend or "the bundle's own"
         raise EngineError(
             f"{error} The repository asks for engines of backend {wanted}. Rebuild them for this machine with: "
             "adacorr-build MODEL -o NEW.bundle --backend NAME; then: adacorr-serve NEW.bundle -o REPOSITORY --overwrite"
         ) from error
+
+
+def backend_for_lanes(name: str | None, lanes: int) -> Backend | str | None:
+    """Return the backend whose launches leave the other lanes their cores; its name alone where there is one lane."""
+    if name != CPU_BACKEND or lanes == 1:
+        return name
+    from adacorr_deploy.engines.onnxruntime_cpu import OnnxRuntimeBackend
+
+    return OnnxRuntimeBackend(threads=max(1, len(os.sched_getaffinity(0)) // lanes))
 
 
 def warm_up(pipeline: Pipeline, settings: ServingSettings) -> None:
@@ -122,7 +141,12 @@ def warm_up(pipeline: Pipeline, settings: ServingSettings) -> None:
 def engine_of(pipeline: Pipeline, settings: ServingSettings, log: JsonLog) -> Engine:
     """Return the engine that samples for all clients."""
     limits = settings.limits
-    engine = BatchingEngine(pipeline, buckets=limits.batch_rows, max_queue=limits.max_queue)
+    engine = BatchingEngine(
+        pipeline,
+        buckets=limits.batch_rows,
+        max_queue=limits.max_queue,
+        lanes=limits.lanes_on(pipeline.backend.name),
+    )
     if not engine.buckets.identical:
         log.write(Level.WARNING, "buckets", {"message": _NOT_IDENTICAL})
     return engine

@@ -84,7 +84,7 @@ class FastCacheGate(GateSettings):
     the ratio threshold of the authors' code (0.05 there).
     """
 
-    signal: ClassVar[str] = "χ² test on the change of each block's input"
+    signal: ClassVar[str] = "chi-squared test on the change of each block's input"
     paper: ClassVar[str] = "2505.20353"
     knob: ClassVar[str] = "scale"
     knob_meaning: ClassVar[str] = "s, the largest relative change that is reused; 1 as published"
