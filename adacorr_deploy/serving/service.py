@@ -89,6 +89,7 @@ class SamplingService:
         self._lock = threading.Lock()
         self._to_answer: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._closing = threading.Event()
+        self._asked = threading.Event()  # once a request came: until then the server itself may not be ready for us
         self._threads = [
             threading.Thread(target=target, name=name, daemon=True)
             for target, name in ((self._give_answers, "adacorr-answers"), (self._watch, "adacorr-watch"))
@@ -109,6 +110,7 @@ class SamplingService:
         self._engine.close()
         self._to_answer.put(None)
         self._closing.set()
+        self._asked.set()
         for thread in self._threads:
             thread.join()
 
@@ -116,6 +118,7 @@ class SamplingService:
 
     def handle(self, incoming: Incoming, reply: Reply) -> None:
         """Take a request in and return at once; the answer comes when it is there."""
+        self._asked.set()
         try:
             self._dispatch(incoming, reply)
         except AdaCorrError as error:
@@ -291,6 +294,7 @@ class SamplingService:
 
     def _watch(self) -> None:
         flushed = 0.0
+        self._asked.wait()  # Triton 24.10 never comes up if a metric is set while the model's initialize returns
         while not self._closing.wait(_WATCH_SECONDS):
             now = time.monotonic()
             with self._lock:

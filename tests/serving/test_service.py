@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -187,6 +188,14 @@ def test_a_bug_is_an_answer_too(bench: Bench) -> None:
     bench.service.handle(Incoming(request_id="r", tensors=broken, parameters={}, wanted=ALL), client)
     assert client.failure == (Status.INTERNAL, "An error inside the server: ZeroDivisionError. Its log tells more.")
     assert "ZeroDivisionError" in str(bench.log[0]["message"])
+
+
+def test_nothing_is_handed_on_before_the_first_request(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adacorr_deploy.serving.service._FLUSH_SECONDS", 0.0)
+    time.sleep(0.2)
+    assert bench.sink.gauges == {}
+    bench.ask(command("status"))
+    wait_until(lambda: QUEUE_DEPTH.name in bench.sink.gauges)
 
 
 def test_images_come_from_the_decoder_and_its_error_is_the_requests_own(book: OrderBook) -> None:
