@@ -70,11 +70,24 @@ def calibrate(  # noqa: PLR0913, PLR0917  one parameter is one option
         ),
     ] = None,
     predictor: Annotated[
-        PredictorKind, typer.Option("--predictor", help="Stands for a skipped block; the policy's must be the same.")
-    ] = _PREDICTOR.kind,
+        PredictorKind | None,
+        typer.Option(
+            "--predictor",
+            help=f"Stands for a skipped block; the policy's must be the same.  Default: {_PREDICTOR.kind.value}.",
+            show_default=False,
+        ),
+    ] = None,
     order: Annotated[
-        int, typer.Option("--order", metavar="1|2", min=1, max=2, help="Of a predictor that extrapolates.")
-    ] = _PREDICTOR.order,
+        int | None,
+        typer.Option(
+            "--order",
+            metavar="1|2",
+            min=1,
+            max=2,
+            help=f"Of a predictor that extrapolates.  Default: {_PREDICTOR.order}.",
+            show_default=False,
+        ),
+    ] = None,
     target_speedup: Annotated[
         float | None,
         typer.Option(
@@ -119,14 +132,19 @@ def calibrate(  # noqa: PLR0913, PLR0917  one parameter is one option
     """
     from adacorr_deploy.quality.calibrate import CalibrationOptions
 
+    target = _target(target_speedup, target_psnr, output, front)
+    if (policies is not None or target is not None) and (predictor is not None or order is not None):
+        raise RequestError(
+            "--predictor and --order are of one calibration; --policies and a target measure what policies look up, "
+            "each for its own predictor. Leave --predictor and --order out."
+        )
     options = CalibrationOptions(
         sampler=sampler,
         steps=steps,
         guidance=guidance,
         images=images,
-        predictor=Predictor(kind=predictor, order=order),
+        predictor=Predictor(kind=predictor or _PREDICTOR.kind, order=order or _PREDICTOR.order),
     )
-    target = _target(target_speedup, target_psnr, output, front)
     if target is not None:
         _tune(bundle, policies, target, options, Outputs(policy=output, front=front), backend, as_json=as_json)
         return

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from adacorr_deploy.caching.policy import policy_from_file
+from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS, policy_from_file
 from adacorr_deploy.cli.calibrate import calibrate
 from adacorr_deploy.core.bundle import open_bundle
 from adacorr_deploy.core.errors import EngineError
@@ -38,13 +38,23 @@ def test_json_says_where_the_calibration_is(command: Command, own_bundle: Path) 
 def test_defaults_are_those_of_the_layer_below() -> None:
     defaults = {name: parameter.default for name, parameter in signature(calibrate).parameters.items()}
     options = CalibrationOptions()
-    assert (options.predictor.kind, options.predictor.order) == (defaults["predictor"], defaults["order"])
+    assert (defaults["predictor"], defaults["order"]) == (None, None)  # so that it shows whether they were given
+    assert options.predictor == PRESETS[DEFAULT_POLICY].predictor
     assert (options.sampler, options.steps, options.guidance, options.images) == (
         defaults["sampler"],
         defaults["steps"],
         defaults["guidance"],
         defaults["images"],
     )
+
+
+@pytest.mark.parametrize("given", [("--predictor", "hold"), ("--order", 2)])
+@pytest.mark.parametrize("wanted", [("--policies", "fora"), ("--target-speedup", 2)])
+def test_a_predictor_that_would_not_be_used_is_refused(
+    command: Command, own_bundle: Path, given: tuple[str, object], wanted: tuple[str, object]
+) -> None:
+    error = command("calibrate", own_bundle, *wanted, *given).error
+    assert "Leave --predictor and --order out" in error
 
 
 def test_measuring_again_gives_the_same_bytes(command: Command, own_bundle: Path) -> None:
