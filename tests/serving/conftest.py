@@ -28,7 +28,10 @@ def served_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="session")
 def repository(served_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Repository:
-    folder = tmp_path_factory.mktemp("repository")
+    return new_repository(served_bundle, tmp_path_factory.mktemp("repository"))
+
+
+def new_repository(served_bundle: Bundle, folder: Path) -> Repository:
     policy = folder / "careful.toml"
     policy.write_text(POLICY_FILE)
     options = RepositoryOptions(name=MODEL, limits=Limits(max_images=4, max_queue=MAX_QUEUE), policy_files=(policy,))

@@ -17,10 +17,12 @@ from adacorr_deploy.serving.repository import Repository, RepositoryOptions, wri
 from adacorr_deploy.serving.server_packages import SERVER_IMAGE
 from adacorr_deploy.serving.settings import Quality, settings_from_file
 from adacorr_deploy.serving.tensors import INPUTS
+from tests.serving.conftest import new_repository
 from tests.test_import_time import BUILD_TIME_ONLY
 
 
-def test_the_layout_is_tritons(repository: Repository) -> None:
+def test_the_layout_is_tritons(served_bundle: Bundle, tmp_path: Path) -> None:
+    repository = new_repository(served_bundle, tmp_path)  # the shared one may have been run, and hold bytecode
     names = {path.relative_to(repository.path).as_posix() for path in repository.path.rglob("*") if path.is_file()}
     assert {
         "tiny/config.pbtxt",
