@@ -40,9 +40,10 @@ from adacorr_deploy.caching.policy import policy_named
 from adacorr_deploy.runtime import BatchingEngine, Outcome, Pipeline, SampleRequest
 from adacorr_deploy.serving.local_server import installed_triton
 from adacorr_deploy.serving.repository import RepositoryOptions, write_repository
-from adacorr_deploy.serving.settings import Limits
+from adacorr_deploy.serving.settings import CPU_BACKEND, Limits
 from adacorr_deploy.serving.tensors import Field
 from adacorr_deploy.serving.trial_server import RunningServer, inputs_of, refusal, running
+from adacorr_deploy.serving.triton_model import backend_for_lanes
 
 BATCH: Final = 8
 POLICIES: Final = ("none", "robust@2", "scheduled@2", "fora@3", "robust@3", "fewer-steps@2")
@@ -310,14 +311,15 @@ def resident_bytes(process_id: int) -> int:
 
 
 @contextmanager
-def both_sides(bundle: Path, folder: Path) -> Iterator[Sides]:
-    """Serve a bundle, and open it in this process too."""
-    limits = Limits(max_queue=4096)
+def both_sides(bundle: Path, folder: Path, lanes: int | None) -> Iterator[Sides]:
+    """Serve a bundle, and open it in this process too, with as many lanes and threads."""
+    limits = Limits(max_queue=4096, lanes=lanes)
+    count = limits.lanes_on(CPU_BACKEND)
     repository = write_repository(bundle, folder / "models", RepositoryOptions(limits=limits, name="bench"))
     with (
         running(installed_triton(), repository, folder / "log") as server,
-        Pipeline.open(bundle) as pipeline,
-        BatchingEngine(pipeline) as engine,
+        Pipeline.open(bundle, backend=backend_for_lanes(CPU_BACKEND, count)) as pipeline,
+        BatchingEngine(pipeline, lanes=count) as engine,
     ):
         yield Sides(
             server=server,
@@ -333,9 +335,10 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=48, help="of each round of the throughput")
     parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--lanes", type=int, help="of both sides; default: one per core")
     parser.add_argument("--soak", type=int, metavar="N", help="send N mixed requests in place of measuring")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, both_sides(arguments.bundle, Path(folder)) as sides:
+    with tempfile.TemporaryDirectory() as folder, both_sides(arguments.bundle, Path(folder), arguments.lanes) as sides:
         found: dict[str, object] = {"machine": cpu_model(), "server": "Triton 2.51 on the CPU, gRPC on loopback"}
         if arguments.soak:
             found.update(soak(sides, total=arguments.soak, clients=arguments.clients))
