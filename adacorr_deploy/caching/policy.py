@@ -63,6 +63,7 @@ __all__ = [
     "PaperGate",
     "Policy",
     "ScheduleGate",
+    "named_file",
     "policy_from_file",
     "policy_named",
 ]
@@ -195,6 +196,17 @@ def policy_named(name_or_file: str) -> Policy:
     if plus and word in ON_TOP:
         return _corrected(_base_named(base), word, at + target)
     return _base_named(name_or_file)
+
+
+def named_file(name_or_file: str) -> Path:
+    """Return the file that a policy's name would be read from, `router.json` of `l2c@router.json` among them.
+
+    A preset's own name comes back as a path, at which nothing need stand.
+    """
+    base, plus, on_top = name_or_file.rpartition("+")
+    given = base if plus and on_top.partition("@")[0] in ON_TOP else name_or_file
+    name, at, file = given.partition("@")
+    return Path(file if at and name in FILE_PRESETS else given)
 
 
 def _base_named(name_or_file: str) -> Policy:

@@ -213,10 +213,11 @@ class Files:
         Raises:
             OutputError: See `check_outputs`.
         """
+        from adacorr_deploy.caching.policy import named_file
         from adacorr_deploy.cli.output_files import check_outputs
 
         results = self.results / "run.json" if self.results is not None else None
-        inputs = [*map(Path, policies), *(path for path in (self.features, self.real) if path is not None)]
+        inputs = [*map(named_file, policies), *(path for path in (self.features, self.real) if path is not None)]
         outputs = [path for path in (self.csv, self.report, results) if path is not None]
         check_outputs(outputs, bundle=bundle, inputs=inputs)
 

@@ -166,7 +166,7 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
 
     Needs neither PyTorch nor ONNX's own packages.
     """
-    from adacorr_deploy.caching.policy import policy_named
+    from adacorr_deploy.caching.policy import named_file, policy_named
     from adacorr_deploy.cli.image_files import GRID_NAME
     from adacorr_deploy.cli.labels import labels_from_text
     from adacorr_deploy.cli.latents_file import latents_from_npy
@@ -183,7 +183,8 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
         else:
             _show_self_test(tested)
         return
-    inputs = [Path(given) for given in (latents, policy) if given is not None]
+    inputs = [latents] if latents is not None else []
+    inputs += [named_file(policy)] if policy is not None else []
     outputs.check([GRID_NAME], bundle=bundle, inputs=inputs)
     with Pipeline.open(bundle, backend=backend) as pipeline:
         manifest = pipeline.manifest

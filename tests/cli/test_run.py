@@ -282,6 +282,7 @@ def test_latents_that_need_a_vae_are_kept_or_refused(command: Command, own_bundl
         (["-o", "{tmp}/full"], "02_bag-small_seed0.png is a folder"),
         (["--latents", "{tmp}/in.npy", "--save-latents", "{tmp}/in.npy"], "would overwrite an input"),
         (["--policy", "{tmp}/p.json", "--save-latents", "{tmp}/p.json"], "would overwrite an input"),
+        (["--policy", "l2c@{tmp}/p.json+paper-exact", "--save-latents", "{tmp}/p.json"], "would overwrite an input"),
         (["-o", ""], "Invalid value for '--output' / '-o': it is empty"),
         (["-o", "out", "--trace", ""], "Invalid value for '--trace': it is empty"),
         (["-o", "out", "--policy", ""], "policy '' is neither a preset"),
