@@ -2,59 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import torch
 from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import PatchEmbed
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from adacorr_deploy.core.errors import UnsupportedModelError
-
-_Size = Annotated[int, Field(ge=1, le=65536, strict=True)]
-_Activation = Literal["gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu"]
+from adacorr_deploy.exporters.model_config import Activation, ModelConfig, Size
 
 
-class DiTConfig(BaseModel):
-    """The fields that shape the model; others of a config.json (dropout, …) change nothing at inference."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
+class DiTConfig(ModelConfig):
+    """The fields that shape the model."""
 
     num_attention_heads: Annotated[int, Field(ge=1, le=256, strict=True)] = 16
     attention_head_dim: Annotated[int, Field(ge=1, le=1024, strict=True)] = 72
     in_channels: Annotated[int, Field(ge=1, le=1024, strict=True)] = 4
-    out_channels: _Size | None = None
+    out_channels: Size | None = None
     num_layers: Annotated[int, Field(ge=1, le=512, strict=True)] = 28
     attention_bias: bool = True
     sample_size: Annotated[int, Field(ge=1, le=4096, strict=True)] = 32
     patch_size: Annotated[int, Field(ge=1, le=64, strict=True)] = 2
-    activation_fn: _Activation = "gelu-approximate"
+    activation_fn: Activation = "gelu-approximate"
     num_embeds_ada_norm: Annotated[int, Field(ge=1, le=1_000_000, strict=True)] = 1000
     upcast_attention: Literal[False] = False
     norm_type: Literal["ada_norm_zero"] = "ada_norm_zero"
     norm_elementwise_affine: bool = False
     norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-
-    @classmethod
-    def checked(cls, raw: Mapping[str, object], *, where: str) -> DiTConfig:
-        """Validate a config.
-
-        Raises:
-            UnsupportedModelError: Naming the first field that has no compiled form, and what is allowed.
-        """
-        try:
-            config = cls.model_validate(raw)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(step) for step in first["loc"])
-            raise UnsupportedModelError(
-                f"{where}: {field} = {first['input']!r} is not supported: {first['msg']}. "
-                "Use a DiT without this feature."
-            ) from error
-        if reason := config._refusal():
-            raise UnsupportedModelError(f"{where}: {reason}. Check the configuration.")
-        return config
 
     @property
     def width(self) -> int:
@@ -64,7 +38,7 @@ class DiTConfig(BaseModel):
     def tokens(self) -> int:
         return (self.sample_size // self.patch_size) ** 2
 
-    def _refusal(self) -> str | None:
+    def refusal(self) -> str | None:
         if self.sample_size % self.patch_size:
             return f"patch_size {self.patch_size} doesn't divide sample_size {self.sample_size}"
         if self.out_channels not in (None, self.in_channels, 2 * self.in_channels):
