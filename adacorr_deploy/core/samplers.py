@@ -10,6 +10,7 @@ What is carried from one step to the next, at first 0, is a multistep solver's: 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -285,7 +286,9 @@ def _flow_euler(schedule: FlowSchedule, steps: int, tokens: int) -> _Steps:
 
 def _flow_sigmas(schedule: FlowSchedule, steps: int, tokens: int) -> NDArray[np.float64]:
     dynamic, smallest = schedule.dynamic_shift, 1 / schedule.flow_steps
-    if dynamic is None:  # diffusers shifts the smallest σ, and then all that are spaced down to it: twice
+    if schedule.unshifted_tokens is not None:
+        factor, smallest = math.sqrt(tokens / schedule.unshifted_tokens), 1 / steps
+    elif dynamic is None:  # diffusers shifts the smallest σ, and then all that are spaced down to it: twice
         factor, smallest = schedule.shift, _shifted(np.asarray(smallest), schedule.shift).item()
     else:
         factor = dynamic.factor(tokens)

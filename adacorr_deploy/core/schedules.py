@@ -143,6 +143,7 @@ class FlowSchedule:
     shift: float = 1.0  # σ ← shift·σ / (1 + (shift − 1)·σ)
     dynamic_shift: DynamicShift | None = None  # takes the place of `shift`
     shift_terminal: float | None = None  # the last σ of a run, if they are to be stretched to it
+    unshifted_tokens: int | None = None  # Open-Sora's way instead: σ = 1, …, 1/S evenly, shifted by √(N / this)
 
     def __post_init__(self) -> None:
         if not 0 < self.flow_steps <= MAX_TRAINING_STEPS:
@@ -153,6 +154,14 @@ class FlowSchedule:
             raise SchedulerError(
                 f"shift_terminal is {self.shift_terminal}, allowed is 0 < shift_terminal < 1, or null."
             )
+        if self.unshifted_tokens is not None:
+            self._check_unshifted_tokens(self.unshifted_tokens)
+
+    def _check_unshifted_tokens(self, tokens: int) -> None:
+        if not 0 < tokens <= _MAX_SHIFT**2:
+            raise SchedulerError(f"unshifted_tokens is {tokens}, allowed is 0 < tokens ≤ {_MAX_SHIFT**2:g}.")
+        if (self.shift, self.dynamic_shift, self.shift_terminal) != (1.0, None, None):
+            raise SchedulerError(f"unshifted_tokens is {tokens}: it takes the place of every other shift. Remove one.")
 
     @property
     def training_steps(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -93,6 +94,12 @@ def _flow_euler(schedule: FlowSchedule, steps: int, tokens: int) -> SchedulerMix
         "shift": schedule.shift,
         "shift_terminal": schedule.shift_terminal,
     }
+    if schedule.unshifted_tokens is not None:
+        scheduler = FlowMatchEulerDiscreteScheduler(
+            **{**common, "shift": math.sqrt(tokens / schedule.unshifted_tokens)}
+        )
+        scheduler.set_timesteps(sigmas=[1 - step / steps for step in range(steps)])
+        return scheduler
     if dynamic is None:
         scheduler = FlowMatchEulerDiscreteScheduler(**common)
         scheduler.set_timesteps(steps)

@@ -238,6 +238,22 @@ def test_a_linear_flow_is_followed_exactly_in_any_number_of_steps() -> None:
         assert_close(latents, image)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 20, 30])
+@pytest.mark.parametrize(("height", "width", "frames"), [(64, 64, 1), (30, 54, 15), (90, 160, 30)])
+def test_open_soras_steps_are_followed(steps: int, height: int, width: int, frames: int) -> None:
+    """Its loop, from its description: t evenly from 1000, moved by the clip's pixels; it predicts clip − noise."""
+    schedule = FlowSchedule(flow_steps=1000, unshifted_tokens=1024)
+    table = sampler_table(schedule, Sampler.FLOW_EULER, steps, tokens=height * width * frames // 4)
+    ratio = math.sqrt(8 * height * 8 * width / 512**2) * math.sqrt(frames)
+    shares = [1 - step / steps for step in range(steps)]
+    times = [1000 * ratio * share / (1 + (ratio - 1) * share) for share in shares]
+    np.testing.assert_allclose(table.timesteps, times, rtol=1e-6)
+    for step, (now, after) in enumerate(zip(times, [*times[1:], 0.0], strict=True)):
+        latents, velocity, noise = draws(step, 3)
+        expected = latents + velocity * (now - after) / 1000
+        assert_close(applied(table, step, latents, -velocity, noise), expected)
+
+
 @given(
     config=st.fixed_dictionaries(
         {

@@ -161,3 +161,17 @@ def test_a_dynamic_shift_is_refused_where_its_line_ends() -> None:
     assert falling.factor(256) == 1.0
     with pytest.raises(SchedulerError, match="For images of 100000 tokens the dynamic shift would be"):
         falling.factor(100_000)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"unshifted_tokens": 0}, "unshifted_tokens is 0, allowed is 0 < tokens"),
+        ({"unshifted_tokens": 1024, "shift": 3.0}, "it takes the place of every other shift"),
+        ({"unshifted_tokens": 1024, "dynamic_shift": DynamicShift()}, "it takes the place of every other shift"),
+        ({"unshifted_tokens": 1024, "shift_terminal": 0.1}, "it takes the place of every other shift"),
+    ],
+)
+def test_a_shift_by_the_clips_size_stands_alone(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(SchedulerError, match=message):
+        FlowSchedule(flow_steps=1000, **fields)

@@ -91,6 +91,7 @@ def test_a_bundle_agrees_with_its_model(
         (NoiseSchedule(betas=(0.01,) * 1000, distillation=Distillation(steps=50)), Sampler.LCM),
         (FlowSchedule(flow_steps=1000, shift=3.0), Sampler.FLOW_EULER),
         (FlowSchedule(flow_steps=1000, dynamic_shift=DynamicShift(base_tokens=4)), Sampler.FLOW_EULER),
+        (FlowSchedule(flow_steps=1000, unshifted_tokens=4), Sampler.FLOW_EULER),
     ],
 )
 def test_few_step_and_flow_matching_models_agree_by_their_own_sampler(
