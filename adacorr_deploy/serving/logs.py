@@ -45,7 +45,7 @@ def trace_id(context: str | None) -> str | None:
         return None
     try:
         parent = json.loads(context)["traceparent"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):  # a client may have written it
         return None
     parts = str(parent).split("-")
     return parts[1] if len(parts) == _TRACEPARENT_FIELDS else None

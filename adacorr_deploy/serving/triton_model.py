@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import traceback
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,7 @@ else:
         pb_utils = None
 
 _WARM_UP_STEPS: Final = 2
+_MAX_ID: Final = 128  # characters that the log shows of a client's own id
 _NOT_IDENTICAL: Final = (
     "On this machine a row's result depends on how many others its launch has: what else is sampled at the time shows "
     "in an image's last bits."
@@ -90,7 +92,14 @@ class TritonPythonModel:
     def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
         """Take requests in; each is answered later, through its own sender."""
         for request in requests:
-            self._service.handle(_incoming(request), TritonReply(request.get_response_sender()))
+            reply = TritonReply(request.get_response_sender())
+            try:
+                incoming = _incoming(request)
+            except Exception as error:  # noqa: BLE001  raised from here, it would end all these requests, taken in or not
+                self._log.write(Level.ERROR, "bug", {"message": traceback.format_exc()})
+                reply.fail(Status.INTERNAL, f"The request can't be read: {type(error).__name__}.")
+            else:
+                self._service.handle(incoming, reply)
 
     def finalize(self) -> None:
         """Drain and free everything; Triton calls it when no request is left, or its patience is at an end."""
@@ -168,7 +177,7 @@ def _incoming(request: pb_utils.InferenceRequest) -> Incoming:
 
     parameters: dict[str, str | int | float | bool] = json.loads(request.parameters() or "{}")
     return Incoming(
-        request_id=request.request_id() or secrets.token_hex(8),
+        request_id=request.request_id()[:_MAX_ID] or secrets.token_hex(8),
         tensors=tensors,
         parameters=parameters,
         wanted=frozenset(request.requested_output_names()),
