@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from adacorr_deploy.caching.decisions import Signals
 from adacorr_deploy.caching.gates.accumulated import MagCacheGate
+from adacorr_deploy.caching.granularity import Granularity, Spans
 from adacorr_deploy.caching.guards import Guards
 from adacorr_deploy.caching.policy import PRESETS, policy_named
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
@@ -220,3 +221,44 @@ def test_dbcache_evaluates_where_cache_dits_manager_does(
     )
     assert found.evaluated(1) == expected
     assert 4 < len(expected) < STEPS
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("threshold", "dynamic"), [(0.08, False), (0.2, False), (0.08, True), (0.15, True)])
+def test_dbprune_evaluates_where_cache_dits_manager_does(seed: int, threshold: float, dynamic: bool) -> None:
+    """Its manager decides on each block's input, which the pruned blocks' hooks would have given it."""
+    pytest.importorskip("cache_dit", reason="an extra of its own: pip install '.[bench]'")
+    from cache_dit import DBPruneConfig
+    from cache_dit.caching.cache_contexts.prune_manager import PrunedContextManager
+
+    blocks, warmup = 8, 3
+    config = DBPruneConfig(
+        residual_diff_threshold=threshold, max_warmup_steps=warmup, enable_dynamic_prune_threshold=dynamic
+    )
+    manager = PrunedContextManager("manager")
+    manager.set_context(manager.new_context(name="blocks", cache_config=config))
+    inputs = [trajectory(100 * seed + block, stride=0.2 + 0.02 * block) for block in range(blocks)]
+    expected: list[list[int]] = [[] for _ in range(blocks)]
+    for step in range(STEPS):
+        manager.mark_step_begin()
+        for block in range(blocks):
+            tokens, buffer = inputs[block][step], f"{block}_Fn_original"
+            if not manager.can_prune(tokens, prefix=buffer):
+                manager.set_Fn_buffer(tokens, prefix=buffer)
+                expected[block].append(step)
+    base, found = PRESETS["dbprune"], Driven()
+    policy = base.model_copy(
+        update={
+            "gate": base.gate.model_copy(update={"threshold": threshold, "dynamic": dynamic}),
+            "spans": Spans(granularity=Granularity.PARTS),
+            "guards": Guards(warmup_steps=warmup, final_steps=0, max_age_steps=1000),
+        }
+    )
+    drive(
+        made(policy, steps=STEPS, blocks=blocks),
+        STEPS,
+        signals=lambda step, block: compared(inputs[block][step], inputs[block][found.evaluated(block)[-1]]),
+        into=found,
+    )
+    assert [found.evaluated(block) for block in range(blocks)] == expected
+    assert warmup < len(expected[0]) < STEPS
