@@ -70,6 +70,16 @@ def test_the_documentations_table_has_every_policy_its_predictor_and_its_paper()
     assert all(f"`NAME+{word}" in text for word in ON_TOP)
 
 
+def test_each_policy_that_was_published_cites_its_paper_in_its_gates_docstring() -> None:
+    papers = {(type(policy.gate), policy.gate.paper or PAPERS.get(name, "")) for name, policy in PRESETS.items()}
+    papers |= {(model, model.paper) for model in (*FILE_PRESETS.values(), Correction, PaperCorrection)}
+    cited = {(model, paper) for model, paper in papers if f"arXiv {paper}" in (model.__doc__ or "")}
+    assert {model.__name__ for model, _ in papers - cited} == {
+        "NoGate", "FewerStepsGate", "ScheduleGate", "MaskGate",  # no method of others, or none with a name
+        "FirstBlocksGate", "PruneGate",  # published as code alone
+    }  # fmt: skip
+
+
 def test_a_toml_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(

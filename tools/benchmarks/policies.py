@@ -2,9 +2,11 @@
 
     adacorr-calibrate demo.bundle --policies teacache,magcache,smoothcache,block-caching,lazydit+adacorrection,…
     python tools/benchmarks/policies.py demo.bundle --images 16 -o build/policies
+    python tools/benchmarks/policies.py demo.bundle --families fora --bases fora --on-top paper-lazy -o build/policies
+    python tools/benchmarks/policies.py demo.bundle --families '' --bases '' --policies mine.toml -o build/policies
 
 Each policy is turned through its knob. A policy with AdaCorrection on top is compared with its base at equal ρ: the
-base's PSNR is interpolated between its own points. The cost axis is the share of block launches skipped, which no other
+base's PSNR is interpolated between its own points; so is the paper's weight on top, at each setting of the base. The cost axis is the share of block launches skipped, which no other
 load on the machine touches; times are a matter of `adacorr-bench`. Finished points are kept in the output folder: an
 interrupted study goes on, and one of more policies starts from it. With `--calibrated-guidance G` the calibrations of
 guidance G are used at `--guidance`, where they don't hold: no product does so, but it shows what adapting is worth.
@@ -13,6 +15,7 @@ guidance G are used at `--guidance`, where they don't hold: no product does so, 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import sys
@@ -25,7 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adacorr_deploy.caching.calibration import Calibration
-from adacorr_deploy.caching.policy import policy_named
+from adacorr_deploy.caching.gates.adacorrection import Mode
+from adacorr_deploy.caching.policy import ON_TOP, Policy, policy_named
 from adacorr_deploy.caching.profile import Profile
 from adacorr_deploy.core.bundle import CALIBRATION_DIR, PROFILE_DIR, open_bundle, store_in_bundle
 from adacorr_deploy.core.errors import AdaCorrError
@@ -58,7 +62,6 @@ GRID: Final = {
 }
 BASES: Final = ("fastcache", "teacache", "adacache", "lazydit", "fbcache")  # that the paper puts AdaCorrection on
 TARGETS: Final = (1.5, 2, 2.5, 3)
-ON_TOP: Final = "+adacorrection"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,19 +104,22 @@ class Study:
 
     def point(self, name: str) -> Point | None:
         """Measure a policy, unless an earlier run did; None where it does not run on this bundle."""
+        try:
+            policy = policy_named(name)
+            if Path(name).is_file():  # what it held counts
+                name = f"{name}#{hashlib.sha256(policy.model_dump_json().encode()).hexdigest()[:8]}"
+            measured = self._points.get(name) or self._measured(name, policy)
+        except AdaCorrError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            return None
         if name not in self._points:
-            try:
-                self._points[name] = self._measured(name)
-            except AdaCorrError as error:
-                print(f"{name}: {error}", file=sys.stderr)
-                return None
+            self._points[name] = measured
             self._file.parent.mkdir(parents=True, exist_ok=True)
             document = {"run": self._run, "points": {key: asdict(value) for key, value in self._points.items()}}
             self._file.write_text(json.dumps(document, indent=1), encoding="utf-8")
-        return self._points[name]
+        return measured
 
-    def _measured(self, name: str) -> Point:
-        policy = policy_named(name)
+    def _measured(self, name: str, policy: Policy) -> Point:
         psnr, rho = [], []
         for index, request in enumerate(self._requests()):
             result = sample_with_policy(self._pipeline, request, policy)
@@ -164,15 +170,25 @@ def measured_families(study: Study, families: Sequence[str]) -> dict[str, list[P
     return points
 
 
-def on_top(study: Study, base: str, base_points: Sequence[Point]) -> Iterator[tuple[Point, float | None]]:
-    """Yield AdaCorrection on a base at each target, the base set to skip about as much, and the base at equal ρ."""
-    for target in TARGETS:
-        if not base_points:
-            return
-        nearest = min(base_points, key=lambda point: abs(np.log(point.speedup / target)))
-        point = study.point(f"{nearest.policy}{ON_TOP}@{target:g}")
+def on_top(study: Study, word: str, base_points: Sequence[Point]) -> Iterator[tuple[Point, float | None]]:
+    """Yield a base with a correction on top, each with the base's own PSNR at equal ρ.
+
+    AdaCorrection is aimed at each target, on the base set to skip about as much; the paper's weight, which has no
+    target, stands on every setting of the base.
+    """
+    for name in corrected_names(word, base_points):
+        point = study.point(name)
         if point is not None:
             yield point, interpolated(base_points, point.rho)
+
+
+def corrected_names(word: str, base_points: Sequence[Point]) -> Iterator[str]:
+    if ON_TOP[word] is not Mode.ROBUST:
+        yield from (f"{point.policy}+{word}" for point in base_points)
+    elif base_points:
+        for target in TARGETS:
+            nearest = min(base_points, key=lambda point: abs(np.log(point.speedup / target)))
+            yield f"{nearest.policy}+{word}@{target:g}"
 
 
 def misled_bundle(source: Path, target: Path, calibrated: float, used: float) -> Path:
@@ -209,6 +225,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for finished points")
     parser.add_argument("--families", default=",".join(GRID), help="presets, with commas between them")
     parser.add_argument("--bases", default=",".join(BASES), help="presets that AdaCorrection is put on")
+    parser.add_argument("--on-top", choices=list(ON_TOP), default="adacorrection", help="what is put on the bases")
+    parser.add_argument("--policies", default="", help="further policies, names or files, with commas between them")
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--batch", type=int, default=4, help="images that decide together (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=50)
@@ -229,8 +247,11 @@ def main() -> None:
         points = measured_families(study, families)
         for base in bases:
             base_points = points.get(base) or measured_families(study, [base])[base]
-            for point, base_psnr_db in on_top(study, base, base_points):
+            for point, base_psnr_db in on_top(study, args.on_top, base_points):
                 show(point, base_psnr_db)
+        for name in args.policies.split(",") if args.policies else ():
+            if (point := study.point(name)) is not None:
+                show(point)
 
 
 if __name__ == "__main__":

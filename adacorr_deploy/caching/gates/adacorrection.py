@@ -46,7 +46,7 @@ class _Correcting(GateSettings):
 
 
 class AdaCorrectionGate(_Correcting):
-    """AdaCorrection on the calibrated schedule: each request pays for the error that it measures (METHOD §3, `robust`).
+    """AdaCorrection (arXiv 2602.13357) on the calibrated schedule: a request pays for the error that it measures.
 
     Attributes:
         offset_margin: A first block's √Ŝ above this multiple of the largest that calibration saw forces evaluation.
@@ -68,7 +68,7 @@ class Mode(str, Enum):
 
 
 class Correction(_Correcting):
-    """AdaCorrection on top of a gate (`NAME+adacorrection`): the gate proposes, the calibrated weight decides.
+    """AdaCorrection (arXiv 2602.13357) on top (`NAME+adacorrection`): a gate proposes, the calibrated weight decides.
 
     ê and the allowance are those of the plan at the target's price, times the request's measured difficulty. w = 0:
     reuse, whatever the gate proposes; w = 1: evaluate; between, its proposal stands, a reuse as long as the error
@@ -112,7 +112,7 @@ class PaperEquations(GateSettings):
 
 
 class PaperGate(PaperEquations):
-    """The paper's equations alone: a block whose w ≤ `epsilon` is not launched where the gate is `lazy`.
+    """The paper's equations (arXiv 2602.13357) alone: a block whose w ≤ `epsilon` is not launched if `lazy`.
 
     Without it every block is evaluated at every step and blended: the reference, which saves nothing.
     """
@@ -129,7 +129,7 @@ class PaperGate(PaperEquations):
 
 
 class PaperCorrection(PaperEquations):
-    """The paper's equations on top of a gate (`NAME+paper-lazy`, `NAME+paper-exact`): its reuses are corrected.
+    """The paper's equations (arXiv 2602.13357) on a gate's reuses (`NAME+paper-lazy`, `NAME+paper-exact`).
 
     Where the gate reuses a span, S of the span's input, against that of its last evaluation, gives w: within `epsilon`
     the reuse stands, at 1 the span is recomputed, between it is evaluated and blended with what the reuse would have
