@@ -11,9 +11,11 @@ from torch import nn
 
 from adacorr_deploy.core.errors import OutputError
 from adacorr_deploy.core.progress import Progress
-from adacorr_deploy.core.specs import BLOCK_UNITS, DecoderSpec, DType, ModelSpec, PartSpec
+from adacorr_deploy.core.prompts import TextEncoderSpec
+from adacorr_deploy.core.specs import BLOCK_UNITS, DecoderSpec, DType, ModelSpec, PartSpec, PromptSpec
 from adacorr_deploy.exporters.checkpoints import LoadedModel
 from adacorr_deploy.exporters.part import Part
+from adacorr_deploy.exporters.text_encoder import LoadedTextEncoder
 from adacorr_deploy.exporters.tracing import TracedPart, trace_part, weights_of
 from adacorr_deploy.exporters.vae import LoadedVae
 from adacorr_deploy.exporters.weights_file import StoredTensor, layout_of, write_weights
@@ -69,6 +71,20 @@ def export_decoder(vae: LoadedVae, model: ModelSpec, decoder: DecoderSpec, direc
     """
     part = vae.part(model, decoder)
     _write_part(part, trace_part(part, decoder.precision), directory, decoder.precision)
+    return part.spec
+
+
+def export_text_encoder(
+    encoder: LoadedTextEncoder, prompt: PromptSpec, spec: TextEncoderSpec, directory: Path
+) -> PartSpec:
+    """Write text_encoder.onnx and text_encoder.safetensors into an existing folder.
+
+    Raises:
+        UnsupportedModelError: If a weight overflows the encoder's precision.
+        OutputError: If a file can't be written.
+    """
+    part = encoder.part(prompt)
+    _write_part(part, trace_part(part, spec.precision), directory, spec.precision)
     return part.spec
 
 

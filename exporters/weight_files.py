@@ -25,8 +25,12 @@ _FLOAT_TYPES: Final = (torch.float64, torch.float32, torch.float16, torch.bfloat
 _SHOWN: Final = 3  # keys named in a message
 
 
-def state_dict_from_files(paths: Sequence[Path]) -> StateDict:
+def state_dict_from_files(paths: Sequence[Path], *, as_stored: bool = False) -> StateDict:
     """Read weight files (one, or the shards of one checkpoint) into one state dict; safetensors stay memory-mapped.
+
+    Args:
+        paths: The files.
+        as_stored: Keep the tensors' own types, which takes no memory, in place of float32.
 
     Raises:
         CheckpointError: If a file is missing, truncated, of another kind, or holds anything but floating-point tensors.
@@ -42,7 +46,7 @@ def state_dict_from_files(paths: Sequence[Path]) -> StateDict:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing. Copy the checkpoint again, with all its files.")
         state.update(read(path))
-    return state
+    return state if as_stored else {name: value.float() for name, value in state.items()}
 
 
 def checkpoint_sha256(paths: Sequence[Path]) -> str:
@@ -55,18 +59,22 @@ def checkpoint_sha256(paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Return the weight files of a diffusers model's folder, sharded or not.
+def weight_files(folder: Path, names: Sequence[str] = (_WEIGHTS,)) -> list[Path]:
+    """Return the weight files of a model's folder, sharded or not.
+
+    Args:
+        folder: Of the model.
+        names: That its library gives weights; diffusers' by default.
 
     Raises:
         CheckpointError: If it holds none.
     """
-    if (index := folder / f"{_WEIGHTS}.safetensors.index.json").exists():
-        return shards_from_index(index)
-    for suffix in (".safetensors", ".bin"):
-        if (file := folder / f"{_WEIGHTS}{suffix}").exists():
+    for file in (folder / f"{name}{suffix}" for suffix in (".safetensors", ".bin") for name in names):
+        if (index := file.with_name(f"{file.name}.index.json")).exists():
+            return shards_from_index(index)
+        if file.exists():
             return [file]
-    raise CheckpointError(f"{folder} holds no {_WEIGHTS}.safetensors. Copy the checkpoint again, with all its files.")
+    raise CheckpointError(f"{folder} holds no {names[0]}.safetensors. Copy the checkpoint again, with all its files.")
 
 
 def shards_from_index(index: Path) -> list[Path]:
@@ -147,7 +155,7 @@ def _read_pickle(path: Path) -> StateDict:
 
 
 def _tensors_only(items: Iterable[tuple[object, object]], path: Path) -> StateDict:
-    """Check every item, and bring the values to float32 (no copy where they are already)."""
+    """Check every item."""
     state: StateDict = {}
     for key, value in items:
         if not isinstance(key, str) or not isinstance(value, Tensor):
@@ -160,7 +168,7 @@ def _tensors_only(items: Iterable[tuple[object, object]], path: Path) -> StateDi
                 f"{path}: {key} is {value.dtype} ({value.layout}, {value.device}); "
                 "weights must be dense floating point. Save the model without quantisation."
             )
-        state[key] = value.detach().float()
+        state[key] = value.detach()
     return state
 
 

@@ -17,6 +17,8 @@ BUILD_TIME_ONLY = (
     "onnxscript",
     "polygraphy",
     "safetensors",
+    "sentencepiece",
+    "tokenizers",
     "torch",
     "torchmetrics",
     "transformers",

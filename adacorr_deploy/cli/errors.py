@@ -23,7 +23,19 @@ _LINE: Final = 600
 _UsageError: Final = cast("type[Exception]", typer.BadParameter.__bases__[0])
 
 _BUILD_PACKAGES: Final = frozenset(
-    {"diffusers", "jinja2", "onnx", "onnx_ir", "onnxscript", "polygraphy", "safetensors", "torch", "torchmetrics"}
+    {
+        "diffusers",
+        "jinja2",
+        "onnx",
+        "onnx_ir",
+        "onnxscript",
+        "polygraphy",
+        "safetensors",
+        "sentencepiece",
+        "torch",
+        "torchmetrics",
+        "transformers",
+    }
 )
 
 

@@ -13,6 +13,7 @@ from numpy.typing import DTypeLike
 Dim = int | str  # a size, or the name of a dynamic axis
 
 DECODE_PART: Final = "decode"
+MAX_PROMPT_SIZE: Final = 65536  # an untrusted manifest can't ask for more
 MAX_DECODER_SIZE: Final = 4096  # of a tile or a scale: an untrusted manifest can't ask for more
 UNITS_OF_BLOCK: Final = ("attention", "mlp")  # what a transformer block adds to its tokens, in order
 BLOCK_UNITS: Final = len(UNITS_OF_BLOCK)
@@ -68,6 +69,22 @@ class PartSpec:
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSpec:
+    """What a text encoder gives a model: T tokens of width E, padded, with a mask that says which are real.
+
+    Raises:
+        ValueError: If a size is out of range.
+    """
+
+    tokens: int
+    width: int
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.tokens <= MAX_PROMPT_SIZE and 1 <= self.width <= MAX_PROMPT_SIZE):
+            raise ValueError(f"a prompt of {self.tokens} × {self.width}, allowed are 1 … {MAX_PROMPT_SIZE}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
