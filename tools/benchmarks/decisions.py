@@ -1,12 +1,13 @@
 """What a policy's decisions cost the loop: every row of the table of policies, and each with AdaCorrection on top.
 
-    python tools/benchmarks/decisions.py [--steps 50] [--blocks 28] [--runs 20] [--json]
+    python tools/benchmarks/decisions.py [--steps 50] [--blocks 28] [--runs 20] [--cpu-time] [--json]
 
 Nothing is launched: controllers are driven as the loop drives them, on signals that wander at random, with a
 calibration and a profile that are made up. One decision is everything that the loop asks of a controller for one span
 at one step: whether signals are wanted, the decision, the prediction or the errors and changes. The goal is 0.1 ms.
 A plan is solved once for a price and shared by all requests of a process; every run here is the same request, so that
-the first one solves the plans, and its time stands by itself.
+the first one solves the plans, and its time stands by itself. On a machine that others use too, `--cpu-time` counts
+what the deciding thread itself took of a processor, without its waiting for one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Final
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--blocks", type=int, default=28)
     parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--cpu-time", action="store_true", help="of the deciding thread, in place of wall-clock time")
     parser.add_argument("--json", action="store_true")
     return parser
 
@@ -94,12 +96,13 @@ def measured(policy: Policy, arguments: argparse.Namespace) -> Row:
     run = Run(steps=steps, blocks=arguments.blocks, elements=256 * WIDTH)
     made, profile = calibration(policy, run), profile_of(steps, arguments.blocks)
     means, slowest, first, signals = [], [], math.nan, wandering(steps)
+    clock = time.thread_time if arguments.cpu_time else time.perf_counter
     for index in range(arguments.runs + 1):
         controller = controller_for_policy(policy, run, made, profile)
-        started = time.perf_counter()
-        times = drive(controller, steps, signals)
+        started = clock()
+        times = drive(controller, steps, signals, clock)
         if index == 0:
-            first = time.perf_counter() - started
+            first = clock() - started
         else:
             means.append(statistics.fmean(times))
             slowest.append(max(times))
@@ -112,21 +115,23 @@ def measured(policy: Policy, arguments: argparse.Namespace) -> Row:
     )
 
 
-def drive(controller: Controller, steps: int, signals: Sequence[Sequence[Signals]]) -> list[float]:
-    """Decide every span of every step as the loop does, and return the seconds of each."""
+def drive(
+    controller: Controller, steps: int, signals: Sequence[Sequence[Signals]], clock: Callable[[], float]
+) -> list[float]:
+    """Decide every span of every step as the loop does, and return the seconds of each by the clock."""
     histories = [SlotHistory(capacity=3) for _ in controller.spans]
     watched = [len(controller.observations(span)) for span in range(len(histories))]
     times = []
     for step in range(steps):
         for span, history in enumerate(histories):
-            started = time.perf_counter()
+            started = clock()
             wanted = controller.needs_signals(step, span, history) if history.steps else [False] * watched[span]
             decision = controller.decide(step, span, history, [signals[step] if asked else None for asked in wanted])
             if decision.action is Action.REUSE:
                 controller.prediction(step, span, history)
             else:
                 _evaluate(controller, step, span, history, signals[step])
-            times.append(time.perf_counter() - started)
+            times.append(clock() - started)
     return times
 
 

@@ -6,10 +6,11 @@
     python tools/benchmarks/policies.py demo.bundle --families '' --bases '' --policies mine.toml -o build/policies
 
 Each policy is turned through its knob. A policy with AdaCorrection on top is compared with its base at equal ρ: the
-base's PSNR is interpolated between its own points; so is the paper's weight on top, at each setting of the base. The cost axis is the share of block launches skipped, which no other
-load on the machine touches; times are a matter of `adacorr-bench`. Finished points are kept in the output folder: an
-interrupted study goes on, and one of more policies starts from it. With `--calibrated-guidance G` the calibrations of
-guidance G are used at `--guidance`, where they don't hold: no product does so, but it shows what adapting is worth.
+base's PSNR is interpolated between its own points. So is the paper's weight, which stands on each setting of a base.
+The cost axis is the share of block launches skipped, which no other load on the machine touches; times are a matter of
+`adacorr-bench`. Finished points are kept in the output folder: an interrupted study goes on, and one of more policies
+starts from it. With `--calibrated-guidance G` the calibrations of guidance G are used at `--guidance`, where they don't
+hold: no product does so, but it shows what adapting is worth.
 """
 
 from __future__ import annotations
