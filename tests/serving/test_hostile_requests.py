@@ -146,7 +146,7 @@ def test_the_log_has_one_short_line_for_each(server: RunningServer, channel: grp
 
 @pytest.mark.parametrize("message", LETHAL.values(), ids=list(LETHAL))
 def test_what_ends_this_triton_is_noticed_by_inference(repository: Repository, tmp_path: Path, message: bytes) -> None:
-    """Two calls end Triton 24.10 before the model sees them, as the repository's README says; drop it with a later one."""
+    """Two calls end Triton 24.10 before the model sees them, as the repository's README says."""
     with running(installed_triton(), repository, tmp_path / "log") as server:
         with grpc.insecure_channel(server.grpc_address) as channel:
             assert send(channel, message)[0] in {"UNAVAILABLE", "INTERNAL"}

@@ -22,6 +22,7 @@ ANSWERED: Final = "OK"
 LABELS: Final = "class_labels"
 _MANY: Final = 5_000
 _IMAGES: Final = 1_000_000
+Parameter = bool | int | str | float
 _NO_FIELD: Final = "is no field of a request. See the repository's README for those."
 
 
@@ -222,7 +223,9 @@ def _values(model: str) -> list[HostileCall]:
 
 
 def _parameters(model: str) -> list[HostileCall]:
-    def case(name: str, text: str, *, by_model: bool = False, code: str = INVALID, **values: object) -> HostileCall:
+    def case(
+        name: str, text: str, values: Mapping[str, Parameter], *, by_model: bool = False, code: str = INVALID
+    ) -> HostileCall:
         def edit(request: service_pb2.ModelInferRequest) -> None:
             for key, value in values.items():
                 kind = {bool: "bool_param", int: "int64_param", str: "string_param", float: "double_param"}[type(value)]
@@ -235,21 +238,21 @@ def _parameters(model: str) -> list[HostileCall]:
     many = {f"p{index}": index for index in range(_MANY)}
     reserved = "parameter keys starting with 'triton_' are reserved for Triton usage"
     return [
-        case("misspelt field", f"'sede' {_NO_FIELD}", by_model=True, sede=7),
-        case("thousands of parameters", _NO_FIELD, by_model=True, **many),
-        case("parameter of NaN", f"'p' {_NO_FIELD}", by_model=True, p=float("nan")),
-        case("parameter that breaks JSON", _NO_FIELD, by_model=True, **{'a"\\\n': '"\\\n\x01'}),
-        case("priority below 0", "invalid value for 'priority', expected value >= 0", priority=-1),
-        case("priority as text", "invalid value type for 'priority' parameter", priority="high"),
-        case("timeout as number", "invalid value type for 'timeout' parameter", timeout=0.5),
-        case("sequence as flag", "invalid value type for 'sequence_id' parameter", sequence_id=True),
+        case("misspelt field", f"'sede' {_NO_FIELD}", {"sede": 7}, by_model=True),
+        case("thousands of parameters", _NO_FIELD, many, by_model=True),
+        case("parameter of NaN", f"'p' {_NO_FIELD}", {"p": float("nan")}, by_model=True),
+        case("parameter that breaks JSON", _NO_FIELD, {'a"\\\n': '"\\\n\x01'}, by_model=True),
+        case("priority below 0", "invalid value for 'priority', expected value >= 0", {"priority": -1}),
+        case("priority as text", "invalid value type for 'priority' parameter", {"priority": "high"}),
+        case("timeout as number", "invalid value type for 'timeout' parameter", {"timeout": 0.5}),
+        case("sequence as flag", "invalid value type for 'sequence_id' parameter", {"sequence_id": True}),
         case(
             "long sequence",
             "string correlation ID cannot be longer than 128 characters",
+            {"sequence_id": "x" * 1000},
             code="UNIMPLEMENTED",
-            sequence_id="x" * 1000,
         ),
-        case("the server's own key", reserved, triton_trace="[" * 100_000),
+        case("the server's own key", reserved, {"triton_trace": "[" * 100_000}),
     ]
 
 
@@ -270,14 +273,18 @@ def _messages(model: str) -> list[HostileCall]:
     def version(request: service_pb2.ModelInferRequest) -> None:
         request.model_version = "x/../1"
 
-    unparsed = {"code": "INTERNAL", "text": "Unable to parse request"}
-    unknown = {"code": "NOT_FOUND", "text": "Request for unknown model: "}
+    def unparsed(name: str, sent: bytes) -> HostileCall:
+        return HostileCall(name=name, message=sent, code="INTERNAL", text="Unable to parse request")
+
+    def unknown(name: str, sent: bytes) -> HostileCall:
+        return HostileCall(name=name, message=sent, code="NOT_FOUND", text="Request for unknown model: ")
+
     return [
-        HostileCall(name="garbage", message=b"\xff" * 64, **unparsed),
-        HostileCall(name="cut message", message=fine[:-3], **unparsed),
-        HostileCall(name="name that is no UTF-8", message=b"\x0a\x02\xff\xfe", **unparsed),
-        HostileCall(name="empty message", message=b"", **unknown),
-        HostileCall(name="path as model", message=message("../../etc", one), **unknown),
+        unparsed("garbage", b"\xff" * 64),
+        unparsed("cut message", fine[:-3]),
+        unparsed("name that is no UTF-8", b"\x0a\x02\xff\xfe"),
+        unknown("empty message", b""),
+        unknown("path as model", message("../../etc", one)),
         HostileCall(name="path as version", message=message(model, one, edit=version), text="an integral value > 0"),
         HostileCall(name="no fields", message=message(model), text="class_labels: Field required", by_model=True),
         HostileCall(
