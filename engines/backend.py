@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adacorr_deploy.core.engine_build import EngineBuild
-from adacorr_deploy.core.specs import DType, PartSpec
+from adacorr_deploy.core.specs import DType, ModelSpec, PartSpec
 from adacorr_deploy.engines.decision_graphs import DecisionGraphs
 
 
@@ -127,6 +127,14 @@ class Backend(Protocol):
     @property
     def engine_build(self) -> EngineBuild | None:
         """How `build` compiles; None where it compiles nothing."""
+        ...
+
+    def for_model(self, model: ModelSpec) -> None:
+        """Say of which model the parts are that are built next; a backend that takes any size needs not know.
+
+        Raises:
+            RequestError: If the engines are to be compiled for sizes that its latents can't have.
+        """
         ...
 
     def build(self, onnx_path: Path, spec: PartSpec, artefact_dir: Path) -> Artefact:

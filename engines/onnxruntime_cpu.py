@@ -28,7 +28,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_native
 
 from adacorr_deploy.core.engine_build import EngineBuild
 from adacorr_deploy.core.errors import EngineError
-from adacorr_deploy.core.specs import DType, PartSpec, TensorSpec
+from adacorr_deploy.core.specs import DType, ModelSpec, PartSpec, TensorSpec
 from adacorr_deploy.engines.backend import Artefact, Buffer, Launch
 from adacorr_deploy.engines.binding import check_binding
 from adacorr_deploy.engines.decision_graphs import no_decisions
@@ -68,6 +68,9 @@ class OnnxRuntimeBackend:
         if threads < 0:
             raise EngineError(f"The number of threads must be 0 (all cores) or more, got {threads}.")
         self.threads: Final = threads
+
+    def for_model(self, model: ModelSpec) -> None:
+        """Take note of nothing: parts run at any size."""
 
     def build(self, onnx_path: Path, spec: PartSpec, artefact_dir: Path) -> Artefact:
         """Check that ONNX Runtime takes the part, and return the ONNX file itself: nothing is compiled.

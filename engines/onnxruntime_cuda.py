@@ -16,7 +16,7 @@ import onnxruntime as ort
 
 from adacorr_deploy.core.engine_build import EngineBuild
 from adacorr_deploy.core.errors import BackendUnavailableError, EngineError
-from adacorr_deploy.core.specs import DType, PartSpec, TensorSpec
+from adacorr_deploy.core.specs import DType, ModelSpec, PartSpec, TensorSpec
 from adacorr_deploy.engines.backend import Artefact, Buffer, Launch, Session
 from adacorr_deploy.engines.decision_graphs import no_decisions
 from adacorr_deploy.engines.device_memory import device_buffer
@@ -51,6 +51,9 @@ class OnnxRuntimeCudaBackend(GpuBackend):
                 "it with: pip uninstall onnxruntime && pip install 'adacorr-deploy[gpu]'"
             )
         super().__init__()
+
+    def for_model(self, model: ModelSpec) -> None:
+        """Take note of nothing: parts run at any size."""
 
     def build(self, onnx_path: Path, spec: PartSpec, artefact_dir: Path) -> Artefact:
         """Check that ONNX Runtime takes the part, and return the ONNX file itself: nothing is compiled.

@@ -12,7 +12,7 @@ from typing import Final
 
 from adacorr_deploy.core.engine_build import CompilerOptions, EngineBuild
 from adacorr_deploy.core.errors import EngineError
-from adacorr_deploy.core.specs import PartSpec
+from adacorr_deploy.core.specs import ModelSpec, PartSpec
 from adacorr_deploy.engines.backend import Artefact, Session
 from adacorr_deploy.engines.gpu_backend import GpuBackend
 from adacorr_deploy.engines.tensorrt_compiler import TensorRTCompiler
@@ -45,6 +45,10 @@ class TensorRTBackend(GpuBackend):
     def engine_build(self) -> EngineBuild:
         build = self._compiler.description
         return build if self._module.compiles_without_gpu else build.for_gpu(self.device.compute_capability)
+
+    def for_model(self, model: ModelSpec) -> None:
+        """Compile for the sizes of the model's latents; errors as `Profile.for_latents`."""
+        self._compiler.for_latents(model.latents)
 
     def build(self, onnx_path: Path, spec: PartSpec, artefact_dir: Path) -> Artefact:
         """Compile a part; where weights are inputs, parts of one structure share a plan.

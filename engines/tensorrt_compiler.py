@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 from adacorr_deploy.core.bundle import replace_file
 from adacorr_deploy.core.engine_build import CompilerOptions, EngineBuild, WeightLayout
 from adacorr_deploy.core.errors import EngineError
+from adacorr_deploy.core.latents import LatentSpec
 from adacorr_deploy.core.specs import PartSpec, TensorSpec
 from adacorr_deploy.engines.backend import Artefact
 from adacorr_deploy.engines.tensorrt_modules import BuilderConfig, TensorRTModule, TimingCache, new_log
@@ -59,6 +61,10 @@ class TensorRTCompiler:
             profile=self._options.profile,
             version_compatible=self._options.version_compatible,
         )
+
+    def for_latents(self, latents: LatentSpec) -> None:
+        """Compile for the sizes that the options ask for, or else for the latents' default; errors as the profile's."""
+        self._options = replace(self._options, profile=self._options.profile.for_latents(latents))
 
     def compile(self, onnx_path: Path, spec: PartSpec, directory: Path) -> Artefact:
         """Compile a part into `directory`.

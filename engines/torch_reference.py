@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from adacorr_deploy.core.engine_build import EngineBuild
 from adacorr_deploy.core.errors import BackendUnavailableError, EngineError
-from adacorr_deploy.core.specs import DType, PartSpec
+from adacorr_deploy.core.specs import DType, ModelSpec, PartSpec
 from adacorr_deploy.engines.backend import Artefact, Buffer, Launch
 from adacorr_deploy.engines.binding import check_binding
 from adacorr_deploy.engines.decision_graphs import no_decisions
@@ -36,6 +36,9 @@ class TorchBackend:
 
     def __init__(self, modules: Mapping[str, torch.nn.Module]) -> None:
         self._modules = dict(modules)
+
+    def for_model(self, model: ModelSpec) -> None:
+        """Take note of nothing: parts run at any size."""
 
     def build(self, onnx_path: Path, spec: PartSpec, artefact_dir: Path) -> Artefact:
         """Return `onnx_path` as it is: the module takes its place.

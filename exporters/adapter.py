@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Final, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from adacorr_deploy.core.errors import UnsupportedModelError
@@ -23,30 +25,38 @@ class ExportableModel(Protocol):
         """The whole model as its own library runs it: the reference of every comparison."""
         ...
 
-    def predict(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+    def predict(self, latents: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         """Return the whole model's raw output for rows, by `module`'s own forward.
 
         Args:
-            latents: (R, C, H, W) float32.
+            latents: (R, C, H, W) or (R, C, F, H, W) float32.
             timesteps: (R,), in training steps.
-            labels: (R,) int64; the null label stands for rows without condition.
+            conditions: What a request says, by the names of `core.specs.request_tensors`; the null label, or prompt,
+                stands in rows without condition.
+
+        Returns:
+            The prediction, and the learned variance in as many further channels if there is one.
         """
         ...
 
     @property
     def learned_variance(self) -> bool: ...
 
+    def null_prompt(self) -> tuple[NDArray[np.float32], NDArray[np.int64]] | None:
+        """Return the prompt of images without condition, embeddings (T, E) and mask (T,), if the checkpoint has it."""
+        ...
+
     def training_schedule(self) -> Schedule:
         """The schedule that checkpoints in the family's original layout were trained with."""
         ...
 
-    def spec(self, precision: DType, units: int) -> ModelSpec: ...
+    def spec(self, precision: DType, segment: int) -> ModelSpec: ...
 
-    def parts(self, precision: DType, units: int) -> Iterator[Part]:
-        """Yield every part, with so many consecutive units in a block part: 1 for halves, 2 for each whole block."""
+    def parts(self, precision: DType, segment: int) -> Iterator[Part]:
+        """Yield every part, with so many transformer blocks in a block part: 0 (`HALVES`) makes a part of each unit."""
         ...
 
-    def step_part(self, precision: DType, units: int) -> Part:
+    def step_part(self, precision: DType, segment: int) -> Part:
         """Return one whole denoising step as a single part, with the inputs and outputs of the chain."""
         ...
 
@@ -97,5 +107,8 @@ def adapter_for(config: Mapping[str, object], *, where: str) -> ModelAdapter:
         name = _LEGACY_CLASSES.get(str(config.get("norm_type")), _LEGACY_CLASS)
     adapter = EXPORTERS.get(name) if isinstance(name, str) else None
     if adapter is None:
-        raise UnsupportedModelError(f"{where}: no exporter knows the class {name!r}. Known: {', '.join(EXPORTERS)}.")
+        raise UnsupportedModelError(
+            f"{where}: no exporter knows the class {name!r}. Known: {', '.join(EXPORTERS)}. "
+            "How to add a family: adacorr_deploy/docs/families.md"
+        )
     return adapter

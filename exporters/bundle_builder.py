@@ -23,9 +23,10 @@ from adacorr_deploy.core.manifest import (
     PartRecord,
     file_record,
 )
+from adacorr_deploy.core.null_prompt import NULL_PROMPT_FILE, content_of_null_prompt
 from adacorr_deploy.core.output_folder import check_output_folder, output_folder
 from adacorr_deploy.core.progress import Progress
-from adacorr_deploy.core.specs import BLOCK_UNITS, DECODE_PART, MAX_DECODER_SIZE, DType, ModelSpec, PartSpec
+from adacorr_deploy.core.specs import DECODE_PART, HALVES, MAX_DECODER_SIZE, DType, ModelSpec, PartSpec
 from adacorr_deploy.engines.backend import Backend
 from adacorr_deploy.engines.bundle_sessions import check_precision
 from adacorr_deploy.exporters.checkpoints import LoadedModel
@@ -43,7 +44,7 @@ class BuildOptions:
     Attributes:
         precision: Of weights and of activations between parts.
         segment: Transformer blocks in a block part; caching decides over whole parts.
-        halves: Make two parts of each transformer block, attention and MLP: one can be reused without the other.
+        halves: Make a part of each unit of a transformer block (of a DiT's: attention and MLP), reused by itself.
         overwrite: Replace a bundle that stands at the output, once the new one is complete.
         default_policy: Preset, with or without a target or a correction on top, for runs that name none.
         vae_tile: Latent pixels, along a side, that the decoder takes at once; a larger image is decoded in tiles.
@@ -77,9 +78,9 @@ class BuildOptions:
         policy_named(self.default_policy)
 
     @property
-    def units(self) -> int:
-        """Units in a block part."""
-        return 1 if self.halves else self.segment * BLOCK_UNITS
+    def blocks_in_a_part(self) -> int:
+        """Transformer blocks in a block part, or `HALVES`."""
+        return HALVES if self.halves else self.segment
 
 
 def build_bundle(
@@ -107,22 +108,25 @@ def build_bundle(
     Raises:
         OutputError: If `output` exists, or appears meanwhile, or can't be written.
         UnsupportedModelError: If a part can't be exported, or the VAE is not the model's.
+        RequestError: If the engines are to be compiled for sizes that the model's latents can't have.
         EngineError: If the backend doesn't run this precision, or a part can't be compiled.
     """
-    model = loaded.model.spec(options.precision, options.units)
+    model = loaded.model.spec(options.precision, options.blocks_in_a_part)
     decoder = None
     if loaded.vae is not None:
         decoder = loaded.vae.spec(model, tile=options.vae_tile, precision=options.vae_precision)
     for precision in {options.precision, decoder.precision if decoder is not None else options.precision}:
         check_precision(precision, backend)
+    backend.for_model(model)
     with output_folder(output, overwrite=options.overwrite) as folder:
         parts_dir = folder / PARTS_DIR
         started = time.perf_counter()
-        specs = export_parts(loaded, parts_dir, options.precision, options.units, progress)
+        specs = export_parts(loaded, parts_dir, options.precision, options.blocks_in_a_part, progress)
         specs |= _write_service_parts(model, parts_dir)
         if loaded.vae is not None and decoder is not None:
             specs[DECODE_PART] = export_decoder(loaded.vae, model, decoder, parts_dir)
         export_seconds = time.perf_counter() - started
+        null_prompt = _write_null_prompt(loaded, folder)
         records = dict(_compiled_parts(specs, folder, backend, progress))
         files = {
             path.relative_to(folder).as_posix(): file_record(path)
@@ -144,6 +148,7 @@ def build_bundle(
             class_names=loaded.class_names,
             default_policy=options.default_policy,
             decoder=decoder,
+            null_prompt=null_prompt,
         )
         replace_file(folder / MANIFEST_NAME, manifest.model_dump_json(indent=1).encode())
         if finish is not None:
@@ -163,6 +168,16 @@ def check_output(output: Path, options: BuildOptions) -> None:
 def _shown(name: str) -> str:
     """Return a checkpoint's name, which may be any file name, as a manifest takes it."""
     return "".join(letter if letter.isprintable() else "?" for letter in name)[:MAX_TEXT]
+
+
+def _write_null_prompt(loaded: LoadedModel, folder: Path) -> str | None:
+    """Store the prompt of images without condition, if the checkpoint has it; return where."""
+    if (null_prompt := loaded.model.null_prompt()) is None:
+        return None
+    file = folder / NULL_PROMPT_FILE
+    file.parent.mkdir()
+    file.write_bytes(content_of_null_prompt(*null_prompt))
+    return NULL_PROMPT_FILE
 
 
 def _write_service_parts(model: ModelSpec, parts_dir: Path) -> Mapping[str, PartSpec]:

@@ -12,7 +12,7 @@ from torch import nn
 from adacorr_deploy.core.errors import OutputError
 from adacorr_deploy.core.progress import Progress
 from adacorr_deploy.core.prompts import TextEncoderSpec
-from adacorr_deploy.core.specs import BLOCK_UNITS, DecoderSpec, DType, ModelSpec, PartSpec, PromptSpec
+from adacorr_deploy.core.specs import DecoderSpec, DType, ModelSpec, PartSpec, PromptSpec
 from adacorr_deploy.exporters.checkpoints import LoadedModel
 from adacorr_deploy.exporters.part import Part
 from adacorr_deploy.exporters.text_encoder import LoadedTextEncoder
@@ -31,7 +31,7 @@ def export_parts(
     loaded: LoadedModel,
     directory: Path,
     precision: DType = DType.FLOAT32,
-    units: int = BLOCK_UNITS,
+    segment: int = 1,
     progress: Progress | None = None,
 ) -> dict[str, PartSpec]:
     """Write NAME.onnx and NAME.safetensors of every part into an existing folder.
@@ -40,21 +40,22 @@ def export_parts(
         loaded: The model.
         directory: Where to write; on an error or an interruption, what was written stays: use a temporary folder.
         precision: float32, float16 or bfloat16, of weights and of activations between parts.
-        units: Units in a block part: 1 (halves of blocks) or twice its transformer blocks.
+        segment: Transformer blocks in a block part, or `HALVES`: each of their units is one.
         progress: Told before each part, and at the end. What it raises stops the export.
 
     Raises:
         UnsupportedModelError: If a weight overflows `precision`.
         OutputError: If a file can't be written.
     """
-    total = len(loaded.model.spec(precision, units).units) + 3
+    model = loaded.model.spec(precision, segment)
+    total = len(model.units) + 3
     specs: dict[str, PartSpec] = {}
     traced: dict[str, TracedPart] = {}
-    for part in loaded.model.parts(precision, units):
+    for part in loaded.model.parts(precision, segment):
         if progress is not None:
             progress(part.spec.name, len(specs), total)
         if part.structure not in traced:
-            traced[part.structure] = trace_part(part, precision)
+            traced[part.structure] = trace_part(part, precision, model.latents)
         _write_part(part, traced[part.structure], directory, precision)
         specs[part.spec.name] = part.spec
     if progress is not None:
@@ -89,7 +90,7 @@ def export_text_encoder(
 
 
 def monolithic_step_onnx(
-    loaded: LoadedModel, directory: Path, precision: DType = DType.FLOAT32, units: int = BLOCK_UNITS
+    loaded: LoadedModel, directory: Path, precision: DType = DType.FLOAT32, segment: int = 1
 ) -> PartSpec:
     """Write step.onnx (and step.safetensors): the chain embed, blocks, head as one graph, for benchmarks.
 
@@ -100,17 +101,18 @@ def monolithic_step_onnx(
         UnsupportedModelError: If a weight overflows `precision`.
         OutputError: If a file can't be written.
     """
-    part = loaded.model.step_part(precision, units)
-    _write_part(part, trace_part(part, precision), directory, precision)
+    part = loaded.model.step_part(precision, segment)
+    latents = loaded.model.spec(precision, segment).latents
+    _write_part(part, trace_part(part, precision, latents), directory, precision)
     return part.spec
 
 
-def reference_modules(loaded: LoadedModel, units: int = BLOCK_UNITS) -> dict[str, nn.Module]:
+def reference_modules(loaded: LoadedModel, segment: int = 1) -> dict[str, nn.Module]:
     """Return the parts as PyTorch modules in float32 that share the model's weights.
 
     Each takes the tensors of its contract by name and returns a tuple of the outputs in the contract's order.
     """
-    return {part.spec.name: part.module for part in loaded.model.parts(DType.FLOAT32, units)}
+    return {part.spec.name: part.module for part in loaded.model.parts(DType.FLOAT32, segment)}
 
 
 def _write_part(part: Part, traced: TracedPart, directory: Path, precision: DType) -> None:

@@ -15,7 +15,8 @@ import torch
 from onnx_ir.passes import common
 from torch import Tensor, nn
 
-from adacorr_deploy.core.shapes import BATCH, BRANCHES, ROWS, STEPS
+from adacorr_deploy.core.latents import LatentSpec
+from adacorr_deploy.core.shapes import BATCH, BRANCHES, FRAMES, HEIGHT, ROWS, STEPS, WIDTH
 from adacorr_deploy.core.specs import DType, PartSpec, TensorSpec
 from adacorr_deploy.exporters.fold_weight_layout_pass import FoldWeightLayoutPass
 from adacorr_deploy.exporters.part import Part
@@ -26,6 +27,7 @@ OPSET: Final = 20  # the first with Gelu; ONNX Runtime and TensorRT both take it
 
 # Sizes of the example inputs: all different and none 0 or 1, which tracing would take for constants.
 _EXAMPLE_SIZES: Final = {BATCH: 3, BRANCHES: 2, ROWS: 6, STEPS: 5}
+_EXAMPLE_PATCHES: Final = {FRAMES: 4, HEIGHT: 7, WIDTH: 8}
 _ONNX_TYPES: Final[Mapping[DType, ir.DataType]] = {
     DType.FLOAT32: ir.DataType.FLOAT,
     DType.FLOAT16: ir.DataType.FLOAT16,
@@ -47,10 +49,16 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def trace_part(part: Part, precision: DType) -> TracedPart:
-    """Trace a part in `precision`; no weight is read, only its shape."""
+def trace_part(part: Part, precision: DType, latents: LatentSpec | None = None) -> TracedPart:
+    """Trace a part in `precision`; no weight is read, only its shape.
+
+    Args:
+        part: The part.
+        precision: Of its weights.
+        latents: Of its model, if named axes of its contract depend on their size.
+    """
     names = tuple(weights_of(part.module))
-    program = _exported_program(part, precision)
+    program = _exported_program(part, precision, _EXAMPLE_SIZES | _example_sizes(latents))
     with _quiet_exporter():
         exported = torch.onnx.export(
             program,
@@ -91,12 +99,21 @@ class _Functional(nn.Module):
         return outputs
 
 
-def _exported_program(part: Part, precision: DType) -> torch.export.ExportedProgram:
+def _example_sizes(latents: LatentSpec | None) -> dict[str, int]:
+    if latents is None:
+        return {}
+    patches = dict(zip(latents.axes, latents.patch, strict=True))
+    sizes = zip(latents.axes, latents.shape[1:], strict=True)
+    varying = latents.varying
+    return latents.sizes_at(
+        tuple(_EXAMPLE_PATCHES[name] * patches[name] if name in varying else size for name, size in sizes)
+    )
+
+
+def _exported_program(part: Part, precision: DType, sizes: Mapping[str, int]) -> torch.export.ExportedProgram:
     dtype = TORCH_TYPES[precision]
     weights = tuple(torch.empty(weight.shape, dtype=dtype) for weight in weights_of(part.module).values())
-    inputs = tuple(
-        torch.zeros(spec.resolved(_EXAMPLE_SIZES), dtype=TORCH_TYPES[spec.dtype]) for spec in part.spec.inputs
-    )
+    inputs = tuple(torch.zeros(spec.resolved(sizes), dtype=TORCH_TYPES[spec.dtype]) for spec in part.spec.inputs)
     return torch.export.export(
         _Functional(part),
         (weights, inputs),

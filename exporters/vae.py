@@ -75,7 +75,7 @@ class LoadedVae:
         Raises:
             UnsupportedModelError: If the model's latents aren't the VAE's.
         """
-        channels, height, width = model.latent_shape
+        channels, *_, height, width = model.latent_shape
         if channels != self.config.latent_channels:
             raise UnsupportedModelError(
                 f"{self.where}: this VAE decodes latents of {self.config.latent_channels} channels, the model's have "

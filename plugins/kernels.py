@@ -33,14 +33,15 @@ _NORMALS_OF_A_THREAD: Final = 4  # a Philox counter's
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """An integer argument: the product of some axes of a tensor."""
+    """An integer argument: the product of some axes of a tensor, or of all but the first."""
 
     tensor: str
-    axes: tuple[int, ...]
+    axes: tuple[int, ...] | None
 
     def of(self, shapes: Shapes) -> int:
         """Return its value."""
-        return math.prod(shapes[self.tensor][axis] for axis in self.axes)
+        shape = shapes[self.tensor]
+        return math.prod(shape[1:] if self.axes is None else (shape[axis] for axis in self.axes))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +149,7 @@ def noise_spec(model: ModelSpec) -> PartSpec:
             TensorSpec(name="keys", dtype=DType.INT64, shape=(BATCH, 2)),
             TensorSpec(name="draw", dtype=DType.INT64, shape=(1,)),
         ),
-        outputs=(TensorSpec(name="noise", dtype=DType.FLOAT32, shape=(BATCH, *model.latent_shape)),),
+        outputs=(TensorSpec(name="noise", dtype=DType.FLOAT32, shape=(BATCH, *model.latents.dims)),),
     )
 
 
@@ -175,7 +176,7 @@ def _token_sizes(tensor: str) -> tuple[Size, Size]:
 
 
 def _elements(tensor: str) -> Size:
-    return Size(tensor=tensor, axes=(1, 2, 3))
+    return Size(tensor=tensor, axes=None)
 
 
 _TOKENS_OF_A_BLOCK: Final = 8  # of 256 threads: a warp takes a token

@@ -80,36 +80,40 @@ def service_parts(model: ModelSpec) -> dict[str, tuple[PartSpec, onnx.ModelProto
 def signals_part(model: ModelSpec) -> tuple[PartSpec, onnx.ModelProto]:
     """Return the `signals` part: one memory-bound pass over a block's input and the slot's reference."""
     spec = signals_spec(model)
-    function = signals_function(width=model.width)
-    return spec, _part_model(spec, function, {"epsilon": f"{EPSILON:f}", "rank": f"[{p95_rank(model.tokens)}]"})
+    function = signals_function(model)
+    rank = {} if model.latents.varying else {"rank": f"[{p95_rank(model.tokens)}]"}
+    return spec, _part_model(spec, function, {"epsilon": f"{EPSILON:f}", **rank}, model)
 
 
 def predict_part(model: ModelSpec, *, units: int, evaluations: int) -> tuple[PartSpec, onnx.ModelProto]:
     """Return the `predict_{T}` part for block parts of `units`."""
     spec = predict_spec(model, units=units, evaluations=evaluations)
-    return spec, _part_model(spec, predict_function(model, units=units, evaluations=evaluations), {})
+    return spec, _part_model(spec, predict_function(model, units=units, evaluations=evaluations), {}, model)
 
 
 def blend_part(model: ModelSpec, *, units: int, evaluations: int) -> tuple[PartSpec, onnx.ModelProto]:
     """Return the `blend_{T}` part for block parts of `units`."""
     spec = blend_spec(model, units=units, evaluations=evaluations)
-    return spec, _part_model(spec, blend_function(model, units=units, evaluations=evaluations), {})
+    return spec, _part_model(spec, blend_function(model, units=units, evaluations=evaluations), {}, model)
 
 
-def signals_function(*, width: int) -> onnx.FunctionProto:
+def signals_function(model: ModelSpec) -> onnx.FunctionProto:
     """Return AdaCorrSignals <epsilon, rank>; `rank` says which largest ratio is the 95th percentile of the tokens.
+
+    Where the number of tokens varies, there is no such attribute, and the rank is computed.
 
     All arithmetic is float32. A token's variance is E[x²] − E[x]²: it needs no second pass, and is exact enough unless
     a token's deviation is below a thousandth of its magnitude. Where sums of squares overflow, the ratio could come out
     as a harmless looking x/inf = 0, so the offset is then set to inf.
     """
+    attributes = "epsilon" if model.latents.varying else "epsilon, rank, plugin_namespace"
     return parser.parse_function(f"""{_FUNCTION_HEAD}
-        AdaCorrSignals <epsilon, rank, plugin_namespace> (tokens, reference) => (signals) {{
+        AdaCorrSignals <{attributes}> (tokens, reference) => (signals) {{
             channels = Constant <value_ints = [2]> ()
             image = Constant <value_ints = [1]> ()
-            width = Constant <value_float = {float(width)}> ()
+            width = Constant <value_float = {float(model.width)}> ()
             epsilon = Constant <value_float : float = @epsilon> ()
-            rank = Constant <value_ints : ints = @rank> ()
+            {_rank_lines(model)}
             x = Cast <to = 1> (tokens)
             x_ref = Cast <to = 1> (reference)
 
@@ -179,10 +183,28 @@ def signals_function(*, width: int) -> onnx.FunctionProto:
         }}""")
 
 
+def _rank_lines(model: ModelSpec) -> str:
+    """Return the lines that give `rank` (1,) int64, as `oracle.p95_rank` does: N − (95·N + 99) ÷ 100 + 1."""
+    if not model.latents.varying:
+        return "rank = Constant <value_ints : ints = @rank> ()"
+    return """
+            count = Shape <start = 1, end = 2> (tokens)
+            ninety_five = Constant <value_ints = [95]> ()
+            ninety_nine = Constant <value_ints = [99]> ()
+            hundred = Constant <value_ints = [100]> ()
+            one_rank = Constant <value_ints = [1]> ()
+            hundredths = Mul (count, ninety_five)
+            rounded_up = Add (hundredths, ninety_nine)
+            below = Div (rounded_up, hundred)
+            above_95 = Sub (count, below)
+            rank = Add (above_95, one_rank)"""
+
+
 def predict_function(model: ModelSpec, *, units: int, evaluations: int) -> onnx.FunctionProto:
     """Return AdaCorrPredict for one (T, U, N, D): tokens + Σₜ Σᵤ (cₜ·gateᵤ) ⊙ history[t, u]."""
     return parser.parse_function(f"""{_FUNCTION_HEAD}
-        AdaCorrPredict <plugin_namespace> (tokens, history, modulation, gate_steps, coefficients) => (tokens_out) {{
+        AdaCorrPredict {_plugin_attribute(model)}
+        (tokens, history, modulation, gate_steps, coefficients) => (tokens_out) {{
             {_update_lines(model, units, evaluations)}
             tokens_out = Add (tokens, update)
         }}""")
@@ -195,7 +217,7 @@ def blend_function(model: ModelSpec, *, units: int, evaluations: int) -> onnx.Fu
     thresholds that give none (0/0), mean w = 1.
     """
     return parser.parse_function(f"""{_FUNCTION_HEAD}
-        AdaCorrBlend <plugin_namespace>
+        AdaCorrBlend {_plugin_attribute(model)}
         (base, history, modulation, gate_steps, coefficients, fresh, estimate, thresholds) => (tokens_out, weight) {{
             {_update_lines(model, units, evaluations)}
             cached = Add (base, update)
@@ -257,8 +279,19 @@ def _update_lines(model: ModelSpec, units: int, evaluations: int) -> str:
             one_row = Constant <value_ints = [1, {count}]> ()
             ones = Reshape (ones_1d, one_row)
             update_2d = MatMul (ones, weighted_2d)
-            rows_of_tokens = Constant <value_ints = [-1, {model.tokens}, {model.width}]> ()
+            {_row_shape_line(model)}
             update = Reshape (update_2d, rows_of_tokens)"""
+
+
+def _plugin_attribute(model: ModelSpec) -> str:
+    """Return a function's attribute that lets a plugin take its place; plugins are for a fixed number of tokens."""
+    return "" if model.latents.varying else "<plugin_namespace>"
+
+
+def _row_shape_line(model: ModelSpec) -> str:
+    if model.latents.varying:
+        return "rows_of_tokens = Shape <start = 2> (history)"
+    return f"rows_of_tokens = Constant <value_ints = [-1, {model.tokens}, {model.width}]> ()"
 
 
 def combine_part(model: ModelSpec, *, evaluations: int) -> tuple[PartSpec, onnx.ModelProto]:
@@ -345,18 +378,19 @@ def _modulation_lines(model: ModelSpec) -> str:
 def extrapolate_part(model: ModelSpec, *, evaluations: int) -> tuple[PartSpec, onnx.ModelProto]:
     """Return the `extrapolate_{T}` part. A few elements per image: plain ops, no function."""
     spec = extrapolate_spec(model, evaluations=evaluations)
+    axes = len(model.latent_shape)
     return spec, _plain_model(
         spec,
         f"""
-            per_evaluation = Constant <value_ints = [{evaluations}, 1, 1, 1, 1, 1]> ()
-            factors_6d = Reshape (factors, per_evaluation)
-            weighted = Mul (history, factors_6d)
+            per_evaluation = Constant <value_ints = [{", ".join([str(evaluations), *["1"] * (axes + 2)])}]> ()
+            factor = Reshape (factors, per_evaluation)
+            weighted = Mul (history, factor)
             summed = Constant <value_ints = [0, 1]> ()
             model_output = ReduceSum <keepdims = 0> (weighted, summed)
             row = Gather <axis = 0> (coefficients, step)
-            image_axes = Constant <value_ints = [2, 3]> ()
-            row_4d = Unsqueeze (row, image_axes)
-            {", ".join(f"of_{name}" for name in COLUMNS)} = Split <axis = 1, num_outputs = {len(COLUMNS)}> (row_4d)
+            image_axes = Constant <value_ints = [{", ".join(str(axis) for axis in range(2, axes + 1))}]> ()
+            of_images = Unsqueeze (row, image_axes)
+            {", ".join(f"of_{name}" for name in COLUMNS)} = Split <axis = 1, num_outputs = {len(COLUMNS)}> (of_images)
             kept = Mul (of_latents, latents)
             moved = Mul (of_output, model_output)
             mean = Add (kept, moved)
@@ -376,7 +410,7 @@ def output_error_part(model: ModelSpec) -> tuple[PartSpec, onnx.ModelProto]:
     return spec, _plain_model(
         spec,
         f"""
-            image = Constant <value_ints = [1, 2, 3]> ()
+            image = Constant <value_ints = [{", ".join(str(axis + 1) for axis in range(len(model.latent_shape)))}]> ()
             epsilon = Constant <value_float = {EPSILON:f}> ()
             difference = Sub (predicted, fresh)
             distance = ReduceL2 <keepdims = 0> (difference, image)
@@ -394,19 +428,23 @@ def _plain_model(spec: PartSpec, body: str) -> onnx.ModelProto:
         }}""")
 
 
-def _part_model(spec: PartSpec, function: onnx.FunctionProto, attributes: Mapping[str, str]) -> onnx.ModelProto:
+def _part_model(
+    spec: PartSpec, function: onnx.FunctionProto, attributes: Mapping[str, str], model: ModelSpec
+) -> onnx.ModelProto:
     """Return a model with one node: the function, called with the part's own tensor names."""
     values = [f"{name} = {value}" for name, value in attributes.items()]
-    values.append(f'plugin_namespace = "{PLUGIN_NAMESPACE}"')
+    if not model.latents.varying:
+        values.append(f'plugin_namespace = "{PLUGIN_NAMESPACE}"')
     outputs = ", ".join(output.name for output in spec.outputs)
     inputs = ", ".join(tensor.name for tensor in spec.inputs)
-    model = parser.parse_model(f"""
+    called = f"{DOMAIN}.{function.name} <{', '.join(values)}>" if values else f"{DOMAIN}.{function.name}"
+    part = parser.parse_model(f"""
         <ir_version: {IR_VERSION}, opset_import: ["" : {OPSET}, "{DOMAIN}" : 1], producer_name: "adacorr-deploy">
         {spec.name} ({_value_infos(spec.inputs)}) => ({_value_infos(spec.outputs)}) {{
-            {outputs} = {DOMAIN}.{function.name} <{", ".join(values)}> ({inputs})
+            {outputs} = {called} ({inputs})
         }}""")
-    model.functions.append(function)
-    return model
+    part.functions.append(function)
+    return part
 
 
 def _value_infos(tensors: Iterable[TensorSpec]) -> str:

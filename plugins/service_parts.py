@@ -14,8 +14,8 @@ from collections import Counter
 from typing import Final
 
 from adacorr_deploy.core.sampler_rows import COLUMNS
-from adacorr_deploy.core.shapes import BATCH, ROWS, STEPS
-from adacorr_deploy.core.specs import MODULATIONS_PER_UNIT, Dim, DType, ModelSpec, PartSpec, TensorSpec
+from adacorr_deploy.core.shapes import BATCH, ROWS, STEPS, Dim
+from adacorr_deploy.core.specs import MODULATIONS_PER_UNIT, DType, ModelSpec, PartSpec, TensorSpec
 
 MAX_EVALUATIONS: Final = 3  # T goes from 1 (hold) to 3 (second-order extrapolation)
 SIGNALS_PART: Final = "signals"
@@ -154,13 +154,13 @@ def probe_spec(model: ModelSpec, *, units: int) -> PartSpec:
 def extrapolate_spec(model: ModelSpec, *, evaluations: int) -> PartSpec:
     """Return the spec of `extrapolate_{T}`: the last outputs and their factors in, the sampler's update out.
 
-    `history` is (T, 1, B, C, H, W): a slot's ring whose only unit is the model's guided output.
+    `history` is (T, 1, B, C, H, W), or with frames: a slot's ring whose only unit is the model's guided output.
     """
     return PartSpec(
         name=extrapolate_part_name(evaluations),
         inputs=(
             _image("latents", model),
-            TensorSpec(name="history", dtype=DType.FLOAT32, shape=(evaluations, 1, BATCH, *model.latent_shape)),
+            TensorSpec(name="history", dtype=DType.FLOAT32, shape=(evaluations, 1, BATCH, *model.latents.dims)),
             TensorSpec(name="factors", dtype=DType.FLOAT32, shape=(evaluations,)),
             TensorSpec(name="step", dtype=DType.INT64, shape=(1,)),
             TensorSpec(name="coefficients", dtype=DType.FLOAT32, shape=(STEPS, len(COLUMNS))),
@@ -181,11 +181,11 @@ def output_error_spec(model: ModelSpec) -> PartSpec:
 
 
 def _image(name: str, model: ModelSpec) -> TensorSpec:
-    return TensorSpec(name=name, dtype=DType.FLOAT32, shape=(BATCH, *model.latent_shape))
+    return TensorSpec(name=name, dtype=DType.FLOAT32, shape=(BATCH, *model.latents.dims))
 
 
 def _tokens(name: str, model: ModelSpec, *leading: Dim) -> TensorSpec:
-    return TensorSpec(name=name, dtype=model.precision, shape=(*leading, ROWS, model.tokens, model.width))
+    return TensorSpec(name=name, dtype=model.precision, shape=(*leading, ROWS, model.latents.tokens_dim, model.width))
 
 
 def _modulation(model: ModelSpec, units: int) -> TensorSpec:

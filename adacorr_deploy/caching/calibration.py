@@ -62,7 +62,7 @@ class CalibrationKey(_Frozen):
     sampler: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,40}$")]
     steps: Annotated[int, Field(ge=1, le=100_000)]
     guidance: Annotated[float, Field(ge=1, le=MAX_GUIDANCE, allow_inf_nan=False)]
-    latent_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+    latent_shape: Annotated[tuple[PositiveInt, ...], Field(min_length=3, max_length=4)]  # (C, H, W) or (C, F, H, W)
 
     def difference(self, other: CalibrationKey) -> str | None:
         """Return the first field in which the two differ, with both values, or None."""

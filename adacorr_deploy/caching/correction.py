@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Final
 
 from adacorr_deploy.caching.calibration import Calibration
 from adacorr_deploy.caching.decisions import Action, Decision, Observation, Signals, SlotHistory, Span, SpanCache
@@ -15,6 +16,8 @@ from adacorr_deploy.caching.run import Run
 from adacorr_deploy.caching.scores import Thresholds, weight_from_estimate
 
 _ROUNDING = 1e-9  # relative: the budget is the same sum in another order
+
+_EVALUATED_KIND: Final = "mlp"  # of a block's units, by the cheap corrector
 
 
 class OnTop:
@@ -34,6 +37,7 @@ class OnTop:
     ) -> None:
         self._settings = settings
         self._spans = spans
+        self._kinds = run.kinds
         self._planner = planner_for(calibration, guards)
         self._price = self._planner.price(settings.speedup)
         self._budget = self._planner.expected_spending(self._price)
@@ -84,8 +88,9 @@ class OnTop:
                 return self._cheap(span, estimate, weight)
 
     def _cheap(self, span: int, estimate: float, weight: float) -> Decision:
-        if self._spans[span].first % 2 == 0:
-            return self._reuse("attention half reused", estimate, weight)
+        kind = self._kinds[self._spans[span].first]
+        if kind != _EVALUATED_KIND:
+            return self._reuse(f"{kind.replace('_', ' ')} half reused", estimate, weight)
         return _decision(Action.EVALUATE, "MLP half evaluated", estimate, weight)
 
     def _reuse(self, reason: str, estimate: float, weight: float) -> Decision:

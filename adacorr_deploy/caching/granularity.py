@@ -23,7 +23,7 @@ class Spans(BaseModel):
 
     Attributes:
         granularity: See `Granularity`.
-        first: Blocks at the start that are always evaluated; both halves of a block in halves.
+        first: Blocks at the start that are always evaluated; all units of a block in halves.
         last: The same at the end.
     """
 
@@ -50,12 +50,13 @@ class Spans(BaseModel):
         Raises:
             PolicyError: If the bundle has not one block part more than those that are always evaluated.
         """
-        first, last = self.first * run.parts_per_block, self.last * run.parts_per_block
-        stop = run.blocks - last
+        blocks = run.whole_blocks
+        first = run.parts_of_blocks(0, self.first)
+        stop = run.blocks - run.parts_of_blocks(max(blocks - self.last, 0), blocks)
         if first >= stop:
             raise PolicyError(
                 f"policy {policy}: it always evaluates the first {self.first} and the last {self.last} blocks, and "
-                f"the bundle has {run.blocks // run.parts_per_block}: nothing is left to reuse. Lower spans.first or "
+                f"the bundle has {blocks}: nothing is left to reuse. Lower spans.first or "
                 "spans.last."
             )
         match self.granularity:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -67,9 +67,14 @@ class RequestLookups:
     def magnitude_ratios(self) -> Sequence[float]:
         return self._held(Quantity.MAGNITUDE_RATIOS, self.profile.magnitude_ratios if self.profile else None)
 
-    def unit_errors(self) -> tuple[ErrorTable, ErrorTable]:
+    def unit_errors(self) -> Mapping[str, ErrorTable]:
         errors = self._held(Quantity.UNIT_ERRORS, self.profile.unit_errors if self.profile else None)
-        return errors.attention, errors.mlp
+        if lacking := [kind for kind in self.run.kinds if kind not in errors]:
+            raise CalibrationError(
+                f"policy {self.settings.name}: the profile has no unit_errors of {lacking[0]}, only of "
+                f"{', '.join(errors)}. Calibrate the bundle again."
+            )
+        return errors
 
     def part_errors(self) -> Sequence[ErrorTable]:
         return self._held(Quantity.PART_ERRORS, self.profile.part_errors if self.profile else None)

@@ -45,6 +45,7 @@ def _age_error(value: float) -> float:
 Weight = Annotated[float, Field(ge=-MAX_MEASURE, le=MAX_MEASURE, allow_inf_nan=False)]
 Weights = Annotated[tuple[Weight, ...], Field(min_length=1)]
 AgeError = Annotated[float, AfterValidator(_age_error)]
+UnitName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
 ErrorTable = Annotated[  # [step][age − 1]
     tuple[Annotated[tuple[AgeError, ...], Field(min_length=1, max_length=_MAX_AGE)], ...], Field(min_length=1)
 ]
@@ -87,16 +88,6 @@ class ChangePolynomial(_Frozen):
         return max(value, 0.0)
 
 
-class UnitErrors(_Frozen):
-    """Relative L1 errors of reusing a unit's result of so many steps before: [step][age − 1], means over depth.
-
-    ‖u(s) − u(s − age)‖₁ / ‖u(s)‖₁ of results before their gates (SmoothCache, arXiv 2411.10510).
-    """
-
-    attention: ErrorTable
-    mlp: ErrorTable
-
-
 class AffineMap(_Frozen):
     """Least squares of what a span adds now on what it added some steps ago: r ≈ scale ⊙ r̄ + shift, per channel.
 
@@ -136,7 +127,9 @@ class Profile(_Frozen):
         output_change: See `ChangePolynomial`.
         magnitude_ratios: Per step, the mean over tokens of ‖r(s)‖ / ‖r(s − 1)‖ for the residual r of all blocks;
             1 at the first (MagCache, arXiv 2506.09045).
-        unit_errors: See `UnitErrors`.
+        unit_errors: By kind of unit, `attention`, `mlp`, …: relative L1 errors of reusing its result of so many steps
+            before, [step][age − 1], ‖u(s) − u(s − age)‖₁ / ‖u(s)‖₁ before gates, means over the depth (SmoothCache,
+            arXiv 2411.10510).
         part_errors: `part_errors[part][step][age − 1]`: ‖r(s) − r(s − age)‖₁ / ‖r(s)‖₁ of what the part adds to its
             input; at age 1 Block Caching's change per block and step.
         affine: Maps of every part and of the spans that were asked for.
@@ -148,7 +141,7 @@ class Profile(_Frozen):
     images: Annotated[int, Field(ge=1, le=MAX_BATCH)]
     output_change: ChangePolynomial | None = None
     magnitude_ratios: tuple[Measure, ...] | None = None
-    unit_errors: UnitErrors | None = None
+    unit_errors: Annotated[dict[UnitName, ErrorTable], Field(min_length=1, max_length=64)] | None = None
     part_errors: Annotated[tuple[ErrorTable, ...], Field(min_length=1)] | None = None
     affine: Annotated[tuple[AffineMap, ...], Field(min_length=1)] | None = None
     gates: Annotated[tuple[LinearGate, ...], Field(min_length=1)] | None = None
@@ -172,9 +165,8 @@ class Profile(_Frozen):
             raise ValueError(
                 f"magnitude_ratios holds {len(self.magnitude_ratios)} numbers, allowed are the key's {self.key.steps}"
             )
-        if self.unit_errors is not None:
-            self._check_table("unit_errors.attention", self.unit_errors.attention)
-            self._check_table("unit_errors.mlp", self.unit_errors.mlp)
+        for kind, table in (self.unit_errors or {}).items():
+            self._check_table(f"unit_errors.{kind}", table)
         for part, table in enumerate(self.part_errors or ()):
             self._check_table(f"part_errors.{part}", table)
         return self

@@ -131,8 +131,8 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
         typer.Option(
             "--halves",
             metavar="",
-            help="Two engines for each transformer block, attention and MLP, so that policies reuse one without the "
-            "other.",
+            help="An engine for each unit of a transformer block, of a DiT attention and MLP, so that policies "
+            "reuse one without the other.",
         ),
     ] = False,
     scheduler: Scheduler = None,
@@ -212,6 +212,39 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
             rich_help_panel=_COMPILED,
         ),
     ] = None,
+    height: Annotated[
+        str | None,
+        typer.Option(
+            "--height",
+            metavar="MIN,OPT,MAX",
+            help="Latent pixels from top to bottom, of models that take any: smallest, tuned for, largest.  "
+            "Default: the model's own alone.",
+            show_default=False,
+            rich_help_panel=_COMPILED,
+        ),
+    ] = None,
+    width: Annotated[
+        str | None,
+        typer.Option(
+            "--width",
+            metavar="MIN,OPT,MAX",
+            help="Latent pixels from left to right, of models that take any: smallest, tuned for, largest.  "
+            "Default: the model's own alone.",
+            show_default=False,
+            rich_help_panel=_COMPILED,
+        ),
+    ] = None,
+    frames: Annotated[
+        str | None,
+        typer.Option(
+            "--frames",
+            metavar="MIN,OPT,MAX",
+            help="Latent frames of a clip, of models that take any: smallest, tuned for, largest.  "
+            "Default: the model's own alone.",
+            show_default=False,
+            rich_help_panel=_COMPILED,
+        ),
+    ] = None,
     weights: Annotated[
         WeightLayout | None,
         typer.Option(
@@ -279,7 +312,15 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
     target = Target(
         bundle=output,
         backend=backend,
-        compiler=compiler_options(gpu, batch, max_steps, weights, version_compatible, timing_cache),
+        compiler=compiler_options(
+            gpu,
+            batch,
+            max_steps,
+            weights,
+            version_compatible,
+            timing_cache,
+            {"frames": frames, "height": height, "width": width},
+        ),
         precision=precision,
         segment=segment,
         halves=halves,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import typer
 
@@ -17,25 +19,23 @@ def compiler_options(
     weights: WeightLayout | None,
     version_compatible: bool,
     timing_cache: Path | None,
+    sizes: Mapping[str, str | None] = MappingProxyType({}),
 ) -> CompilerOptions | None:
     """Return what a user asks of the compiler, or None for nothing: not every backend has one.
 
     Raises:
-        typer.BadParameter: If `batch` is not three sizes in order.
+        typer.BadParameter: If `batch`, or one of the latents' `sizes`, by axis, is not three sizes in order.
     """
-    if not version_compatible and all(option is None for option in (gpu, batch, max_steps, weights, timing_cache)):
+    given = (gpu, batch, max_steps, weights, timing_cache, *sizes.values())
+    if not version_compatible and all(option is None for option in given):
         return None
     defaults = Profile()
     most = max_steps or defaults.steps[-1]
-    try:
-        profile = Profile(
-            batch=_three_sizes(batch) if batch is not None else defaults.batch,
-            steps=(1, min(defaults.steps[1], most), most),
-        )
-    except ValueError as error:
-        raise typer.BadParameter(
-            f"{batch!r} is not three sizes of 1 to {MAX_SIZE}, the fewest first, as 1,8,16.", param_hint="--batch"
-        ) from error
+    profile = Profile(
+        batch=_three_sizes(batch, "batch") if batch is not None else defaults.batch,
+        steps=(1, min(defaults.steps[1], most), most),
+        sizes={axis: _three_sizes(text, axis) for axis, text in sizes.items() if text is not None},
+    )
     return CompilerOptions(
         profile=profile,
         targets=tuple(gpu.split(",")) if gpu is not None else (),
@@ -45,8 +45,11 @@ def compiler_options(
     )
 
 
-def _three_sizes(text: str) -> tuple[int, int, int]:
-    sizes = re.fullmatch(r"([0-9]{1,4}),([0-9]{1,4}),([0-9]{1,4})", text)
-    if sizes is None:
-        raise ValueError(text)
-    return int(sizes[1]), int(sizes[2]), int(sizes[3])
+def _three_sizes(text: str, option: str) -> tuple[int, int, int]:
+    found = re.fullmatch(r"([0-9]{1,4}),([0-9]{1,4}),([0-9]{1,4})", text)
+    low, tuned, high = (int(size) for size in found.groups()) if found is not None else (0, 0, 0)
+    if not 1 <= low <= tuned <= high <= MAX_SIZE:
+        raise typer.BadParameter(
+            f"{text!r} is not three sizes of 1 to {MAX_SIZE}, the smallest first, as 1,8,16.", param_hint=f"--{option}"
+        )
+    return low, tuned, high

@@ -6,17 +6,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from adacorr_deploy.core.errors import RequestError
-from adacorr_deploy.core.shapes import BATCH, BRANCHES, ROWS, STEPS
+from adacorr_deploy.core.latents import LatentSpec
+from adacorr_deploy.core.shapes import BATCH, BRANCHES, ROWS, STEPS, TOKENS
 
 MAX_SIZE: Final = 4096
 Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 Range = tuple[Size, Size, Size]  # smallest, tuned for, largest
+_Length = Annotated[int, Field(ge=1, le=MAX_SIZE**2)]  # along an axis of latents, or of all their tokens
+_LengthRange = tuple[_Length, _Length, _Length]
 _BRANCHES: Range = (1, 2, 2)  # without and with classifier-free guidance
+_OPTIONS: Final[Mapping[str, str]] = {
+    "batch": "--batch",
+    "steps": "--max-steps",
+    "frames": "--frames",
+    "height": "--height",
+    "width": "--width",
+}
 
 
 class WeightLayout(str, Enum):
@@ -33,10 +44,11 @@ class Profile(BaseModel):
 
     batch: Range = (1, 8, 16)
     steps: Range = (1, 50, 100)
+    sizes: dict[str, _LengthRange] = Field(default_factory=dict)  # of latents, by axis, and of tokens; where they vary
 
     @model_validator(mode="after")
     def _ordered(self) -> Profile:
-        for name, (smallest, tuned, largest) in (("batch", self.batch), ("steps", self.steps)):
+        for name, (smallest, tuned, largest) in (("batch", self.batch), ("steps", self.steps), *self.sizes.items()):
             if not smallest <= tuned <= largest:
                 raise ValueError(
                     f"{name} {smallest},{tuned},{largest} is not in the order smallest, tuned for, largest"
@@ -46,17 +58,43 @@ class Profile(BaseModel):
     def axes(self) -> Mapping[str, Range]:
         """Return the range of every named axis of a part."""
         low, tuned, high = (batch * branches for batch, branches in zip(self.batch, _BRANCHES, strict=True))
-        return {BATCH: self.batch, BRANCHES: _BRANCHES, ROWS: (low, tuned, high), STEPS: self.steps}
+        return {BATCH: self.batch, BRANCHES: _BRANCHES, ROWS: (low, tuned, high), STEPS: self.steps, **self.sizes}
 
-    def check(self, *, batch: int, steps: int) -> None:
+    def for_latents(self, latents: LatentSpec) -> Profile:
+        """Return the profile of a model's parts: what is left open is fixed at the size that its requests have.
+
+        Raises:
+            RequestError: If a size was asked for that the model's latents can't have.
+        """
+        chosen = {}
+        for (name, low, high), patch, size in zip(latents.ranges, latents.patch, latents.shape[1:], strict=True):
+            chosen[name] = self.sizes.get(name, (size, size, size))
+            outside = not low <= min(chosen[name]) <= max(chosen[name]) <= high
+            if outside or any(length % patch for length in chosen[name]):
+                allowed = f"{low} … {high} in multiples of {patch}" if low < high else f"{low} alone"
+                raise RequestError(
+                    f"{_OPTIONS[name]} is {','.join(map(str, chosen[name]))}, this model's latents take {allowed}."
+                )
+        if unknown := [name for name in self.sizes if name not in chosen]:
+            raise RequestError(f"{_OPTIONS.get(unknown[0], unknown[0])} is given, and this model's latents have none.")
+        if not latents.varying:
+            return self.model_copy(update={"sizes": {}})
+        low, tuned, high = (latents.tokens_at(size) for size in zip(*chosen.values(), strict=True))
+        sizes = {name: chosen[name] for name in latents.varying}
+        return self.model_copy(update={"sizes": {**sizes, TOKENS: (low, tuned, high)}})
+
+    def check(self, *, batch: int, steps: int, sizes: Mapping[str, int] = MappingProxyType({})) -> None:
         """Refuse a request that the engines were not compiled for.
 
         Raises:
-            RequestError: If the batch or the steps are outside the profile.
+            RequestError: If the batch, the steps or one of the sizes, by axis, are outside the profile.
         """
-        for name, value, (smallest, _, largest) in (("batch", batch, self.batch), ("steps", steps, self.steps)):
+        compiled = {"batch": self.batch, "steps": self.steps, **self.sizes}
+        asked = {"batch": batch, "steps": steps, **{name: sizes[name] for name in self.sizes.keys() & sizes.keys()}}
+        for name, value in asked.items():
+            smallest, _, largest = compiled[name]
             if not smallest <= value <= largest:
-                option = "--batch" if name == "batch" else "--max-steps"
+                option = _OPTIONS.get(name, "--height and --width")
                 raise RequestError(
                     f"{name} {value} is outside what the bundle's engines were compiled for, {smallest} … {largest}. "
                     f"Change the request, or rebuild the bundle with adacorr-build {option}."

@@ -47,6 +47,7 @@ class GoldenSample(BaseModel):
     """One image, sampled without noise by the original PyTorch modules in float32.
 
     Attributes:
+        label: Of models that take none, None; their prompt is the first of `runtime.example_requests`.
         sampler: One whose steps add no noise.
         initial: Where it starts.
         final: Where it ends.
@@ -56,7 +57,7 @@ class GoldenSample(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     schema_version: Literal[1] = 1
-    label: Annotated[int, Field(ge=0)]
+    label: Annotated[int, Field(ge=0)] | None = None
     sampler: Sampler = Sampler.DDIM
     steps: Size
     guidance: Annotated[float, Field(ge=1, le=MAX_GUIDANCE, allow_inf_nan=False)]

@@ -23,10 +23,10 @@ from pydantic import (
 from adacorr_deploy.core.engine_build import EngineBuild
 from adacorr_deploy.core.errors import BundleError, SchedulerError
 from adacorr_deploy.core.schedules import FlowSchedule, NoiseSchedule
-from adacorr_deploy.core.specs import BLOCK_UNITS, DECODE_PART, DecoderSpec, ModelSpec, PartSpec, decode_spec
+from adacorr_deploy.core.specs import DECODE_PART, DecoderSpec, ModelSpec, PartSpec, decode_spec
 from adacorr_deploy.core.untrusted import clipped, first_fault, value_from_json
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 MANIFEST_NAME: Final = "manifest.json"
 MAX_TEXT: Final = 256  # characters of a name
 _MAX_PATH: Final = 1024
@@ -119,6 +119,7 @@ class Manifest(_Frozen):
     class_names: tuple[PlainText, ...] | None = None  # by label
     default_policy: PresetName = "robust"  # of a run that names none
     decoder: DecoderSpec | None = None  # of models whose latents a VAE decodes
+    null_prompt: BundlePath | None = None  # of images without condition, of models that take prompts
 
     @model_validator(mode="after")
     def _decoder_fits(self) -> Manifest:
@@ -129,7 +130,7 @@ class Manifest(_Frozen):
             return self
         if part is None or part.spec != decode_spec(self.model, self.decoder):
             raise ValueError(f"decoder says what part {DECODE_PART} does, which the bundle has not, or another")
-        for length, tile in zip(self.model.latent_shape[1:], self.decoder.tile, strict=True):
+        for length, tile in zip(self.model.latent_shape[-2:], self.decoder.tile, strict=True):
             if tile > length or (tile < length and self.decoder.overlap >= tile):
                 raise ValueError(
                     f"decoder has tiles of {tile} with an overlap of {self.decoder.overlap}, allowed are tiles up to "
@@ -138,12 +139,13 @@ class Manifest(_Frozen):
         return self
 
     @model_validator(mode="after")
-    def _parts_of_whole_blocks_or_halves(self) -> Manifest:
-        units = self.model.units
-        whole = all(count >= 1 and count % BLOCK_UNITS == 0 for count in units)
-        if not units or not (whole or (self.model.halves and len(units) % BLOCK_UNITS == 0)):
-            allowed = f"multiples of {BLOCK_UNITS}, or 1 for each of {BLOCK_UNITS} halves of a block"
-            raise ValueError(f"model.units is {clipped(units)}, allowed are {allowed}")
+    def _null_prompt_fits(self) -> Manifest:
+        if self.null_prompt is None:
+            return self
+        if self.model.conditions.prompt is None:
+            raise ValueError("null_prompt names a file, and the model takes no prompts")
+        if self.null_prompt not in self.files:
+            raise ValueError(f"null_prompt names {clipped(self.null_prompt)}, which has no hash")
         return self
 
     @model_validator(mode="after")

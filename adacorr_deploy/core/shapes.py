@@ -1,20 +1,26 @@
 """The letters that shapes are written in, and the names that dynamic axes carry in every ONNX part and spec.
 
-B  batch: images of a request              K  branches: 2 with classifier-free guidance, else 1
+B  batch: images (or clips) of a request   K  branches: 2 with classifier-free guidance, else 1
 R  rows: K·B, the conditional rows first   N  tokens of an image          D  width of a token
-C, H, W  channels, height, width of a latent (or pixel) image
-S  denoising steps                         U  units: the attention and MLP results of a part's blocks, in order
-T  history: evaluations kept in a slot
+C, H, W  channels, height, width of a latent (or pixel) image; F  frames of a latent clip, (C, F, H, W)
+S  denoising steps                         U  units: what a part's blocks add to their tokens, one after the other
+T  history: evaluations kept in a slot; also the tokens of a prompt, whose width is E
 """
 
 from __future__ import annotations
 
 from typing import Final
 
+Dim = int | str  # a size, or the name of a dynamic axis
+
 BATCH: Final = "batch"
 BRANCHES: Final = "branches"
 ROWS: Final = "rows"
 TOKENS: Final = "tokens"
 STEPS: Final = "steps"
+FRAMES: Final = "frames"
+HEIGHT: Final = "height"
+WIDTH: Final = "width"
+SIZE_AXES: Final = (FRAMES, HEIGHT, WIDTH)  # of latents, after the channels; an image has no frames
 
 MAX_BATCH: Final = 10_000  # images of one request: far beyond any machine's memory for a real model

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
@@ -10,13 +11,13 @@ from typing import Final
 import numpy as np
 from numpy.typing import DTypeLike
 
-Dim = int | str  # a size, or the name of a dynamic axis
+from adacorr_deploy.core.latents import LatentSpec
+from adacorr_deploy.core.shapes import FRAMES, ROWS, SIZE_AXES, STEPS, Dim
 
 DECODE_PART: Final = "decode"
 MAX_PROMPT_SIZE: Final = 65536  # an untrusted manifest can't ask for more
 MAX_DECODER_SIZE: Final = 4096  # of a tile or a scale: an untrusted manifest can't ask for more
-UNITS_OF_BLOCK: Final = ("attention", "mlp")  # what a transformer block adds to its tokens, in order
-BLOCK_UNITS: Final = len(UNITS_OF_BLOCK)
+HALVES: Final = 0  # as the transformer blocks in a block part: each of their units is a part of its own
 MODULATIONS_PER_UNIT: Final = 3  # shift and scale of its input, gate of its result
 SHIFT_ROW, SCALE_ROW, GATE_ROW = range(MODULATIONS_PER_UNIT)  # where they stand among a unit's rows of modulation
 
@@ -88,40 +89,112 @@ class PromptSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ConditionSpec:
+    """What a request must say of its images.
+
+    Raises:
+        ValueError: If the number of classes is negative.
+    """
+
+    num_classes: int = 0  # labels 0 … num_classes − 1; the null label of guidance is num_classes. 0: it takes no labels
+    prompt: PromptSpec | None = None  # None: it takes no text
+    frame_rate: bool = False  # whether it takes the frames per second of a clip
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes is {self.num_classes}, allowed are 0 and more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """What the runtime must know of an exported model, whatever its family."""
+    """What the runtime must know of an exported model, whatever its family.
+
+    Raises:
+        ValueError: If `units` doesn't divide the blocks into whole ones, or into units.
+    """
 
     family: str  # key of the exporter's table, e.g. "dit"
     precision: DType  # of weights and activations between parts
-    latent_shape: tuple[int, int, int]  # (C, H, W)
-    tokens: int  # N
+    latents: LatentSpec
     width: int  # D
-    num_classes: int  # labels 0 … num_classes − 1; the null label of guidance is num_classes
+    conditions: ConditionSpec
+    blocks: tuple[tuple[str, ...], ...]  # names of each transformer block's units: (("attention", "mlp"), …)
     units: tuple[int, ...]  # in each block part: (2, 2, …), (1, 1, …) with halves, (8, 8, 8) with segments of 4 blocks
     learned_variance: bool
     norm_epsilon: float = 1e-6  # of the norm before a block's attention
 
+    def __post_init__(self) -> None:
+        if not self.blocks or not all(self.blocks) or min(self.units, default=0) < 1:
+            raise ValueError(f"there are units {self.units} of blocks {self.blocks}, allowed is no empty one")
+        ends = set(itertools.accumulate(len(block) for block in self.blocks))
+        parts = list(itertools.accumulate(self.units))
+        if parts[-1] != max(ends) or not (self.halves or ends.issuperset(parts)):
+            sizes = [len(block) for block in self.blocks]
+            raise ValueError(
+                f"units is {self.units}, allowed are sums of consecutive ones of {sizes}, for parts of whole blocks, "
+                f"or 1 for each of {max(ends)} units"
+            )
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(C, H, W) or (C, F, H, W) of a request that asks for no other size."""
+        return self.latents.shape
+
+    @property
+    def tokens(self) -> int:
+        """N of a request that asks for no other size."""
+        return self.latents.tokens_at(None)
+
+    @property
+    def num_classes(self) -> int:
+        return self.conditions.num_classes
+
     @property
     def halves(self) -> bool:
-        """Whether each transformer block is two parts: attention and MLP."""
+        """Whether each unit of a transformer block is a part: of a DiT, its attention and its MLP."""
         return all(units == 1 for units in self.units)
+
+    @property
+    def segment(self) -> int:
+        """Transformer blocks in a block part, the last may have fewer; `HALVES` if each unit is one."""
+        if self.halves:
+            return HALVES
+        return 1 + list(itertools.accumulate(len(block) for block in self.blocks)).index(self.units[0])
 
     @property
     def block_names(self) -> tuple[str, ...]:
         """The block parts: `block_00`, …, or `block_00_attention`, `block_00_mlp`, …."""
         if not self.halves:
             return tuple(f"block_{index:02d}" for index in range(len(self.units)))
-        halves = (divmod(index, BLOCK_UNITS) for index in range(len(self.units)))
-        return tuple(f"block_{block:02d}_{UNITS_OF_BLOCK[unit]}" for block, unit in halves)
+        return tuple(f"block_{block:02d}_{unit}" for block, unit in self._all_units())
 
     def unit_names(self, part: int) -> tuple[str, ...]:
-        """Return the outputs of a block part that slots keep, its units' results before their adaLN gates.
+        """Return the outputs of a block part that slots keep, its units' results before their gates.
 
         `attention_0, mlp_0, attention_1, …` of whole blocks; `attention_0` or `mlp_0` of a half.
         """
-        first = part % BLOCK_UNITS if self.halves else 0
-        units = (divmod(index, BLOCK_UNITS) for index in range(first, first + self.units[part]))
-        return tuple(f"{UNITS_OF_BLOCK[unit]}_{block}" for block, unit in units)
+        first = sum(self.units[:part])
+        units = self._all_units()[first : first + self.units[part]]
+        return tuple(f"{unit}_{block - units[0][0]}" for block, unit in units)
+
+    def _all_units(self) -> list[tuple[int, str]]:
+        return [(index, unit) for index, block in enumerate(self.blocks) for unit in block]
+
+
+def units_of_parts(blocks: Sequence[Sequence[str]], segment: int) -> tuple[int, ...]:
+    """Return the number of units in each block part, if so many transformer blocks make one (or `HALVES`).
+
+    Only the last part may have fewer blocks.
+
+    Raises:
+        ValueError: If the segment is negative.
+    """
+    if segment < 0:
+        raise ValueError(f"a block part holds whole blocks, or one unit ({HALVES}); got a segment of {segment}")
+    sizes = [len(block) for block in blocks]
+    if segment == HALVES:
+        return (1,) * sum(sizes)
+    return tuple(sum(sizes[first : first + segment]) for first in range(0, len(sizes), segment))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,3 +229,27 @@ def decode_spec(model: ModelSpec, decoder: DecoderSpec) -> PartSpec:
         inputs=(TensorSpec(name="latents", dtype=DType.FLOAT32, shape=(1, model.latent_shape[0], height, width)),),
         outputs=(TensorSpec(name="images", dtype=DType.FLOAT32, shape=pixels),),
     )
+
+
+def request_tensors(model: ModelSpec) -> dict[str, TensorSpec]:
+    """Return what the runtime knows of a request, by name: a part that has an input of such a name is given it.
+
+    `timesteps` (S,) · `labels` (R,) · `prompt_embeddings` (R, T, E) and `prompt_mask` (R, T), 1 where a token is real ·
+    `frame_rate` (R,) · `frame_positions` (F,), 0 … F − 1, whose length gives a block the number of frames ·
+    `latent_size` (3,): frames (1 of an image), height and width of the latents.
+    """
+    f32, i64 = DType.FLOAT32, DType.INT64
+    specs = [
+        TensorSpec(name="timesteps", dtype=f32, shape=(STEPS,)),
+        TensorSpec(name="latent_size", dtype=f32, shape=(len(SIZE_AXES),)),
+    ]
+    if model.num_classes:
+        specs.append(TensorSpec(name="labels", dtype=i64, shape=(ROWS,)))
+    if (prompt := model.conditions.prompt) is not None:
+        specs.append(TensorSpec(name="prompt_embeddings", dtype=f32, shape=(ROWS, prompt.tokens, prompt.width)))
+        specs.append(TensorSpec(name="prompt_mask", dtype=i64, shape=(ROWS, prompt.tokens)))
+    if model.conditions.frame_rate:
+        specs.append(TensorSpec(name="frame_rate", dtype=f32, shape=(ROWS,)))
+    if FRAMES in model.latents.axes:
+        specs.append(TensorSpec(name="frame_positions", dtype=f32, shape=(model.latents.dims[1],)))
+    return {spec.name: spec for spec in specs}

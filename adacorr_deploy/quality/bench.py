@@ -215,7 +215,8 @@ class _Bench:
 
     def _compare_sets(self, source: FeatureSource) -> None:
         made = list(requests(self._pipeline, self._options, self._options.samples))
-        labels = np.array([label for request in made for label in request.labels], np.int64)
+        # Strata of the bootstrap; images of prompts are of one.
+        labels = np.array([label for request in made for label in request.labels or (0,) * request.batch], np.int64)
         runs = [run for run in self._runs.values() if not run.error]
         self._total += len(made) * len(runs)
         uncached = self._sampler.features(_UNCACHED, source.network)
@@ -282,7 +283,7 @@ def _check_memory(pipeline: Pipeline, policies: Sequence[Policy], first: SampleR
         for policy in policies
     }
     spaces = sorted(workspace_bytes(model, size) for size in sizes)[-WORKSPACES_KEPT:]
-    latents = DType.FLOAT32.numpy.itemsize * options.images * math.prod(model.latent_shape)
+    latents = DType.FLOAT32.numpy.itemsize * options.images * math.prod(first.latent_shape(model))
     require_memory(
         sum(spaces) + len(policies) * latents,
         what=f"Sampling {options.images} images of {options.steps} steps in batches of {first.batch}",
@@ -318,7 +319,7 @@ def _block_share(pipeline: Pipeline, options: BenchOptions) -> float:
     size = RunSize.of(request, history=0, whole_steps=False)
     table = table_from_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
     with pipeline.lease(size, references=lambda block: 0) as (space, slots):
-        space.prepare(request, table, NoiseStream(request, pipeline.manifest.model.latent_shape).at(0))
+        space.prepare(request, table, NoiseStream(request, request.latent_shape(pipeline.manifest.model)).at(0))
         shares = []
         for _ in range(9):
             started = time.perf_counter()

@@ -10,6 +10,7 @@ from adacorr_deploy.core.errors import RequestError
 from adacorr_deploy.core.samplers import Sampler, default_sampler
 from adacorr_deploy.core.shapes import MAX_BATCH
 from adacorr_deploy.runtime import Pipeline, SampleRequest
+from adacorr_deploy.runtime.example_requests import example_request
 from adacorr_deploy.runtime.request import check_integer
 
 MAX_IMAGES: Final = 1_000_000
@@ -65,14 +66,16 @@ def requests(pipeline: Pipeline, options: BenchOptions, images: int | None = Non
         options: Of the bench.
         images: How many, in place of `options.images`.
     """
-    classes = pipeline.manifest.model.num_classes
+    model = pipeline.manifest.model
     wanted = options.images if images is None else images
     for first in range(0, wanted, options.batch):
         count = min(options.batch, wanted - first)
-        yield SampleRequest(
-            labels=tuple((first + index) % classes for index in range(count)),
+        numbers = range(first, first + count)
+        request = SampleRequest(
+            labels=tuple(image % max(model.num_classes, 1) for image in numbers),
             steps=options.steps,
             guidance=options.guidance,
             seed=options.seed + first,
             sampler=sampler_of_runs(pipeline, options),
         )
+        yield example_request(model, request, numbers)

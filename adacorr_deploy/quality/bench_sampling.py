@@ -196,7 +196,7 @@ class Sampler:
         return arrays
 
     def _kept_images(self, request: SampleRequest, steps: int) -> int:
-        one = 4 * steps * math.prod(self._pipeline.manifest.model.latent_shape)
+        one = 4 * steps * math.prod(request.latent_shape(self._pipeline.manifest.model))
         return max(1, min(request.batch, TRAJECTORY_BYTES // one))
 
     def _image_specs(self, request: SampleRequest) -> dict[str, ArraySpec]:
@@ -217,7 +217,7 @@ class Sampler:
 
 def request_shape(pipeline: Pipeline, request: SampleRequest) -> tuple[int, ...]:
     """Return the shape of a request's latents, (B, C, H, W)."""
-    return (request.batch, *pipeline.manifest.model.latent_shape)
+    return (request.batch, *request.latent_shape(pipeline.manifest.model))
 
 
 def relative_errors(latents: Floats32, expected: Floats32) -> NDArray[np.float64]:

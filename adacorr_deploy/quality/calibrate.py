@@ -53,6 +53,7 @@ from adacorr_deploy.quality.skip_measurements import (
 from adacorr_deploy.quality.span_residuals import SpanResiduals, Tokens
 from adacorr_deploy.runtime import Pipeline, SampleRequest, check_request
 from adacorr_deploy.runtime.buffers import RunSize
+from adacorr_deploy.runtime.example_requests import example_request
 from adacorr_deploy.runtime.observer import signals_of_branches
 from adacorr_deploy.runtime.request import NoiseStream, check_integer, table_from_request
 from adacorr_deploy.runtime.sampling import calibration_key
@@ -112,7 +113,7 @@ def calibrate(
     request, size = check_calibration(pipeline, options)
     table = table_from_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
     with pipeline.lease(size, references=lambda block: 1) as (space, slots):
-        latents = NoiseStream(request, pipeline.manifest.model.latent_shape).at(0)
+        latents = NoiseStream(request, request.latent_shape(pipeline.manifest.model)).at(0)
         space.prepare(request, table, latents)
         residuals = SpanResiduals(predictor=options.predictor, spans=options.spans, maps=options.maps)
         replay = Replay(
@@ -185,6 +186,7 @@ def _request(pipeline: Pipeline, options: CalibrationOptions) -> SampleRequest:
         seed=CALIBRATION_SEED,
         sampler=options.sampler or quiet_samplers(pipeline.manifest.schedule)[0],
     )
+    request = example_request(model, request, range(options.images))
     check_request(request, model, pipeline.manifest.schedule)
     return request
 
@@ -209,8 +211,8 @@ def needed_bytes(model: ModelSpec, size: RunSize, options: CalibrationOptions) -
     That is a workspace, the inputs and units (or residuals, or outputs) of the last evaluations, and the trajectory's
     latents.
     """
-    tokens = model.precision.numpy.itemsize * size.rows * model.tokens * model.width
-    image = DType.FLOAT32.numpy.itemsize * size.batch * math.prod(model.latent_shape)
+    tokens = model.precision.numpy.itemsize * size.rows * model.latents.tokens_at(size.latents) * model.width
+    image = DType.FLOAT32.numpy.itemsize * size.batch * math.prod(model.latents.shape_at(size.latents))
     units = tokens * (len(options.spans) or sum(model.units)) if size.history else image
     recorded = _window_steps(options.predictor.history) * (tokens + units) + 2 * (size.steps + 1) * image
     return workspace_bytes(model, size) + recorded

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from adacorr_deploy.core.shapes import BATCH, BRANCHES, ROWS, STEPS, TOKENS
+from adacorr_deploy.core.shapes import BATCH, BRANCHES, ROWS, STEPS
 
 if TYPE_CHECKING:
     import onnx
@@ -45,7 +45,7 @@ class FlopCounter:
             BRANCHES: request.branches,
             ROWS: request.batch * request.branches,
             STEPS: steps,
-            TOKENS: self._pipeline.manifest.model.tokens,
+            **self._pipeline.manifest.model.latents.sizes_at(request.size),
         }
         total = 0
         for name, count in self.launches().items():

@@ -15,6 +15,7 @@ from adacorr_deploy.core.samplers import quiet_samplers
 from adacorr_deploy.quality.reference import initial_latents, reference_of_bundle, uncached_latents
 from adacorr_deploy.quality.validate import TOLERANCES
 from adacorr_deploy.runtime import SampleRequest
+from adacorr_deploy.runtime.example_requests import example_request
 
 if TYPE_CHECKING:
     from adacorr_deploy.core.manifest import Manifest
@@ -48,6 +49,7 @@ def store_golden_sample(bundle: Bundle, loaded: LoadedModel, progress: Progress 
         seed=0,
         sampler=quiet_samplers(manifest.schedule)[0],
     )
+    request = example_request(manifest.model, request, (0,))
     done = itertools.count()
 
     def tell() -> None:
@@ -64,7 +66,7 @@ def store_golden_sample(bundle: Bundle, loaded: LoadedModel, progress: Progress 
             "latents hold NaN or infinite values. Check that its weights, configuration and scheduler belong together."
         )
     sample = GoldenSample(
-        label=request.labels[0],
+        label=request.labels[0] if request.labels else None,
         sampler=request.sampler,
         steps=request.steps,
         guidance=request.guidance,

@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from adacorr_deploy.core.specs import DECODE_PART, ModelSpec
+from adacorr_deploy.core.specs import DECODE_PART, ModelSpec, PartSpec
 from adacorr_deploy.engines.backend import Buffer
 from adacorr_deploy.plugins.service_parts import (
     MAX_EVALUATIONS,
@@ -59,7 +59,7 @@ def part_inputs(reference: Pipeline, request: SampleRequest) -> dict[str, Arrays
     """
     model, middle = reference.manifest.model, request.steps // 2
     table = table_from_request(request, model, reference.manifest.schedule)
-    size = RunSize(batch=request.batch, branches=request.branches, steps=request.steps, history=0)
+    size = RunSize.of(request, history=0, whole_steps=False)
     noises = runtime_noises(reference, request)
     studied = {model.units.index(units): deque[_Evaluation](maxlen=MAX_EVALUATIONS + 1) for units in model.units}
     outputs = deque[NDArray[np.generic]](maxlen=MAX_EVALUATIONS + 1)  # of the model, (1, B, C, H, W) each
@@ -70,12 +70,16 @@ def part_inputs(reference: Pipeline, request: SampleRequest) -> dict[str, Arrays
             space.embed(step)
             for block, slot in enumerate(slots):
                 if step == middle:  # now: the block after the next overwrites them
-                    inputs[model.block_names[block]] = _block_inputs(space, block)
+                    part = reference.session(model.block_names[block]).spec
+                    inputs[part.name] = {**_named(space, part), **_block_inputs(space, block)}
                 space.evaluate(block, slot)
                 if block in studied:
                     studied[block].append(_evaluation(space, step, block, slot.ring[0]))
             if step == middle:
-                inputs |= _image_inputs(space, model, step, noises[step])
+                of_image = _image_inputs(space, model, step, noises[step])
+                inputs |= {
+                    name: {**_named(space, reference.session(name).spec), **given} for name, given in of_image.items()
+                }
             space.head(step, noises[step])
             outputs.append(space.slots.output.ring[0].read())
     for block, evaluations in studied.items():
@@ -85,6 +89,11 @@ def part_inputs(reference: Pipeline, request: SampleRequest) -> dict[str, Arrays
         height, width = decoder.tile
         inputs[DECODE_PART] = {"latents": inputs["head"]["latents"][:1, :, :height, :width]}
     return inputs | _output_service_inputs(inputs["head"], list(outputs))
+
+
+def _named(space: Workspace, spec: PartSpec) -> Arrays:
+    """Return what a part takes by name, of the request and of what the condition part made."""
+    return {each.name: space.named[each.name].read() for each in spec.inputs if each.name in space.named}
 
 
 def _evaluation(space: Workspace, step: int, block: int, units: Buffer) -> _Evaluation:
@@ -107,11 +116,11 @@ def _block_inputs(space: Workspace, block: int) -> Arrays:
 def _image_inputs(
     space: Workspace, model: ModelSpec, step: int, noise: NDArray[np.float32] | None
 ) -> dict[str, Arrays]:
-    """Return the inputs of embed, condition and head."""
+    """Return the inputs of embed, condition and head but for those that parts take by name."""
     image, latents = space.image, space.image.latents[step % 2].read()
     return {
         "embed": {"latents": latents, "branches": image.branches.read()},
-        "condition": {"timesteps": image.timesteps.read(), "labels": image.labels.read()},
+        "condition": {},
         "head": {
             "tokens": space.block_input(len(model.units)).read(),
             "modulation": space.blocks.modulation_head.read(),

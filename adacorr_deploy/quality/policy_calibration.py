@@ -20,6 +20,7 @@ from adacorr_deploy.quality.partials import Partials
 from adacorr_deploy.quality.profile import VERSION, ProfileOptions, check_options, profile
 from adacorr_deploy.quality.profile_quantities import Span
 from adacorr_deploy.runtime import Pipeline, SampleRequest
+from adacorr_deploy.runtime.example_requests import example_request
 from adacorr_deploy.runtime.measurements import profiles
 from adacorr_deploy.runtime.sampling import calibration_key, run_of_request
 
@@ -93,6 +94,7 @@ def calibrate_policies(
         guidance=options.guidance,
         sampler=options.sampler or quiet_samplers(pipeline.manifest.schedule)[0],
     )
+    request = example_request(pipeline.manifest.model, request, range(options.images))
     needs = needs_of(pipeline, request, policies)
     if not needs.quantities and not needs.calibrations:
         names = ", ".join(policy.name for policy in policies)

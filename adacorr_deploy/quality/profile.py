@@ -40,6 +40,7 @@ from adacorr_deploy.quality.profile_quantities import (
 )
 from adacorr_deploy.runtime import Pipeline, SampleRequest, check_request
 from adacorr_deploy.runtime.buffers import RunSize
+from adacorr_deploy.runtime.example_requests import example_request
 from adacorr_deploy.runtime.request import check_integer, draws_of_steps, table_from_request
 from adacorr_deploy.runtime.sampling import calibration_key
 from adacorr_deploy.runtime.slots import CacheSlot
@@ -126,16 +127,17 @@ def check_options(pipeline: Pipeline, options: ProfileOptions) -> list[SampleReq
 
 def _requests(pipeline: Pipeline, options: ProfileOptions) -> Iterator[SampleRequest]:
     """Yield the batches; labels go through the classes, and seeds are apart from those that people use."""
-    classes = pipeline.manifest.model.num_classes
+    model = pipeline.manifest.model
     for first in range(0, options.images, IMAGES_AT_ONCE):
         images = range(first, min(first + IMAGES_AT_ONCE, options.images))
-        yield SampleRequest(
-            labels=tuple(image * classes // options.images for image in images),
+        request = SampleRequest(
+            labels=tuple(image * model.num_classes // options.images for image in images),
             steps=options.steps,
             guidance=options.guidance,
             seed=CALIBRATION_SEED + first,
             sampler=options.sampler or default_sampler(pipeline.manifest.schedule),
         )
+        yield example_request(model, request, images)
 
 
 def spans_of(parts: int, options: ProfileOptions) -> tuple[Span, ...]:
@@ -147,7 +149,7 @@ def spans_of(parts: int, options: ProfileOptions) -> tuple[Span, ...]:
 def needed_bytes(model: ModelSpec, request: SampleRequest, quantities: frozenset[Quantity]) -> int:
     """Return about how much profiling one batch keeps in memory: a workspace and the last steps' tokens, in float32."""
     size = RunSize.of(request, history=0, whole_steps=False)
-    tokens = DType.FLOAT32.numpy.itemsize * size.rows * model.tokens * model.width
+    tokens = DType.FLOAT32.numpy.itemsize * size.rows * model.latents.tokens_at(size.latents) * model.width
     parts, units = len(model.units), sum(model.units)
     shape = RunShape(steps=1, parts=1, rows=1, width=1, spans=())
     reach = max((COLLECTORS[quantity](shape).reach for quantity in quantities), default=0)
@@ -167,6 +169,7 @@ class _BatchStudy:
             rows=request.batch * request.branches,
             width=model.width,
             spans=spans_of(parts, options),
+            kinds=_kinds(model),
         )
         self._pipeline = pipeline
         self._request = request
@@ -226,6 +229,10 @@ class _BatchStudy:
         return StepView(step=step, boundaries=boundaries, units=units, modulated=modulated)
 
 
+def _kinds(model: ModelSpec) -> tuple[str, ...]:
+    return tuple(unit for block in model.blocks for unit in block)
+
+
 def modulated_input(tokens: Array, modulation: Array) -> Array:
     """Return LayerNorm(tokens)·(1 + scale) + shift, (R, N, D), as a part's first unit takes its input.
 
@@ -244,7 +251,7 @@ def _profile(
     def rows(quantity: Quantity, name: str) -> NDArray[np.float64]:
         return np.concatenate([batch[quantity][name] for batch in batches], axis=-1)
 
-    wanted = options.quantities
+    wanted, kinds = options.quantities, _kinds(pipeline.manifest.model)
     spans = spans_of(len(pipeline.manifest.model.units), options)
     return Profile(
         key=calibration_key(pipeline.bundle, request),
@@ -255,7 +262,9 @@ def _profile(
         magnitude_ratios=magnitude_ratios(rows(Quantity.MAGNITUDE_RATIOS, "ratios"))
         if Quantity.MAGNITUDE_RATIOS in wanted
         else None,
-        unit_errors=unit_errors(rows(Quantity.UNIT_ERRORS, "errors")) if Quantity.UNIT_ERRORS in wanted else None,
+        unit_errors=unit_errors(rows(Quantity.UNIT_ERRORS, "errors"), kinds)
+        if Quantity.UNIT_ERRORS in wanted
+        else None,
         part_errors=part_errors(rows(Quantity.PART_ERRORS, "errors")) if Quantity.PART_ERRORS in wanted else None,
         affine=affine_maps(np.sum([batch[Quantity.AFFINE]["sums"] for batch in batches], axis=0), spans)
         if Quantity.AFFINE in wanted

@@ -20,7 +20,6 @@ from adacorr_deploy.caching.profile import (
     ChangePolynomial,
     LinearGate,
     Quantity,
-    UnitErrors,
 )
 
 MAX_AGE: Final = 6  # steps that tables of errors look back
@@ -59,6 +58,7 @@ class RunShape:
     rows: int
     width: int
     spans: tuple[Span, ...]  # for affine maps
+    kinds: tuple[str, ...] = ()  # of all units, in order through the parts
 
 
 class Collector(Protocol):
@@ -122,22 +122,21 @@ class Magnitudes:
 
 
 class UnitChanges:
-    """Errors of reusing the attention's and the MLP's results, by age; means over the depth."""
+    """Errors of reusing the units' results by kind (a DiT's: attention, MLP) and age; means over the depth."""
 
     reach = MAX_AGE
 
     def __init__(self, shape: RunShape) -> None:
-        self._errors = np.full((2, shape.steps, MAX_AGE, shape.rows), np.inf)
+        self._kinds = shape.kinds
+        self._errors = np.full((len({*shape.kinds}), shape.steps, MAX_AGE, shape.rows), np.inf)
 
     def see(self, now: StepView, earlier: Sequence[StepView]) -> None:
         for age, before in enumerate(earlier[:MAX_AGE], start=1):
-            of_kinds: tuple[list[Wide], list[Wide]] = ([], [])
-            unit_index = 0  # attention and MLP take turns through all parts, also where a part is only one of them
-            for fresh, kept in zip(now.units, before.units, strict=True):
-                for unit, unit_before in zip(fresh, kept, strict=True):
-                    of_kinds[unit_index % 2].append(relative_l1(unit, unit_before, of_now=True))
-                    unit_index += 1
-            self._errors[:, now.step, age - 1] = [np.mean(errors, axis=0) for errors in of_kinds]
+            of_kinds: dict[str, list[Wide]] = {kind: [] for kind in self._kinds}
+            pairs = (pair for parts in zip(now.units, before.units, strict=True) for pair in zip(*parts, strict=True))
+            for kind, (unit, unit_before) in zip(self._kinds, pairs, strict=True):
+                of_kinds[kind].append(relative_l1(unit, unit_before, of_now=True))
+            self._errors[:, now.step, age - 1] = [np.mean(errors, axis=0) for errors in of_kinds.values()]
 
     def measured(self) -> dict[str, NDArray[np.generic]]:
         return {"errors": self._errors}
@@ -249,10 +248,10 @@ def magnitude_ratios(ratios: Wide) -> tuple[float, ...]:
     return tuple(shortened(ratios.mean(axis=-1)))
 
 
-def unit_errors(errors: Wide) -> UnitErrors:
-    """Return the means over rows of (2, S, ages, rows)."""
-    attention, mlp = errors.mean(axis=-1)
-    return UnitErrors(attention=_table(attention), mlp=_table(mlp))
+def unit_errors(errors: Wide, kinds: Sequence[str]) -> dict[str, tuple[tuple[float, ...], ...]]:
+    """Return the means over rows of (kinds, S, ages, rows), by kind in the order that they first come in."""
+    of_kinds = zip(dict.fromkeys(kinds), errors.mean(axis=-1), strict=True)
+    return {kind: _table(table) for kind, table in of_kinds}
 
 
 def part_errors(errors: Wide) -> tuple[tuple[tuple[float, ...], ...], ...]:

@@ -20,6 +20,7 @@ from adacorr_deploy.engines.torch_reference import TorchBackend
 from adacorr_deploy.quality.diffusers_schedulers import scheduler_for_run, step_options
 from adacorr_deploy.runtime import Pipeline, SampleRequest
 from adacorr_deploy.runtime.buffers import RunSize
+from adacorr_deploy.runtime.conditions import condition_rows, prompts_from_null
 from adacorr_deploy.runtime.request import NoiseStream, draws_of_steps, table_from_request
 
 if TYPE_CHECKING:
@@ -38,9 +39,9 @@ def reference_of_bundle(bundle: Bundle, loaded: LoadedModel) -> Pipeline:
         BundleError: If the bundle was built from another checkpoint or another model.
     """
     _check_same_model(bundle, loaded)
-    units, decoder = bundle.manifest.model.units[0], bundle.manifest.decoder
-    model = loaded.model.spec(DType.FLOAT32, units)
-    parts = {part.spec.name: part for part in loaded.model.parts(DType.FLOAT32, units)}
+    segment, decoder = bundle.manifest.model.segment, bundle.manifest.decoder
+    model = loaded.model.spec(DType.FLOAT32, segment)
+    parts = {part.spec.name: part for part in loaded.model.parts(DType.FLOAT32, segment)}
     if decoder is not None and loaded.vae is not None:
         parts[DECODE_PART] = loaded.vae.part(model, decoder)
     backend = TorchBackend({name: part.module for name, part in parts.items()})
@@ -61,7 +62,7 @@ def _check_same_model(bundle: Bundle, loaded: LoadedModel) -> None:
             f"and the reference is {loaded.name} (SHA-256 {loaded.checkpoint_sha256}). Give the checkpoint that "
             "the bundle was built from, or rebuild the bundle."
         )
-    if manifest.model != loaded.model.spec(manifest.model.precision, manifest.model.units[0]):
+    if manifest.model != loaded.model.spec(manifest.model.precision, manifest.model.segment):
         raise BundleError(
             f"{bundle.path} holds another model than the reference {loaded.name}, though their weights are equal. "
             "Give the configuration that the bundle was built with, or rebuild the bundle."
@@ -75,7 +76,7 @@ def _check_same_model(bundle: Bundle, loaded: LoadedModel) -> None:
 
 def initial_latents(pipeline: Pipeline, request: SampleRequest) -> Latents:
     """Return the latents that a request starts from."""
-    return NoiseStream(request, pipeline.manifest.model.latent_shape).at(0)
+    return NoiseStream(request, request.latent_shape(pipeline.manifest.model)).at(0)
 
 
 def uncached_latents(
@@ -88,7 +89,7 @@ def uncached_latents(
 ) -> Latents:
     """Run every block of every step with the noise given, and return the final latents, also if they are not finite."""
     table = table_from_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
-    size = RunSize(batch=request.batch, branches=request.branches, steps=request.steps, history=0)
+    size = RunSize.of(request, history=0, whole_steps=False)
     with pipeline.lease(size, references=lambda block: 0) as (space, slots):
         space.prepare(request, table, latents)
         for step, noise in enumerate(noises):
@@ -103,7 +104,7 @@ def uncached_latents(
 def runtime_noises(pipeline: Pipeline, request: SampleRequest) -> Noises:
     """Return the noise that `Pipeline.sample` adds at each step of a request."""
     table = table_from_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
-    stream = NoiseStream(request, pipeline.manifest.model.latent_shape)
+    stream = NoiseStream(request, request.latent_shape(pipeline.manifest.model))
     return [stream.at(draw) if draw is not None else None for draw in draws_of_steps(table)]
 
 
@@ -111,26 +112,26 @@ def diffusers_noises(pipeline: Pipeline, request: SampleRequest) -> Noises:
     """Return the noise that `diffusers_latents` adds at each step: its schedulers take a generator, not a tensor."""
     table = table_from_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
     generator = torch.Generator().manual_seed(request.seed)
-    shape = (request.batch, *pipeline.manifest.model.latent_shape)
+    shape = (request.batch, *request.latent_shape(pipeline.manifest.model))
     return [torch.randn(shape, generator=generator).numpy() if noisy else None for noisy in table.noisy_steps]
 
 
-def diffusers_latents(
-    loaded: LoadedModel, schedule: Schedule, request: SampleRequest, latents: Latents, *, null_label: int
-) -> Latents:
+def diffusers_latents(loaded: LoadedModel, schedule: Schedule, request: SampleRequest, latents: Latents) -> Latents:
     """Denoise with the original model, diffusers' scheduler and guidance as in its DiTPipeline; none of it is ours.
 
     One thing differs from that pipeline: a predicted variance is kept for the sampler that uses it.
     """
-    scheduler = scheduler_for_run(schedule, request, tokens=loaded.model.spec(DType.FLOAT32, 1).tokens)
+    model, null_prompt = loaded.model.spec(DType.FLOAT32, 1), loaded.model.null_prompt()
+    scheduler = scheduler_for_run(schedule, request, tokens=model.latents.tokens_at(request.size))
     generator = torch.Generator().manual_seed(request.seed)
-    labels = torch.from_numpy(request.rows(null_label))
+    rows_of = condition_rows(request, model, prompts_from_null(null_prompt))
+    conditions = {name: torch.from_numpy(values) for name, values in rows_of.items()}
     keeps_variance = scheduler.config.get("variance_type") == "learned_range"
     sample = torch.from_numpy(latents)
     with torch.inference_mode():
         for timestep in scheduler.timesteps:
             rows = torch.cat([sample] * request.branches)
-            output = loaded.model.predict(rows, timestep.expand(len(rows)), labels)
+            output = loaded.model.predict(rows, timestep.expand(len(rows)), conditions)
             guided = _guided(output, sample.shape[1], request)
             guided = guided if keeps_variance else guided[:, : sample.shape[1]]
             sample = scheduler.step(guided, timestep, sample, generator=generator, **step_options(request)).prev_sample

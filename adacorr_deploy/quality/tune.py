@@ -28,6 +28,7 @@ from adacorr_deploy.quality.metrics import psnr_per_image
 from adacorr_deploy.quality.partials import Partials
 from adacorr_deploy.quality.tune_search import Knob, Target, pareto_front, search, survivors
 from adacorr_deploy.runtime import Pipeline, SampleRequest, check_request, controller_for_request, sample_with_policy
+from adacorr_deploy.runtime.example_requests import example_request
 from adacorr_deploy.runtime.request import check_integer
 from adacorr_deploy.runtime.sampling import run_of_request
 
@@ -152,16 +153,17 @@ def tune(pipeline: Pipeline, options: TuneOptions, progress: Progress | None = N
 
 
 def _requests(pipeline: Pipeline, options: TuneOptions) -> Iterator[SampleRequest]:
-    classes = pipeline.manifest.model.num_classes
+    model = pipeline.manifest.model
     for first in range(0, options.images, IMAGES_AT_ONCE):
         images = range(first, min(first + IMAGES_AT_ONCE, options.images))
-        yield SampleRequest(
-            labels=tuple(image % classes for image in images),
+        request = SampleRequest(
+            labels=tuple(image % max(model.num_classes, 1) for image in images),
             steps=options.steps,
             guidance=options.guidance,
             seed=TUNING_SEED + first,
             sampler=options.sampler,
         )
+        yield example_request(model, request, images)
 
 
 def _partials(pipeline: Pipeline, options: TuneOptions) -> Partials:

@@ -40,6 +40,7 @@ from adacorr_deploy.quality.reference import (
     uncached_latents,
 )
 from adacorr_deploy.runtime import Pipeline, SampleRequest, controller_for_request, sample_with_policy
+from adacorr_deploy.runtime.example_requests import example_request
 from adacorr_deploy.runtime.request import check_integer
 
 if TYPE_CHECKING:
@@ -223,15 +224,16 @@ class _Told:
 
 
 def _request(engine: Pipeline, options: ValidateOptions) -> SampleRequest:
-    classes = engine.manifest.model.num_classes
-    return SampleRequest(
-        labels=tuple(index * classes // options.images for index in range(options.images)),
+    model = engine.manifest.model
+    request = SampleRequest(
+        labels=tuple(index * model.num_classes // options.images for index in range(options.images)),
         steps=options.steps,
         guidance=options.guidance,
         seed=options.seed,
         sampler=options.sampler or default_sampler(engine.manifest.schedule),
         eta=options.eta,
     )
+    return example_request(model, request, range(options.images))
 
 
 # --- Parts -------------------------------------------------------------------------------------------------------
@@ -271,7 +273,7 @@ def _trajectory_error(
     manifest = engine.manifest
     latents, noises = initial_latents(engine, request), diffusers_noises(engine, request)
     told.next(_RUNS[0])
-    expected = diffusers_latents(loaded, manifest.schedule, request, latents, null_label=manifest.model.num_classes)
+    expected = diffusers_latents(loaded, manifest.schedule, request, latents)
     told.next(_RUNS[1])
     found = uncached_latents(engine, request, latents, noises)
     told.next(_RUNS[2])

@@ -6,6 +6,7 @@ from adacorr_deploy.runtime.batch_desk import EngineStats
 from adacorr_deploy.runtime.batch_ticket import Ending, Outcome, Ticket
 from adacorr_deploy.runtime.batching import BatchingEngine
 from adacorr_deploy.runtime.buffers import MAX_HISTORY
+from adacorr_deploy.runtime.conditions import Prompts
 from adacorr_deploy.runtime.denoise import Progress
 from adacorr_deploy.runtime.pipeline import Pipeline, SampleResult
 from adacorr_deploy.runtime.request import MAX_SEED, SampleRequest, check_request
@@ -21,6 +22,7 @@ __all__ = [  # noqa: RUF022 (grouped by what they are for)
     "check_request",
     "controller_for_request",
     "sample_with_policy",
+    "Prompts",
     # Many requests at once
     "BatchingEngine",
     "Ending",

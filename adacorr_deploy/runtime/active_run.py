@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 from adacorr_deploy.core.errors import AdaCorrError, SamplingCancelledError
+from adacorr_deploy.core.latents import LatentSize
 from adacorr_deploy.runtime.batch_ticket import Ticket, as_adacorr_error
 from adacorr_deploy.runtime.denoise import BlockWork, Denoiser, Progress
 from adacorr_deploy.runtime.pipeline import SampleResult
@@ -39,6 +40,11 @@ class ActiveRun:
     @property
     def rows_waiting(self) -> int:
         return self.ticket.rows - self._seated
+
+    @property
+    def latents(self) -> LatentSize | None:
+        """The size of its latents; None is the model's default."""
+        return self.ticket.run.size.latents
 
     def start(self, pool: WorkspacePool) -> None:
         """Take a workspace, prepare it, and go on to the first block. A failure ends this request alone."""

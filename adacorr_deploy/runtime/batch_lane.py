@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 
 from adacorr_deploy.core.errors import AdaCorrError, ClosedError
 from adacorr_deploy.runtime.active_run import ActiveRun
-from adacorr_deploy.runtime.batch_buckets import Buckets
 from adacorr_deploy.runtime.batch_desk import Desk, LaneLoad
 from adacorr_deploy.runtime.batch_ticket import as_adacorr_error
+from adacorr_deploy.runtime.blocks_by_size import BlocksBySize
 from adacorr_deploy.runtime.shared_blocks import Seat, SharedBlocks
 from adacorr_deploy.runtime.workspace_pool import WorkspacePool
 
@@ -19,13 +19,10 @@ _LOG = logging.getLogger(__name__)
 class Lane:
     """Serves the requests that the desk gives it. Only `serve` may be called, in a thread of its own."""
 
-    def __init__(
-        self, number: int, desk: Desk, shared: SharedBlocks, buckets: Buckets, pool: WorkspacePool, *, blocks: int
-    ) -> None:
+    def __init__(self, number: int, desk: Desk, shared: BlocksBySize, pool: WorkspacePool, *, blocks: int) -> None:
         self._number = number
         self._desk = desk
         self._shared = shared
-        self._buckets = buckets
         self._pool = pool
         self._sweep = Sweep(blocks)
         self._active: list[ActiveRun] = []  # in order of admission
@@ -67,28 +64,40 @@ class Lane:
             self._settle()
 
     def _serve_block(self) -> None:
-        """Evaluate the block that the sweep comes to next, for all who wait there now."""
-        block, waiting = self._sweep.next_stop(self._active)
-        while waiting:
-            bucket = self._buckets.deal(sum(run.rows_waiting for run in waiting))[0]
-            seated = [*_seats(waiting, bucket)]
-            waiting = [run for run in waiting if run.rows_waiting]  # not yet, or not all of them
-            self._launch(block, [run for run, _ in seated], [seat for _, seat in seated], bucket)
-            self._end_those_that_must_stop()
-            waiting = [run for run in waiting if not run.ended]
+        """Evaluate the block that the sweep comes to next, for all who wait there now, size by size."""
+        block, stopped = self._sweep.next_stop(self._active)
+        for latents in dict.fromkeys(run.latents for run in stopped):
+            waiting = [run for run in stopped if run.latents == latents and not run.ended]
+            try:
+                shared, buckets = self._shared.of(latents)
+            except Exception as error:  # noqa: BLE001 (whatever it is, it ends these requests and no other)
+                self._fail(waiting, error)
+                continue
+            while waiting:
+                bucket = buckets.deal(sum(run.rows_waiting for run in waiting))[0]
+                seated = [*_seats(waiting, bucket)]
+                waiting = [run for run in waiting if run.rows_waiting]  # not yet, or not all of them
+                self._launch(shared, block, seated, bucket)
+                self._end_those_that_must_stop()
+                waiting = [run for run in waiting if not run.ended]
 
-    def _launch(self, block: int, runs: Sequence[ActiveRun], seats: Sequence[Seat], bucket: int) -> None:
+    def _fail(self, runs: Sequence[ActiveRun], error: Exception) -> None:
+        for run in runs:
+            run.fail(as_adacorr_error(error))
+        self._settle()
+
+    def _launch(self, shared: SharedBlocks, block: int, seated: Sequence[tuple[ActiveRun, Seat]], bucket: int) -> None:
         """Evaluate a block for some rows. If the engine fails, it fails for these requests alone."""
+        runs, seats = [run for run, _ in seated], [seat for _, seat in seated]
         try:
-            self._shared.run(block, seats, bucket=bucket)
+            shared.run(block, seats, bucket=bucket)
         except Exception as error:  # noqa: BLE001 (whatever it is, it ends these requests and no other)
-            for run in runs:
-                run.fail(as_adacorr_error(error))
+            self._fail(runs, error)
         else:
             self._desk.launched(rows=sum(seat.rows for seat in seats), bucket=bucket)
             for run in runs:
                 run.evaluated()
-        self._settle()
+            self._settle()
 
     def _settle(self) -> None:
         """Part with those who have ended: their workspaces are back already."""

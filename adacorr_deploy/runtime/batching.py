@@ -30,12 +30,12 @@ from adacorr_deploy.runtime.batch_buckets import Buckets
 from adacorr_deploy.runtime.batch_desk import Desk, EngineStats
 from adacorr_deploy.runtime.batch_lane import Lane
 from adacorr_deploy.runtime.batch_ticket import Listeners, Outcome, Ticket
+from adacorr_deploy.runtime.blocks_by_size import BlocksBySize
 from adacorr_deploy.runtime.denoise import Progress
 from adacorr_deploy.runtime.pipeline import Pipeline
 from adacorr_deploy.runtime.planned_run import PlannedRun
 from adacorr_deploy.runtime.request import SampleRequest, check_integer
 from adacorr_deploy.runtime.sampling import planned_with_policy
-from adacorr_deploy.runtime.shared_blocks import SharedBlocks
 from adacorr_deploy.runtime.workspace_pool import WorkspacePool
 
 DEFAULT_BUCKETS: Final = (1, 2, 4, 6, 8, 12, 16, 24)  # rows: an image has two with guidance, else one
@@ -86,8 +86,10 @@ class BatchingEngine:
         self._pipeline = pipeline
         with ExitStack() as resources:
             resources.enter_context(pipeline.exclusive())
-            shared = [SharedBlocks(pipeline, buckets) for _ in range(lanes)]
+            shared = [BlocksBySize(pipeline, buckets) for _ in range(lanes)]
             self.buckets: Buckets = shared[0].tried()
+            for launches in shared:
+                launches.take(self.buckets)
             self._resources = resources.pop_all()
         rows = 2 * self.buckets.largest if max_active_rows is None else max_active_rows
         self._desk = Desk(lanes=lanes, max_queue=max_queue, max_lane_rows=max(1, rows // lanes))
@@ -95,7 +97,7 @@ class BatchingEngine:
         blocks = len(pipeline.manifest.model.units)
         self._threads = [
             threading.Thread(
-                target=Lane(number, self._desk, launches, self.buckets, pool, blocks=blocks).serve,
+                target=Lane(number, self._desk, launches, pool, blocks=blocks).serve,
                 name=f"adacorr-batching-{number}",
                 daemon=True,
             )

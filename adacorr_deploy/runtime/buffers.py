@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
 from adacorr_deploy.caching.decisions import Span, SpanCache, unit_spans
+from adacorr_deploy.core.latents import LatentSize
 from adacorr_deploy.core.sampler_rows import COLUMNS
-from adacorr_deploy.core.specs import MODULATIONS_PER_UNIT, DType, ModelSpec
+from adacorr_deploy.core.shapes import BATCH, BRANCHES, ROWS, STEPS
+from adacorr_deploy.core.specs import MODULATIONS_PER_UNIT, DType, ModelSpec, TensorSpec, request_tensors
 from adacorr_deploy.engines.backend import Backend, Buffer
 from adacorr_deploy.plugins.service_parts import MAX_EVALUATIONS, SIGNAL_COUNT
 from adacorr_deploy.runtime.layout import token_places
@@ -20,9 +23,10 @@ MAX_HISTORY: Final = MAX_EVALUATIONS  # a slot keeps no more than the predict pa
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSize:
-    """What buffers depend on: B, K, S, T of the blocks and of the output (0: nothing is cached), and the spans.
+    """What buffers depend on: B, K, S, T of the blocks and of the output (0: nothing is cached), spans, and the size.
 
-    `spans` is empty where each part is a span that keeps its units, or the whole step is one.
+    `spans` is empty where each part is a span that keeps its units, or the whole step is one. `latents` is None where
+    they have the model's default size.
     """
 
     batch: int
@@ -31,6 +35,7 @@ class RunSize:
     history: int = 0
     output_history: int = 0
     spans: tuple[Span, ...] = ()
+    latents: LatentSize | None = None
 
     @classmethod
     def of(cls, request: SampleRequest, *, history: int, whole_steps: bool, spans: tuple[Span, ...] = ()) -> RunSize:
@@ -42,6 +47,7 @@ class RunSize:
             history=0 if whole_steps else history,
             output_history=history if whole_steps else 0,
             spans=spans,
+            latents=request.size,
         )
 
     def kept_parts(self, parts: int) -> frozenset[int]:
@@ -89,9 +95,8 @@ class ImageBuffers:
     output_factors: tuple[Buffer, ...]  # (T,) float32, for 1 … MAX_HISTORY evaluations
     branches: Buffer  # (K,) float32 ones
     guidance: Buffer  # (K, B) float32
-    timesteps: Buffer  # (S,) float32
+    request: Mapping[str, Buffer]  # what the runtime knows of a request, as `core.specs.request_tensors`
     coefficients: Buffer  # (S, 8) float32
-    labels: Buffer  # (R,) int64
     step: Buffer  # (1,) int64: the present step, read by every block and the head
 
 
@@ -107,6 +112,7 @@ class BlockBuffers:
     zeros: Buffer  # (R, N, D), never written
     modulation: tuple[Buffer, ...]  # per block part (S, R, 3U, D)
     modulation_head: Buffer  # (S, R, 2, D)
+    context: Mapping[str, Buffer]  # (R, …) each: what the condition part gives the blocks besides
     signals: Buffer  # (R, 9) float32
     factors: tuple[Factors, ...]  # for 1 … MAX_HISTORY evaluations
     no_factors: Factors  # one coefficient that is 0 for good
@@ -115,9 +121,16 @@ class BlockBuffers:
     weights: Buffer  # (R,) float32: how much of the fresh output a correction took
 
 
+def named_sizes(model: ModelSpec, size: RunSize) -> dict[str, int]:
+    """Return the size of every named axis of a part in a run."""
+    of_request = {BATCH: size.batch, BRANCHES: size.branches, ROWS: size.rows, STEPS: size.steps}
+    return {**of_request, **model.latents.sizes_at(size.latents)}
+
+
 def allocate_image_buffers(backend: Backend, model: ModelSpec, size: RunSize) -> ImageBuffers:
     """Allocate the buffers of embed, condition and head."""
-    image = (size.batch, *model.latent_shape)
+    image = (size.batch, *model.latents.shape_at(size.latents))
+    sizes = named_sizes(model, size)
 
     def pair() -> tuple[Buffer, Buffer]:
         return backend.allocate(image, DType.FLOAT32), backend.allocate(image, DType.FLOAT32)
@@ -135,18 +148,23 @@ def allocate_image_buffers(backend: Backend, model: ModelSpec, size: RunSize) ->
         output_factors=tuple(backend.allocate((count,), DType.FLOAT32) for count in range(1, MAX_HISTORY + 1)),
         branches=backend.allocate((size.branches,), DType.FLOAT32),
         guidance=backend.allocate((size.branches, size.batch), DType.FLOAT32),
-        timesteps=backend.allocate((size.steps,), DType.FLOAT32),
+        request={
+            name: backend.allocate(tensor.resolved(sizes), tensor.dtype)
+            for name, tensor in request_tensors(model).items()
+        },
         coefficients=backend.allocate((size.steps, len(COLUMNS)), DType.FLOAT32),
-        labels=backend.allocate((size.rows,), DType.INT64),
         step=backend.allocate((1,), DType.INT64),
     )
     buffers.branches.write(np.ones(size.branches, dtype=np.float32))
     return buffers
 
 
-def allocate_block_buffers(backend: Backend, model: ModelSpec, size: RunSize) -> BlockBuffers:
-    """Allocate the buffers between the blocks and of the service parts."""
-    tokens = (size.rows, model.tokens, model.width)
+def allocate_block_buffers(
+    backend: Backend, model: ModelSpec, size: RunSize, context: Sequence[TensorSpec] = ()
+) -> BlockBuffers:
+    """Allocate the buffers between the blocks and of the service parts, and for the context that `condition` makes."""
+    sizes = named_sizes(model, size)
+    tokens = (size.rows, model.latents.tokens_at(size.latents), model.width)
 
     def table(rows: int) -> Buffer:
         return backend.allocate((size.steps, size.rows, rows, model.width), model.precision)
@@ -167,6 +185,7 @@ def allocate_block_buffers(backend: Backend, model: ModelSpec, size: RunSize) ->
         zeros=backend.allocate(tokens, model.precision),
         modulation=tuple(table(MODULATIONS_PER_UNIT * units) for units in model.units),
         modulation_head=table(2),
+        context={tensor.name: backend.allocate(tensor.resolved(sizes), tensor.dtype) for tensor in context},
         signals=backend.allocate((size.rows, SIGNAL_COUNT), DType.FLOAT32),
         factors=tuple(factors(count) for count in range(1, MAX_HISTORY + 1)),
         no_factors=factors(1),

@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adacorr_deploy.caching.decisions import Controller
-from adacorr_deploy.core.bundle import Bundle, open_bundle
+from adacorr_deploy.core.bundle import Bundle, open_bundle, verified_content
 from adacorr_deploy.core.engine_build import Range
 from adacorr_deploy.core.errors import BundleError, EngineError, RequestError
 from adacorr_deploy.core.manifest import Manifest
+from adacorr_deploy.core.null_prompt import null_prompt_bytes, null_prompt_from_content
 from adacorr_deploy.core.progress import Progress as CoreProgress
 from adacorr_deploy.core.specs import DECODE_PART
 from adacorr_deploy.engines import backend_by_name
@@ -27,6 +28,7 @@ from adacorr_deploy.engines.backend import Backend, Session
 from adacorr_deploy.engines.bundle_sessions import check_backend, open_part
 from adacorr_deploy.plugins.kernels import noise_spec
 from adacorr_deploy.runtime.buffers import RunSize
+from adacorr_deploy.runtime.conditions import Prompts, check_latent_size, check_prompts, prompts_from_null
 from adacorr_deploy.runtime.decoder import Decoder
 from adacorr_deploy.runtime.denoise import LatentsObserver, Progress
 from adacorr_deploy.runtime.planned_run import planned_run
@@ -62,6 +64,7 @@ class Pipeline:
         self._backend = backend
         self._sessions = dict(sessions)
         self._decoder: Decoder | None = None
+        self._null_prompt = _null_prompt(bundle)
         build = bundle.manifest.engine_build
         self._limits = build.profile if build is not None and not backend.opens_onnx else None
         self._resources = resources
@@ -196,7 +199,7 @@ class Pipeline:
         """Return the images of latents, (B, 3, s·H, s·W) in [−1, 1]; the first call opens the decoder.
 
         Args:
-            latents: Of one or more requests, (B, C, H, W).
+            latents: Of one or more requests of one size, (B, C, H, W).
             progress: Told before each tile, and at the end.
             cancelled: Asked before each tile; True ends the decoding.
 
@@ -207,7 +210,11 @@ class Pipeline:
         """
         with self.exclusive():
             decoder = self.decoder()
-            check_latents(latents, (len(latents), *self.manifest.model.latent_shape))
+            model, size = self.manifest.model, None
+            if len(np.shape(latents)) == 1 + len(model.latent_shape) and model.latents.varying:
+                size = tuple(np.shape(latents)[2:])
+                check_latent_size(size, model.latents)
+            check_latents(latents, (len(latents), *model.latents.shape_at(size)))
             return decoder.images(latents, progress=progress, cancelled=cancelled)
 
     def decoder(self) -> Decoder:
@@ -250,14 +257,15 @@ class Pipeline:
         """Refuse a run that the engines were not compiled for.
 
         Raises:
-            RequestError: If its batch or its steps are outside what they take.
+            RequestError: If its batch, its steps or its latents' size are outside what they take.
         """
         if self._limits is not None:
-            self._limits.check(batch=size.batch, steps=size.steps)
+            sizes = self.manifest.model.latents.sizes_at(size.latents)
+            self._limits.check(batch=size.batch, steps=size.steps, sizes=sizes)
 
     def new_workspace(self, size: RunSize) -> Workspace:
         """Allocate a workspace of the caller's own; whoever runs it must hold the pipeline (`exclusive`)."""
-        return allocate_workspace(self._backend, self.manifest.model, self._sessions, size)
+        return allocate_workspace(self._backend, self.manifest.model, self._sessions, size, self._null_prompt)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -300,6 +308,22 @@ class Pipeline:
 
 def _none(span: int) -> int:
     return 0
+
+
+def _null_prompt(bundle: Bundle) -> Prompts | None:
+    """Read the prompt of images without condition, where a bundle has one."""
+    name, spec = bundle.manifest.null_prompt, bundle.manifest.model.conditions.prompt
+    if name is None or spec is None:
+        return None
+    record = bundle.manifest.files[name]
+    try:
+        content = verified_content(bundle.file(name), record.sha256, limit_bytes=null_prompt_bytes(spec))
+        prompts = prompts_from_null(null_prompt_from_content(content, spec))
+        if prompts is not None:
+            check_prompts(prompts, spec, name="null_prompt")
+    except (ValueError, RequestError) as error:
+        raise BundleError(f"{bundle.file(name)}: {error}. Rebuild the bundle with adacorr-build.") from error
+    return prompts
 
 
 def _check_parts(bundle: Bundle) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from adacorr_deploy.caching.decisions import Controller, keeps_output
 from adacorr_deploy.core.errors import PolicyError
@@ -11,6 +11,7 @@ from adacorr_deploy.core.manifest import Manifest
 from adacorr_deploy.core.samplers import SamplerTable
 from adacorr_deploy.core.specs import ModelSpec
 from adacorr_deploy.runtime.buffers import MAX_HISTORY, RunSize
+from adacorr_deploy.runtime.conditions import check_negative
 from adacorr_deploy.runtime.denoise import Denoiser, LatentsObserver, Progress
 from adacorr_deploy.runtime.layout import check_spans, own_layout
 from adacorr_deploy.runtime.request import SampleRequest, check_request, draws_of_steps, table_from_request
@@ -69,6 +70,7 @@ def planned_run(manifest: Manifest, request: SampleRequest, controller: Controll
     """
     model = manifest.model
     check_request(request, model, manifest.schedule)
+    check_negative(request, has_null_prompt=manifest.null_prompt is not None)
     if not 0 <= history <= MAX_HISTORY:
         raise PolicyError(f"history is {history}, allowed are 0 … {MAX_HISTORY} evaluations.")
     table = table_from_request(request, model, manifest.schedule)
@@ -81,4 +83,6 @@ def planned_run(manifest: Manifest, request: SampleRequest, controller: Controll
         )
     spans = own_layout(controller.spans, len(model.units))
     size = RunSize.of(request, history=history, whole_steps=whole, spans=spans)
+    if model.latents.shape_at(size.latents) == model.latent_shape:  # asked for, or not: the same buffers
+        size = replace(size, latents=None)
     return PlannedRun(model=model, request=request, table=table, controller=controller, size=size)

@@ -12,31 +12,43 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adacorr_deploy.core.errors import RequestError
+from adacorr_deploy.core.latents import LatentSize
 from adacorr_deploy.core.samplers import MAX_GUIDANCE, Sampler, SamplerTable, check_sampler, sampler_table
 from adacorr_deploy.core.schedules import Schedule
 from adacorr_deploy.core.shapes import MAX_BATCH
 from adacorr_deploy.core.specs import ModelSpec
 from adacorr_deploy.core.untrusted import clipped
 from adacorr_deploy.plugins.oracle import philox_normals
+from adacorr_deploy.runtime.conditions import Prompts, check_conditions
 
 MAX_SEED: Final = 2**64 - 1
 
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
-    """One batch of images: B is the number of labels."""
+    """One batch of images, or clips: B is the number of labels, or of prompts, whichever the model takes.
 
-    labels: tuple[int, ...]  # one class per image
+    More fields than elsewhere here: it is what people write, and a flat list of names is read the easiest.
+    """
+
+    labels: tuple[int, ...] = ()  # one class per image
     steps: int = 50
     guidance: float = 4.0  # weight of the conditional branch; 1 means no guidance and half the work
     seed: int = 0  # image b draws from Philox(seed, b): it does not depend on its neighbours
     sampler: Sampler = Sampler.DDIM
     latents: NDArray[np.float32] | None = field(default=None, compare=False)  # (B, C, H, W), instead of drawn ones
     eta: float = 0.0  # noise of DDIM's steps, 0 … 1; no other sampler takes it
+    prompts: Prompts | None = field(default=None, compare=False)  # one per image
+    size: LatentSize | None = None  # latent pixels, (H, W) or (F, H, W); None: the model's default
+    frame_rate: float | None = None  # frames per second, of models that take it
 
     @property
     def batch(self) -> int:
-        return len(self.labels)
+        return len(self.labels) if self.prompts is None else len(self.prompts)
+
+    def latent_shape(self, model: ModelSpec) -> tuple[int, ...]:
+        """Return the shape of an image's latents, (C, H, W) or (C, F, H, W)."""
+        return model.latents.shape_at(self.size)
 
     @property
     def branches(self) -> int:
@@ -57,9 +69,13 @@ def check_request(request: SampleRequest, model: ModelSpec, schedule: Schedule) 
     """Refuse a request that the model can't serve.
 
     Raises:
-        RequestError: If the labels, steps, guidance, seed, sampler, eta or latents are out of range.
+        RequestError: If the labels, prompts, size, frame rate, steps, guidance, seed, sampler, eta or latents are
+            out of range.
     """
-    _check_labels(request.labels, model.num_classes)
+    if model.num_classes or request.labels:
+        _check_labels(request.labels, model.num_classes)
+    check_conditions(request, model)
+    check_integer("the number of images", request.batch, 1, MAX_BATCH)
     check_sampler(schedule, request.sampler, steps=request.steps, eta=request.eta)
     check_integer("seed", request.seed, 0, MAX_SEED)
     if (
@@ -74,7 +90,7 @@ def check_request(request: SampleRequest, model: ModelSpec, schedule: Schedule) 
             f"guidance is {clipped(guidance)}, allowed is at least 1, which turns it off, and at most {MAX_GUIDANCE:g}."
         )
     if request.latents is not None:
-        check_latents(request.latents, (request.batch, *model.latent_shape))
+        check_latents(request.latents, (request.batch, *request.latent_shape(model)))
 
 
 def table_from_request(request: SampleRequest, model: ModelSpec, schedule: Schedule) -> SamplerTable:
@@ -83,10 +99,14 @@ def table_from_request(request: SampleRequest, model: ModelSpec, schedule: Sched
     Raises:
         RequestError: If the sampler, steps or eta are out of range.
     """
-    return sampler_table(schedule, request.sampler, request.steps, eta=request.eta, tokens=model.tokens)
+    return sampler_table(
+        schedule, request.sampler, request.steps, eta=request.eta, tokens=model.latents.tokens_at(request.size)
+    )
 
 
 def _check_labels(labels: object, num_classes: int) -> None:
+    if not num_classes:
+        raise RequestError("labels are given, and this model takes none. Leave them out.")
     if not isinstance(labels, (tuple, list)):  # an untyped caller may pass anything
         allowed = f"a tuple of whole numbers from 0 to {num_classes - 1}, one per image"
         raise RequestError(f"labels is {clipped(labels)}, allowed is {allowed}.")
@@ -116,7 +136,7 @@ def check_latents(latents: NDArray[np.float32], shape: tuple[int, ...]) -> None:
     if not isinstance(latents, np.ndarray):
         raise RequestError(f"latents is a {type(latents).__name__}, allowed is a float32 NumPy array of shape {shape}.")
     if latents.shape != shape:
-        raise RequestError(f"latents has shape {latents.shape}, this model and {shape[0]} labels need {shape}.")
+        raise RequestError(f"latents has shape {latents.shape}, this model and {shape[0]} images need {shape}.")
     if latents.dtype != np.float32:
         raise RequestError(f"latents is {latents.dtype}, allowed is float32. Convert with: latents.astype('float32')")
     if bad := int(np.size(latents) - np.isfinite(latents).sum()):
@@ -129,12 +149,12 @@ class NoiseStream:
     Draw 0 is the initial latents; each step that adds noise takes the next. A GPU makes the same ones by itself.
     """
 
-    def __init__(self, request: SampleRequest, latent_shape: tuple[int, int, int]) -> None:
+    def __init__(self, request: SampleRequest, latent_shape: tuple[int, ...]) -> None:
         self._seed = request.seed
         self._shape = (request.batch, *latent_shape)
 
     def at(self, draw: int) -> NDArray[np.float32]:
-        """Return the standard normals of a draw, (B, C, H, W)."""
+        """Return the standard normals of a draw, (B, C, H, W), or with frames."""
         count = math.prod(self._shape[1:])
         images = [philox_normals(self._seed, image, draw, count) for image in range(self._shape[0])]
         return np.stack(images).reshape(self._shape)

@@ -137,8 +137,8 @@ def run_of_request(bundle: Bundle, request: SampleRequest, policy: Policy) -> Ru
     return Run(
         steps=policy.sampled_steps(request.steps),
         blocks=len(model.units),
-        halves=model.halves,
-        elements=model.tokens * model.width,
+        halves=model.blocks if model.halves else (),
+        elements=model.latents.tokens_at(request.size) * model.width,
         lags=policy.lags,
     )
 
@@ -195,5 +195,5 @@ def calibration_key(bundle: Bundle, request: SampleRequest) -> CalibrationKey:
         sampler=request.sampler.value,
         steps=request.steps,
         guidance=request.guidance,
-        latent_shape=manifest.model.latent_shape,
+        latent_shape=request.latent_shape(manifest.model),
     )

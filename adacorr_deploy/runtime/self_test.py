@@ -19,6 +19,7 @@ from adacorr_deploy.core.golden import GOLDEN_DIR, GoldenSample, largest_golden_
 from adacorr_deploy.core.manifest import Manifest
 from adacorr_deploy.core.progress import Progress
 from adacorr_deploy.core.untrusted import first_fault
+from adacorr_deploy.runtime.example_requests import example_request
 from adacorr_deploy.runtime.pipeline import Pipeline
 from adacorr_deploy.runtime.request import SampleRequest, check_request
 from adacorr_deploy.runtime.sampling import sample_with_policy
@@ -114,12 +115,13 @@ def _request(sample: GoldenSample, manifest: Manifest) -> SampleRequest:
     build, shape = manifest.engine_build, manifest.model.latent_shape
     batch = build.profile.batch[0] if build is not None else 1
     request = SampleRequest(
-        labels=(sample.label,) * batch,
+        labels=(sample.label,) * batch if sample.label is not None else (),
         steps=sample.steps,
         sampler=sample.sampler,
         guidance=sample.guidance,
         latents=np.stack([sample.initial.reshape(shape)] * batch),
     )
+    request = example_request(manifest.model, request, (0,) * batch)
     check_request(request, manifest.model, manifest.schedule)
     return request
 

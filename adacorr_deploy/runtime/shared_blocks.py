@@ -1,7 +1,8 @@
 """Block launches over the rows of many requests: rows are copied together, the engine runs once, rows are copied back.
 
-Blocks know nothing of requests, steps or guidance: a row is N tokens, and its own step's modulation. So rows of any
-requests go into one launch; each row's modulation is copied out of its request's table into a table of one step.
+Blocks know nothing of requests, steps or guidance: a row is N tokens, its own step's modulation, and its context. So
+rows of any requests of one size go into one launch; each row's modulation is copied out of its request's table into a
+table of one step.
 Where copies are queued on a GPU's stream, they are in order with the launches.
 """
 
@@ -9,21 +10,24 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from adacorr_deploy.core.errors import RequestError
-from adacorr_deploy.core.shapes import ROWS, STEPS
-from adacorr_deploy.core.specs import MODULATIONS_PER_UNIT, DType
+from adacorr_deploy.core.latents import LatentSize
+from adacorr_deploy.core.shapes import ROWS, STEPS, TOKENS
+from adacorr_deploy.core.specs import MODULATIONS_PER_UNIT, DType, TensorSpec
 from adacorr_deploy.engines.backend import Buffer, Launch
 from adacorr_deploy.runtime.batch_buckets import MAX_BUCKET_ROWS, Buckets, BucketTrial, agreeing_buckets
 from adacorr_deploy.runtime.denoise import BlockWork
 from adacorr_deploy.runtime.pipeline import Pipeline
 from adacorr_deploy.runtime.request import check_integer
 
+_OWN_INPUTS: Final = frozenset({"tokens", "modulation", "step"})  # of a block part
 _ROUNDS: Final = 5  # of timed launches, each over all buckets; the fastest of a bucket counts
 
 
@@ -44,16 +48,18 @@ class _RowBuffers:
     tokens_out: Buffer  # (R, N, D)
     units: tuple[Buffer, ...]  # (R, N, D) each, as many as the largest part has
     step: Buffer  # (1,) int64, always 0
+    named: Mapping[str, Buffer]  # what parts take by name: (R, …) the context, others as they are
 
 
 class SharedBlocks:
     """The block parts of a pipeline, bound to buffers of their own for every bucket."""
 
-    def __init__(self, pipeline: Pipeline, sizes: Sequence[int]) -> None:
+    def __init__(self, pipeline: Pipeline, sizes: Sequence[int], latents: LatentSize | None) -> None:
         """Allocate the buffers.
 
         Args:
             pipeline: Held by the caller.
+            latents: The size of the rows; None is the model's default.
             sizes: Rows of a launch, 1 … 4096 each; those that the engines were not compiled for are left out.
 
         Raises:
@@ -62,6 +68,7 @@ class SharedBlocks:
         """
         self._pipeline = pipeline
         self._model = pipeline.manifest.model
+        self._lengths = self._model.latents.sizes_at(latents)
         self._launches: dict[tuple[int, int], Launch] = {}
         axes = pipeline.compiled_axes
         self._sizes = sizes = _launchable(sizes, axes[ROWS] if axes is not None else None)
@@ -82,9 +89,24 @@ class SharedBlocks:
             _part(self._buffers.tokens, place).copy_from(_part(seat.work.space.block_input(block), _rows(seat)))
             table = seat.work.space.blocks.modulation[block][seat.work.step]
             _part(modulation, place).copy_from(_part(table, _rows(seat)))
+        self._gather(block, seats)
         self._launch(block, bucket).run()
         for place, seat in _placed(seats):
             self._give_back(block, seat, place)
+
+    def _gather(self, block: int, seats: Sequence[Seat]) -> None:
+        """Copy together what the part takes by name; what is not of rows is the same for all of one size."""
+        for tensor in self._named_inputs(block):
+            buffer = self._buffers.named[tensor.name]
+            if tensor.shape[0] != ROWS:
+                buffer.copy_from(seats[0].work.space.named[tensor.name])
+                continue
+            for place, seat in _placed(seats):
+                _part(buffer, place).copy_from(_part(seat.work.space.named[tensor.name], _rows(seat)))
+
+    def _named_inputs(self, block: int) -> list[TensorSpec]:
+        spec = self._pipeline.session(self._model.block_names[block]).spec
+        return [tensor for tensor in spec.inputs if tensor.name not in _OWN_INPUTS]
 
     def _give_back(self, block: int, seat: Seat, place: slice) -> None:
         work, rows = seat.work, _rows(seat)
@@ -100,12 +122,15 @@ class SharedBlocks:
 
     def _allocate(self, rows: int) -> _RowBuffers:
         model, backend = self._model, self._pipeline.backend
-        tokens = (rows, model.tokens, model.width)
+        tokens = (rows, self._lengths[TOKENS], model.width)
+        named = {each.name: each for block in range(len(model.units)) for each in self._named_inputs(block)}
+        sizes = {**self._lengths, ROWS: rows}
         return _RowBuffers(
             tokens=backend.allocate(tokens, model.precision),
             tokens_out=backend.allocate(tokens, model.precision),
             units=tuple(backend.allocate(tokens, model.precision) for _ in range(max(model.units))),
             step=backend.allocate((1,), DType.INT64),
+            named={name: backend.allocate(each.resolved(sizes), each.dtype) for name, each in named.items()},
         )
 
     def _allocate_modulation(self, rows: int, units: int) -> Buffer:
@@ -124,6 +149,12 @@ class SharedBlocks:
                     "step": buffers.step,
                     "tokens_out": _part(buffers.tokens_out, rows),
                     **{name: _part(unit, rows) for name, unit in units},
+                    **{
+                        each.name: _part(buffers.named[each.name], rows)
+                        if each.shape[0] == ROWS
+                        else buffers.named[each.name]
+                        for each in self._named_inputs(block)
+                    },
                 }
             )
         return launch
@@ -147,6 +178,8 @@ class SharedBlocks:
             for block in blocks
         }
         self._buffers.tokens.write(np.repeat(tokens[None], max(sizes), axis=0))
+        for buffer in self._buffers.named.values():
+            buffer.write(_trial_values(buffer, random))
         for rows, block in itertools.product(sizes, blocks):
             modulation = self._modulation[rows, self._model.units[block]]
             modulation.write(np.broadcast_to(tables[block].astype(numpy_type), modulation.shape).copy())
@@ -178,6 +211,14 @@ class SharedBlocks:
         self._launch(block, rows).run()
         self._pipeline.backend.synchronize()
         return time.perf_counter() - started
+
+
+def _trial_values(buffer: Buffer, random: np.random.Generator) -> NDArray[np.generic]:
+    """Return values of what a part takes by name, the same in every row: ones of masks, small numbers of all else."""
+    if buffer.dtype is DType.INT64:
+        return np.ones(buffer.shape, dtype=np.int64)
+    row = random.standard_normal(buffer.shape[1:]) / 4
+    return np.broadcast_to(row, buffer.shape).astype(buffer.dtype.numpy)
 
 
 def _launchable(sizes: Sequence[int], limits: tuple[int, int, int] | None) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from adacorr_deploy.caching.decisions import SlotHistory, Span, SpanCache
 from adacorr_deploy.core.errors import EngineError
 from adacorr_deploy.core.samplers import SamplerTable
-from adacorr_deploy.core.specs import MODULATIONS_PER_UNIT, DType, ModelSpec
+from adacorr_deploy.core.specs import MODULATIONS_PER_UNIT, DType, ModelSpec, PartSpec
 from adacorr_deploy.engines.backend import Backend, Buffer, Launch, Session
 from adacorr_deploy.plugins.kernels import NOISE_KERNEL
 from adacorr_deploy.plugins.service_parts import SIGNALS_PART, blend_part_name, predict_part_name
@@ -24,6 +24,7 @@ from adacorr_deploy.runtime.buffers import (
     allocate_block_buffers,
     allocate_image_buffers,
 )
+from adacorr_deploy.runtime.conditions import Prompts, condition_rows
 from adacorr_deploy.runtime.request import NoiseStream, SampleRequest
 from adacorr_deploy.runtime.slots import CacheSlot, SlotPool, Window
 from adacorr_deploy.runtime.span_launches import Allocate, SpanLaunches
@@ -47,9 +48,12 @@ class Workspace:
         slots: SlotPool,
         fuse: Callable[[Sequence[Launch]], Launch | None],
         allocate: Allocate,
+        null_prompt: Prompts | None = None,
     ) -> None:
         self._model = model
         self._sessions = sessions
+        self._null_prompt = null_prompt
+        self.named = {**image.request, **blocks.context}  # what parts are given by the name of their input
         self._launches: dict[tuple[str | int, ...], Launch] = {}
         self._fuse = fuse
         self._fused: dict[tuple[int, ...], Launch | None] = {}
@@ -69,24 +73,17 @@ class Workspace:
         Without latents they are the request's first draw.
         """
         image = self.image
-        self._stream = NoiseStream(request, self._model.latent_shape)
+        rows = condition_rows(request, self._model, self._null_prompt)
+        self._stream = NoiseStream(request, request.latent_shape(self._model))
         image.noise_keys.write(self._stream.keys)
         self._fill(image.latents[0], 0 if latents is None else latents)
         image.carried[0].write(np.zeros(image.carried[0].shape, dtype=np.float32))  # 0 · what was left could be NaN
         image.guidance.write(request.branch_weights())
-        image.timesteps.write(table.timesteps)
         image.coefficients.write(table.coefficients)
-        image.labels.write(request.rows(self._model.num_classes))
+        for name, values in {"timesteps": table.timesteps, **rows}.items():
+            image.request[name].write(values)
         outputs = {f"modulation_{index:02d}": buffer for index, buffer in enumerate(self.blocks.modulation)}
-        self.run(
-            ("condition",),
-            lambda: {
-                "timesteps": image.timesteps,
-                "labels": image.labels,
-                **outputs,
-                "modulation_head": self.blocks.modulation_head,
-            },
-        )
+        self.run(("condition",), lambda: {**outputs, "modulation_head": self.blocks.modulation_head})
 
     def begin_step(self, step: int, noise: Noise | None) -> None:
         """Say which step is next, and what its head adds, to work that was bound before."""
@@ -353,10 +350,14 @@ class Workspace:
         return predict_part_name(self._model, units=self._model.units[block], evaluations=evaluations)
 
     def run(self, key: tuple[str | int, ...], tensors: Callable[[], Mapping[str, Buffer]]) -> None:
-        """Run the launch called `key`, whose first word is the part's name; bind it if it is the first time."""
+        """Run the launch called `key`, whose first word is the part's name; bind it if it is the first time.
+
+        What `tensors` leaves out, the part is given by name: of the request, or of what the condition part made.
+        """
         launch = self._launches.get(key)
         if launch is None:
-            launch = self._launches[key] = self._session(str(key[0])).bind(tensors())
+            session = self._session(str(key[0]))
+            launch = self._launches[key] = session.bind({**named_tensors(session.spec, self.named), **tensors()})
         if self._collected is None:
             launch.run()
         else:
@@ -371,10 +372,23 @@ class Workspace:
         return self._sessions[part]
 
 
-def allocate_workspace(backend: Backend, model: ModelSpec, sessions: Mapping[str, Session], size: RunSize) -> Workspace:
+def named_tensors(spec: PartSpec, named: Mapping[str, Buffer]) -> dict[str, Buffer]:
+    """Return those of the named buffers that a part takes, or gives."""
+    return {tensor.name: named[tensor.name] for tensor in (*spec.inputs, *spec.outputs) if tensor.name in named}
+
+
+def allocate_workspace(
+    backend: Backend,
+    model: ModelSpec,
+    sessions: Mapping[str, Session],
+    size: RunSize,
+    null_prompt: Prompts | None = None,
+) -> Workspace:
     """Allocate everything that runs of one size need."""
     image = allocate_image_buffers(backend, model, size)
-    blocks = allocate_block_buffers(backend, model, size)
+    outputs = sessions["condition"].spec.outputs if "condition" in sessions else ()
+    context = [tensor for tensor in outputs if not tensor.name.startswith("modulation_")]
+    blocks = allocate_block_buffers(backend, model, size, context)
     parts = _allocate_slots(backend, model, size, blocks.zeros)
     slots = SlotPool(
         parts,
@@ -382,21 +396,23 @@ def allocate_workspace(backend: Backend, model: ModelSpec, sessions: Mapping[str
         allocate_reference=lambda: backend.allocate(blocks.zeros.shape, blocks.zeros.dtype),
         spans=[_span_slot(backend, span, size, parts, blocks.zeros) for span in size.spans],
     )
-    return Workspace(model, sessions, image, blocks, slots, backend.fuse, backend.allocate)
+    return Workspace(model, sessions, image, blocks, slots, backend.fuse, backend.allocate, null_prompt)
 
 
 def workspace_bytes(model: ModelSpec, size: RunSize) -> int:
     """Return about how much a workspace of this size takes, with all slots' references: what grows with the model."""
     number = model.precision.numpy.itemsize
-    tokens = number * size.rows * model.tokens * model.width
+    tokens = number * size.rows * model.latents.tokens_at(size.latents) * model.width
     kept = size.kept_parts(len(model.units))
     units = size.history * sum(model.units[part] for part in kept)
     units += sum({count for part, count in enumerate(model.units) if part not in kept}) + size.residuals
     references = len(size.spans) or len(model.units) if size.caches else 0
     modulations = MODULATIONS_PER_UNIT * sum(model.units) + 2
     table = number * size.steps * size.rows * modulations * model.width
-    image = DType.FLOAT32.numpy.itemsize * size.batch * math.prod(model.latent_shape)
-    return tokens * (units + references + 5) + table + image * (max(size.output_history, 1) + 9)
+    image = DType.FLOAT32.numpy.itemsize * size.batch * math.prod(model.latents.shape_at(size.latents))
+    prompt = model.conditions.prompt  # and its context, about as wide as the model's tokens
+    text = 0 if prompt is None else size.rows * prompt.tokens * (4 * prompt.width + number * model.width)
+    return tokens * (units + references + 5) + table + text + image * (max(size.output_history, 1) + 9)
 
 
 def _allocate_slots(backend: Backend, model: ModelSpec, size: RunSize, zeros: Buffer) -> list[CacheSlot]:
@@ -404,7 +420,7 @@ def _allocate_slots(backend: Backend, model: ModelSpec, size: RunSize, zeros: Bu
     kept = size.kept_parts(len(model.units))
 
     def ring(units: int, entries: int) -> Buffer:
-        return backend.allocate((entries, units, size.rows, model.tokens, model.width), model.precision)
+        return backend.allocate((entries, units, *zeros.shape), model.precision)
 
     shared = {
         units: ring(units, 1) for units in {model.units[part] for part in range(len(model.units)) if part not in kept}
@@ -432,7 +448,7 @@ def _span_slot(backend: Backend, span: Span, size: RunSize, parts: Sequence[Cach
 
 def _allocate_output_slot(backend: Backend, model: ModelSpec, size: RunSize) -> CacheSlot:
     """Allocate the slot of the model's output: a unit of its own, an image large."""
-    image = (size.batch, *model.latent_shape)
+    image = (size.batch, *model.latents.shape_at(size.latents))
     return CacheSlot(
         ring=backend.allocate((max(size.output_history, 1), 1, *image), DType.FLOAT32),
         zeros=backend.allocate(image, DType.FLOAT32),

@@ -119,5 +119,7 @@ def made(
     elements: int = 64,
 ) -> Controller:
     """A controller of a run."""
-    run = Run(steps=steps, blocks=blocks, halves=halves, elements=elements)
+    run = Run(
+        steps=steps, blocks=blocks, halves=(("attention", "mlp"),) * (blocks // 2) if halves else (), elements=elements
+    )
     return controller_for_policy(policy, run, calibration, profile)

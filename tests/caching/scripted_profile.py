@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from adacorr_deploy.caching.calibration import CalibrationKey
-from adacorr_deploy.caching.profile import AffineMap, ChangePolynomial, LinearGate, Profile, UnitErrors
+from adacorr_deploy.caching.profile import AffineMap, ChangePolynomial, LinearGate, Profile
 
 WIDTH = 3
 
@@ -20,7 +20,7 @@ def profile(*, steps: int, parts: int = 2, width: int = WIDTH) -> Profile:
         images=4,
         output_change=ChangePolynomial(coefficients=(0.0, 0.0, 0.0, 1.0, 0.0), low=0.0, high=10.0),
         magnitude_ratios=(1.0, *(0.97,) * (steps - 1)),
-        unit_errors=UnitErrors(attention=table, mlp=tuple(tuple(2 * error for error in row) for row in table)),
+        unit_errors={"attention": table, "mlp": tuple(tuple(2 * error for error in row) for row in table)},
         part_errors=tuple(tuple(tuple(error * (1 + part) for error in row) for row in table) for part in range(parts)),
         affine=tuple(
             AffineMap(first=part, stop=part + 1, scale=(2.0,) * width, shift=(1.0,) * width) for part in range(parts)

@@ -11,8 +11,9 @@ import pytest
 from adacorr_deploy.caching.calibration import calibration_for_run, calibration_from_json, check_blocks
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
 from adacorr_deploy.core.errors import CalibrationError
-from adacorr_deploy.core.specs import DType, ModelSpec
+from adacorr_deploy.core.specs import ModelSpec
 from tests.caching.scripted_calibration import calibration
+from tests.models import model_spec
 
 
 def test_a_round_trip_through_json_changes_nothing() -> None:
@@ -122,23 +123,14 @@ def test_costs_may_be_infinite_from_some_number_of_skipped_steps_on() -> None:
 
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_a_calibration_of_another_number_of_blocks_is_refused(blocks: int) -> None:
-    check_blocks(calibration(), model_spec(blocks=2), where="here")
+    check_blocks(calibration(), model_of(blocks=2), where="here")
     allowed = f"paper_floors holds 2 numbers, allowed are {blocks}: one for .* BUNDLE --sampler ddim --steps 12"
     with pytest.raises(CalibrationError, match=f"^here: {allowed}"):
-        check_blocks(calibration(), model_spec(blocks=blocks), where="here")
+        check_blocks(calibration(), model_of(blocks=blocks), where="here")
 
 
-def model_spec(*, blocks: int) -> ModelSpec:
-    return ModelSpec(
-        family="tiny",
-        precision=DType.FLOAT32,
-        latent_shape=(1, 4, 4),
-        tokens=4,
-        width=4,
-        num_classes=3,
-        units=(2,) * blocks,
-        learned_variance=False,
-    )
+def model_of(*, blocks: int) -> ModelSpec:
+    return model_spec(width=4, num_classes=3, units=(2,) * blocks)
 
 
 @pytest.mark.parametrize("field", ["checkpoint_sha256", "sampler", "steps", "guidance", "latent_shape"])

@@ -118,7 +118,7 @@ def outcome(content: Content, relatives: list[float], *, halves: bool) -> tuple[
         except PolicyError as error:
             return str(error)
     steps = policy.sampled_steps(STEPS)
-    run = Run(steps=steps, blocks=PARTS, halves=halves)
+    run = Run(steps=steps, blocks=PARTS, halves=(("attention", "mlp"),) * (PARTS // 2) if halves else ())
     try:
         spans = policy.spans_of(run)
         controller = made(

@@ -19,7 +19,7 @@ from adacorr_deploy.caching.gates.thresholds import FastCacheGate
 from adacorr_deploy.caching.guards import Guards
 from adacorr_deploy.caching.policy import PRESETS, policy_named
 from adacorr_deploy.caching.policy_model import Policy
-from adacorr_deploy.caching.profile import ChangePolynomial, UnitErrors
+from adacorr_deploy.caching.profile import ChangePolynomial
 from tests.caching.driven import Driven, Source, change, drive, made
 from tests.caching.scripted_profile import profile
 
@@ -159,7 +159,7 @@ def test_smoothcache_evaluates_what_the_authors_schedule_does(run: Fixture) -> N
         for kind, table in run["errors"].items()
     }
     measured = profile(steps=settings["steps"], parts=4).model_copy(
-        update={"unit_errors": UnitErrors(attention=tables["attn"], mlp=tables["mlp"])}
+        update={"unit_errors": {"attention": tables["attn"], "mlp": tables["mlp"]}}
     )
     base = PRESETS["smoothcache"]
     gate = base.gate.model_copy(update={name: settings[name] for name in ("alpha", "max_skipped")})

@@ -34,7 +34,7 @@ def test_every_option_arrives() -> None:
     ["", "1", "1,2", "1,2,3,4", "8,4,16", "0,1,2", "1,2,5000", "-1,2,3", "1, 2,3", "1,2,٣", "1,2,x,3", "1" * 5000],
 )
 def test_a_batch_that_is_not_three_sizes_in_order_is_refused(batch: str) -> None:
-    with pytest.raises(typer.BadParameter, match="three sizes of 1 to 4096, the fewest first"):
+    with pytest.raises(typer.BadParameter, match="three sizes of 1 to 4096, the smallest first"):
         compiler_options(None, batch, None, None, version_compatible=False, timing_cache=None)
 
 

@@ -265,7 +265,7 @@ def test_a_run_that_would_keep_nothing_is_refused(command: Command, bundle: Path
 
 def test_latents_that_need_a_vae_are_kept_or_refused(command: Command, own_bundle: Path, tmp_path: Path) -> None:
     manifest = json.loads((own_bundle / "manifest.json").read_text())
-    edit_manifest(own_bundle, model={**manifest["model"], "latent_shape": [4, SIDE, SIDE]})
+    edit_manifest(own_bundle, model={**manifest["model"], "latents": {"shape": [4, SIDE, SIDE], "patch": [2, 2]}})
     error = command("run", own_bundle, "-o", tmp_path / "out").error
     assert "4 channels: they become images through a VAE, which this bundle doesn't hold. Keep the latents" in error
     assert not (tmp_path / "out").exists()

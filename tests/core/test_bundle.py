@@ -25,10 +25,10 @@ SPEC = {"name": "embed", "inputs": [], "outputs": []}
 MODEL = {
     "family": "dit",
     "precision": "float32",
-    "latent_shape": [1, 4, 4],
-    "tokens": 4,
+    "latents": {"shape": [1, 4, 4], "patch": [2, 2]},
     "width": 8,
-    "num_classes": 2,
+    "conditions": {"num_classes": 2},
+    "blocks": [["attention", "mlp"]],
     "units": [2],
     "learned_variance": False,
 }

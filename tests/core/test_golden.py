@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from adacorr_deploy.core.golden import GoldenSample, largest_golden_bytes
-from adacorr_deploy.core.specs import DType, ModelSpec
 from adacorr_deploy.core.untrusted import first_fault
+from tests.models import model_spec
 
 SHAPE = (2, 3, 3)
 LATENTS = arrays(np.float32, SHAPE, elements=st.floats(width=32, allow_nan=False, allow_infinity=False))
@@ -43,16 +43,7 @@ def test_latents_survive_bit_by_bit(initial: NDArray[np.float32], final: NDArray
 @given(side=st.integers(1, 40), channels=st.integers(1, 8))
 def test_the_largest_size_is_enough_for_every_model_and_hardly_more(side: int, channels: int) -> None:
     shape = (channels, side, side)
-    model = ModelSpec(
-        family="dit",
-        precision=DType.FLOAT32,
-        latent_shape=shape,
-        tokens=1,
-        width=4,
-        num_classes=10**6,
-        units=(2,),
-        learned_variance=False,
-    )
+    model = model_spec(latent_shape=shape, patch=(1, 1), num_classes=10**6)
     written = len(golden(*np.full((2, *shape), 1 / 3, np.float32)).model_dump_json())
     assert written <= largest_golden_bytes(model) <= 1.2 * written + 4096
 

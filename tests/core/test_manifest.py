@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +12,8 @@ from hypothesis import strategies as st
 from adacorr_deploy.core.errors import BundleError
 from adacorr_deploy.core.manifest import SCHEMA_VERSION, Manifest, bundle_path, manifest_from_json
 from adacorr_deploy.core.schedules import NoiseSchedule
-from adacorr_deploy.core.specs import DType, ModelSpec, PartSpec, TensorSpec
+from adacorr_deploy.core.specs import DType, PartSpec, TensorSpec
+from tests.models import model_spec
 
 Raw = dict[str, Any]
 
@@ -25,16 +25,7 @@ def manifest() -> Manifest:
     return Manifest(
         schema_version=SCHEMA_VERSION,
         model_name="tiny",
-        model=ModelSpec(
-            family="dit",
-            precision=DType.FLOAT16,
-            latent_shape=(1, 4, 4),
-            tokens=4,
-            width=8,
-            num_classes=2,
-            units=(2,),
-            learned_variance=False,
-        ),
+        model=model_spec(precision=DType.FLOAT16, num_classes=2),
         checkpoint_sha256="0" * 64,
         schedule=NoiseSchedule(betas=(0.1, 0.2), variance_type="fixed_large"),
         backend="onnxruntime",
@@ -59,12 +50,14 @@ def set_(raw: Raw, path: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("schema_version", 1, "schema version 1, this release reads 2"),
+        ("schema_version", 1, "schema version 1, this release reads 3"),
         ("schema_version", None, "schema version None"),
         ("schema_version", True, "schema version True"),
         ("checkpoint_sha256", "xyz", "checkpoint_sha256"),
         ("model/precision", "float8", "model.precision"),
-        ("model/tokens", "many", "model.tokens"),
+        ("model/latents/patch", [2, 0], "model.latents: shape and patch are"),
+        ("model/latents/largest", [4, 3], "model.latents: width goes from"),
+        ("model/conditions/num_classes", "many", "model.conditions.num_classes"),
         ("schedule/betas", [0.1, 2.0], r"schedule: betas\[1\] is 2.0"),
         ("schedule/betas", [], "schedule: betas: got 0 values"),
         ("schedule/variance_type", "learned", "schedule.noise.variance_type"),
@@ -166,14 +159,14 @@ def test_garbage_in_a_field_never_fails_otherwise(value: object, field: str) -> 
 
 @pytest.mark.parametrize("units", [(2,), (8, 8, 4), (1, 1), (1,) * 56])
 def test_parts_of_whole_blocks_or_of_halves_are_accepted(units: tuple[int, ...]) -> None:
-    model = manifest().model
-    text = manifest().model_copy(update={"model": replace(model, units=units)}).model_dump_json()
+    model = model_spec(units=units, num_classes=2)
+    text = manifest().model_copy(update={"model": model}).model_dump_json()
     assert manifest_from_json(text, where="here").model.units == units
 
 
-@pytest.mark.parametrize("units", [(), (0,), (-2,), (3,), (1, 2), (1, 1, 1)])
+@pytest.mark.parametrize("units", [(), (0,), (-2, 6), (3, 1), (1, 1, 2), (1, 1, 1), (2,), (2, 2, 2), (4, 4)])
 def test_parts_that_no_model_has_are_refused(units: tuple[int, ...]) -> None:
-    model = manifest().model
-    text = manifest().model_copy(update={"model": replace(model, units=units)}).model_dump_json()
-    with pytest.raises(BundleError, match=r"model\.units is .*, allowed are multiples of 2, or 1 for each"):
-        manifest_from_json(text, where="here")
+    raw = json.loads(manifest().model_copy(update={"model": model_spec(units=(2, 2), num_classes=2)}).model_dump_json())
+    raw["model"]["units"] = units
+    with pytest.raises(BundleError, match=r"model: .*allowed"):
+        manifest_from_json(json.dumps(raw), where="here")

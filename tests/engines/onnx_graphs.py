@@ -7,7 +7,8 @@ from pathlib import Path
 import onnx
 from onnx import parser
 
-from adacorr_deploy.core.specs import Dim, DType, PartSpec, TensorSpec
+from adacorr_deploy.core.shapes import Dim
+from adacorr_deploy.core.specs import DType, PartSpec, TensorSpec
 
 WIDTH = 4
 

@@ -24,6 +24,7 @@ from adacorr_deploy.plugins.service_parts import (
     signals_spec,
 )
 from tests.engines.conftest import DriverCount
+from tests.models import model_spec
 
 pytestmark = pytest.mark.gpu
 
@@ -35,16 +36,7 @@ Arrays = dict[str, NDArray[np.generic]]
 
 
 def _model(precision: DType, width: int = 24) -> ModelSpec:
-    return ModelSpec(
-        family="dit",
-        precision=precision,
-        latent_shape=(4, 6, 5),
-        tokens=21,
-        width=width,
-        num_classes=10,
-        units=(4,),
-        learned_variance=False,
-    )
+    return model_spec(latent_shape=(4, 7, 3), patch=(1, 1), width=width, units=(4,), precision=precision)
 
 
 @pytest.fixture

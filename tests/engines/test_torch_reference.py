@@ -11,24 +11,16 @@ import torch
 from numpy.typing import NDArray
 
 from adacorr_deploy.core.errors import EngineError
-from adacorr_deploy.core.specs import DType, ModelSpec, PartSpec
+from adacorr_deploy.core.specs import DType, PartSpec
 from adacorr_deploy.engines.backend import Artefact, Backend
 from adacorr_deploy.engines.host_memory import HostBuffer
 from adacorr_deploy.engines.onnxruntime_cpu import OnnxRuntimeBackend
 from adacorr_deploy.engines.torch_reference import TorchBackend
 from adacorr_deploy.plugins.onnx_functions import service_parts
 from tests.engines.onnx_graphs import WIDTH, part_spec, tensor
+from tests.models import model_spec
 
-MODEL = ModelSpec(
-    family="dit",
-    precision=DType.FLOAT32,
-    latent_shape=(1, 4, 4),
-    tokens=7,
-    width=8,
-    num_classes=10,
-    units=(2,),
-    learned_variance=False,
-)
+MODEL = model_spec(latent_shape=(1, 7, 1), patch=(1, 1))
 SIZES = {"rows": 3, "steps": 4}
 NOWHERE = Path("not-read.onnx")
 

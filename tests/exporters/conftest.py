@@ -78,11 +78,11 @@ def dit() -> DiTTransformer2DModel:
 @pytest.fixture(scope="session")
 def exported(dit: DiTTransformer2DModel, tmp_path_factory: pytest.TempPathFactory) -> Callable[[DType, int], Exported]:
     @cache
-    def export(precision: DType, units: int = 2) -> Exported:
-        folder = tmp_path_factory.mktemp(f"parts_{precision.value}_{units}")
-        specs = export_parts(loaded(dit), folder, precision, units)
-        if units == 2 and precision is DType.FLOAT32:
-            specs["step"] = monolithic_step_onnx(loaded(dit), folder, precision, units)
+    def export(precision: DType, segment: int = 1) -> Exported:
+        folder = tmp_path_factory.mktemp(f"parts_{precision.value}_{segment}")
+        specs = export_parts(loaded(dit), folder, precision, segment)
+        if segment == 1 and precision is DType.FLOAT32:
+            specs["step"] = monolithic_step_onnx(loaded(dit), folder, precision, segment)
         return Exported(folder, specs)
 
     return export

@@ -38,10 +38,10 @@ def model() -> LoadedModel:
 def exported_once(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, PartSpec]]:
     """Exporting takes seconds, and test_onnx_parts holds what it writes: here the same files are copied each time."""
     parts = tmp_path_factory.mktemp("parts")
-    specs = export_parts(model, parts, units=6)
+    specs = export_parts(model, parts, segment=3)
 
     def copy_parts(
-        loaded: LoadedModel, directory: Path, precision: DType, units: int, progress: Progress | None
+        loaded: LoadedModel, directory: Path, precision: DType, segment: int, progress: Progress | None
     ) -> dict[str, PartSpec]:
         for done, name in enumerate(specs):
             if progress is not None:

@@ -11,9 +11,10 @@ from diffusers import DiTTransformer2DModel
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adacorr_deploy.core.specs import DType, PartSpec
+from adacorr_deploy.core.specs import HALVES, DType, PartSpec
 from adacorr_deploy.exporters import reference_modules
-from adacorr_deploy.exporters.dit import ConditionPart, embedders_agree
+from adacorr_deploy.exporters.dit import ConditionModule, embedders_agree
+from adacorr_deploy.exporters.family_parts import ConditionPart
 from tests.exporters.conftest import Arrays, Exported, loaded, random_dit
 
 Export = Callable[[DType, int], Exported]
@@ -56,7 +57,7 @@ def relative_error(actual: NDArray[np.generic], expected: NDArray[np.generic]) -
 def test_a_part_in_onnx_runtime_equals_the_part_in_pytorch(
     name: str, precision: DType, tolerance: float, dit: DiTTransformer2DModel, exported: Export
 ) -> None:
-    parts = exported(precision, 2)
+    parts = exported(precision, 1)
     spec = parts.specs[name]
     inputs = random_inputs(spec, batch=2, branches=2, steps=3)
     expected = in_torch(reference_modules(loaded(dit))[name], inputs, spec)
@@ -102,15 +103,15 @@ def guided_step(
 
 
 @pytest.mark.parametrize(("batch", "branches"), [(1, 1), (3, 1), (1, 2), (2, 2)])
-@pytest.mark.parametrize("units", [1, 2, 4])
+@pytest.mark.parametrize("segment", [HALVES, 1, 2])
 def test_the_chain_of_parts_equals_the_whole_model(
-    batch: int, branches: int, units: int, dit: DiTTransformer2DModel, exported: Export
+    batch: int, branches: int, segment: int, dit: DiTTransformer2DModel, exported: Export
 ) -> None:
     latents = np.random.default_rng(batch).standard_normal((batch, 4, 8, 8), np.float32)
     labels = [*range(batch), *([NULL_LABEL] * batch * (branches - 1))]
     weights = np.array([[4.0], [-3.0]], np.float32) if branches == 2 else np.array([[1.0]], np.float32)
     guidance = np.repeat(weights, batch, axis=1)
-    results, head = guided_step(exported(DType.FLOAT32, units), latents, guidance, labels)
+    results, head = guided_step(exported(DType.FLOAT32, segment), latents, guidance, labels)
 
     rows = torch.from_numpy(np.concatenate([latents] * branches))
     output: Tensor = dit(rows, torch.full((len(rows),), 500.0), torch.tensor(labels)).sample
@@ -125,7 +126,7 @@ def test_the_chain_of_parts_equals_the_whole_model(
 
 
 def test_the_monolithic_step_equals_the_chain(exported: Export) -> None:
-    parts = exported(DType.FLOAT32, 2)
+    parts = exported(DType.FLOAT32, 1)
     latents = np.random.default_rng(7).standard_normal((2, 4, 8, 8), np.float32)
     guidance = np.array([[4, 4], [-3, -3]], np.float32)
     results, head = guided_step(parts, latents, guidance, [1, 2, NULL_LABEL, NULL_LABEL])
@@ -138,7 +139,7 @@ def test_the_monolithic_step_equals_the_chain(exported: Export) -> None:
 
 def test_a_reused_units_sum_is_the_blocks_residual(exported: Export) -> None:
     """What the caches rely on: tokens_out = tokens + gate_msa · attention_0 + gate_mlp · mlp_0."""
-    parts = exported(DType.FLOAT32, 2)
+    parts = exported(DType.FLOAT32, 1)
     inputs = random_inputs(parts.specs["block_01"], batch=2, branches=1, steps=4)
     outputs = parts.run("block_01", inputs)
     rows = inputs["modulation"][3]
@@ -148,7 +149,7 @@ def test_a_reused_units_sum_is_the_blocks_residual(exported: Export) -> None:
 
 def test_without_learned_variance_the_noise_column_is_the_standard_deviation() -> None:
     head = reference_modules(loaded(random_dit(learned_variance=False)))["head"]
-    spec = next(part.spec for part in loaded(random_dit()).model.parts(DType.FLOAT32, 2) if part.spec.name == "head")
+    spec = next(part.spec for part in loaded(random_dit()).model.parts(DType.FLOAT32, 1) if part.spec.name == "head")
     inputs = random_inputs(spec, batch=2, branches=1, steps=2)
     results = in_torch(head, inputs, spec)
     of_latents, of_output, of_noise, _, _, of_carried, _, _ = inputs["coefficients"][1]
@@ -165,9 +166,9 @@ def test_blocks_with_embedders_of_their_own_are_conditioned_by_their_own(units: 
         torch.nn.init.normal_(block.norm1.emb.class_embedder.embedding_table.weight, std=0.1 * (index + 1))
     assert not embedders_agree(model)
     blocks = list(model.transformer_blocks)
-    condition = ConditionPart(model, units)
+    condition = ConditionPart(ConditionModule(model), blocks=len(blocks), units=units)
     timesteps, labels = torch.tensor([700.0, 3.0]), torch.tensor([4, NULL_LABEL])
-    *modulations, head = condition(timesteps, labels)
+    *modulations, head = condition(timesteps=timesteps, labels=labels)
     of_blocks = torch.cat(modulations, dim=2)
     assert head.shape == (2, 2, 2, 64)
     for index, block in enumerate(blocks):

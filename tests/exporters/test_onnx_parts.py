@@ -13,7 +13,7 @@ from diffusers import DiTTransformer2DModel
 from safetensors.numpy import load_file
 
 from adacorr_deploy.core.errors import OutputError, UnsupportedModelError
-from adacorr_deploy.core.specs import DType, TensorSpec
+from adacorr_deploy.core.specs import HALVES, DType, TensorSpec
 from adacorr_deploy.exporters import export_parts
 from tests.exporters.conftest import Exported, loaded, random_dit
 
@@ -28,19 +28,19 @@ def graph_of(parts: Exported, name: str) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_file_passes_the_checker(precision: DType, exported: Export) -> None:
-    parts = exported(precision, 2)
+    parts = exported(precision, 1)
     assert list(parts.specs)[: len(PARTS)] == PARTS
     for name in parts.specs:
         onnx.checker.check_model(str(parts.folder / f"{name}.onnx"), full_check=True)
 
 
 @pytest.mark.parametrize(
-    ("precision", "units"), [(DType.FLOAT32, 1), (DType.FLOAT32, 2), (DType.FLOAT32, 4), (DType.FLOAT16, 2)]
+    ("precision", "segment"), [(DType.FLOAT32, HALVES), (DType.FLOAT32, 1), (DType.FLOAT32, 2), (DType.FLOAT16, 1)]
 )
 def test_inputs_and_outputs_carry_the_contracts_names_types_and_axes(
-    precision: DType, units: int, exported: Export
+    precision: DType, segment: int, exported: Export
 ) -> None:
-    parts = exported(precision, units)
+    parts = exported(precision, segment)
     for name, spec in parts.specs.items():
         graph = graph_of(parts, name).graph
         assert [_spec(value) for value in graph.input] == list(spec.inputs)
@@ -57,7 +57,7 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_weights_are_stored_once(precision: DType, dit: DiTTransformer2DModel, exported: Export) -> None:
     """All of the model's weights, one embedder for all blocks, the position table: and nothing else."""
-    parts = exported(precision, 2)
+    parts = exported(precision, 1)
     stored = sum(tensor.size for name in PARTS for tensor in load_file(parts.folder / f"{name}.safetensors").values())
     embedder = sum(weight.numel() for weight in dit.transformer_blocks[0].norm1.emb.parameters())
     total = sum(weight.numel() for weight in dit.parameters()) + dit.pos_embed.pos_embed.numel()
@@ -67,7 +67,7 @@ def test_weights_are_stored_once(precision: DType, dit: DiTTransformer2DModel, e
 
 
 def test_external_data_are_the_safetensors_own_tensors(exported: Export) -> None:
-    parts = exported(DType.FLOAT32, 2)
+    parts = exported(DType.FLOAT32, 1)
     for name in PARTS:
         weights = load_file(parts.folder / f"{name}.safetensors")
         model = onnx.load(str(parts.folder / f"{name}.onnx"))
@@ -78,7 +78,7 @@ def test_external_data_are_the_safetensors_own_tensors(exported: Export) -> None
 
 
 def test_no_weight_is_rearranged_at_run_time(exported: Export) -> None:
-    parts = exported(DType.FLOAT32, 2)
+    parts = exported(DType.FLOAT32, 1)
     for name in PARTS:
         graph = graph_of(parts, name).graph
         weights = {tensor.name for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL}
@@ -93,7 +93,7 @@ def test_no_weight_is_rearranged_at_run_time(exported: Export) -> None:
 
 
 def test_the_wire_says_nothing_of_this_machine(exported: Export) -> None:
-    parts = exported(DType.FLOAT32, 2)
+    parts = exported(DType.FLOAT32, 1)
     for name in parts.specs:
         content = (parts.folder / f"{name}.onnx").read_bytes()
         model = graph_of(parts, name)
@@ -104,16 +104,16 @@ def test_the_wire_says_nothing_of_this_machine(exported: Export) -> None:
 
 
 def test_exporting_twice_gives_equal_files(tmp_path: Path, dit: DiTTransformer2DModel, exported: Export) -> None:
-    first = exported(DType.FLOAT32, 2)
+    first = exported(DType.FLOAT32, 1)
     export_parts(loaded(dit), tmp_path)
     for file in tmp_path.iterdir():
         assert file.read_bytes() == (first.folder / file.name).read_bytes(), file.name
 
 
 def test_blocks_of_one_structure_differ_in_their_weights_alone(exported: Export) -> None:
-    parts = exported(DType.FLOAT32, 4)
+    parts = exported(DType.FLOAT32, 2)
     assert [len(parts.specs[name].outputs) for name in ("block_00", "block_01")] == [5, 3]
-    single = exported(DType.FLOAT32, 2)
+    single = exported(DType.FLOAT32, 1)
     graphs = [graph_of(single, name).graph.node for name in ("block_00", "block_01")]
     assert list(graphs[0]) == list(graphs[1])
     weights = [load_file(single.folder / f"{name}.safetensors") for name in ("block_00", "block_01")]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ from adacorr_deploy.core.bundle import Bundle, open_bundle
 from adacorr_deploy.core.engine_build import CompilerOptions, Profile, WeightLayout
 from adacorr_deploy.core.errors import BundleError, EngineError
 from adacorr_deploy.core.progress import Progress
-from adacorr_deploy.core.specs import DType, PartSpec
+from adacorr_deploy.core.specs import HALVES, DType, PartSpec
 from adacorr_deploy.engines.onnxruntime_cpu import OnnxRuntimeBackend
 from adacorr_deploy.engines.tensorrt_backend import TensorRTBackend
 from adacorr_deploy.engines.tensorrt_compiler import TensorRTCompiler
@@ -27,8 +26,9 @@ from adacorr_deploy.exporters.onnx_parts import export_decoder
 from adacorr_deploy.exporters.vae import load_vae
 from adacorr_deploy.plugins.service_parts import service_part_specs
 from adacorr_deploy.runtime import Pipeline
-from tests.exporters.conftest import Exported, loaded, random_dit
+from tests.exporters.conftest import Exported, loaded
 from tests.exporters.random_vae import write_vae
+from tests.models import model_spec
 
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel
@@ -51,10 +51,10 @@ def built(
 
     @cache
     def build(precision: DType, weights: WeightLayout, *, halves: bool = False) -> Bundle:
-        parts = exported(precision, 1 if halves else 2)
+        parts = exported(precision, HALVES if halves else 1)
 
         def copy_parts(
-            model: LoadedModel, directory: Path, precision: DType, units: int, progress: Progress | None
+            model: LoadedModel, directory: Path, precision: DType, segment: int, progress: Progress | None
         ) -> dict[str, PartSpec]:
             specs = {name: spec for name, spec in parts.specs.items() if name != "step"}
             for name in specs:
@@ -168,7 +168,7 @@ def test_an_altered_plan_is_refused_before_it_is_opened(built: Build, tmp_path: 
 def test_a_vaes_decoder_compiles(precision: DType, weights: WeightLayout, tmp_path: Path) -> None:
     """Its sizes are fixed, so the profile of the request's sizes says nothing to it."""
     vae = load_vae(write_vae(tmp_path / "vae"))
-    model = replace(loaded(random_dit()).model.spec(precision, 2), latent_shape=(4, 16, 8))
+    model = model_spec(latent_shape=(4, 16, 8), precision=precision)
     spec = export_decoder(vae, model, vae.spec(model, tile=8, precision=precision), tmp_path)
     options = CompilerOptions(profile=PROFILE, targets=TARGETS, weights=weights)
     artefact = TensorRTBackend(TENSORRT_RTX, options).build(tmp_path / "decode.onnx", spec, tmp_path / "engines")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,22 +22,14 @@ from adacorr_deploy.exporters.onnx_parts import export_decoder
 from adacorr_deploy.exporters.vae import LoadedVae, load_vae
 from adacorr_deploy.runtime.decoder import Decoder
 from tests.exporters.random_vae import random_vae, write_vae
+from tests.models import model_spec
 
 Array = NDArray[np.float32]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def model_of(height: int, width: int, precision: DType = DType.FLOAT32, channels: int = 4) -> ModelSpec:
-    return ModelSpec(
-        family="dit",
-        precision=precision,
-        latent_shape=(channels, height, width),
-        tokens=16,
-        width=8,
-        num_classes=3,
-        units=(2,),
-        learned_variance=False,
-    )
+    return model_spec(latent_shape=(channels, height, width), patch=(1, 1), precision=precision)
 
 
 def decoded(vae: LoadedVae, model: ModelSpec, decoder: DecoderSpec, folder: Path, latents: Array) -> Array:
@@ -222,4 +213,4 @@ def test_a_pipeline_brings_its_own_and_an_option_another_or_none(pipeline: Path,
 def test_a_vae_of_other_latents_than_the_models_is_refused(tmp_path: Path) -> None:
     vae = load_vae(write_vae(tmp_path / "vae"))
     with pytest.raises(UnsupportedModelError, match=r"decodes latents of 4 channels, the model's have 16"):
-        vae.spec(replace(model_of(8, 8), latent_shape=(16, 8, 8)))
+        vae.spec(model_of(8, 8, channels=16))

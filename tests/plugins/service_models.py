@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from adacorr_deploy.core.specs import DType, ModelSpec
 from adacorr_deploy.plugins.onnx_functions import service_parts
+from tests.models import model_spec as any_model_spec
 
 PRECISIONS = (DType.FLOAT32, DType.FLOAT16)
 
@@ -17,16 +18,7 @@ PRECISIONS = (DType.FLOAT32, DType.FLOAT16)
 def model_spec(
     *, tokens: int = 7, width: int = 8, units: tuple[int, ...] = (2,), precision: DType = DType.FLOAT32
 ) -> ModelSpec:
-    return ModelSpec(
-        family="dit",
-        precision=precision,
-        latent_shape=(1, 4, 4),
-        tokens=tokens,
-        width=width,
-        num_classes=10,
-        units=units,
-        learned_variance=False,
-    )
+    return any_model_spec(latent_shape=(1, tokens, 1), patch=(1, 1), width=width, units=units, precision=precision)
 
 
 @functools.cache

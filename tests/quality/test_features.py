@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from safetensors.numpy import save_file
 from adacorr_deploy.core.errors import RequestError
 from adacorr_deploy.core.manifest import Manifest, manifest_from_json
 from adacorr_deploy.quality.features import FeatureNetwork, OnnxFeatures, feature_source, real_features_from_file
+from tests.models import model_spec
 from tests.runtime.conftest import write_bundle
 from tests.runtime.tiny_dit import TinyDiT
 
@@ -98,7 +98,7 @@ def test_a_file_without_usable_features_is_refused(tmp_path: Path, tensors: dict
 
 def test_the_bundled_classifier_is_for_the_demos_images_alone(manifest: Manifest, tmp_path: Path) -> None:
     assert feature_source(manifest, None, None) is None
-    demo = replace(manifest.model, latent_shape=(1, 28, 28), num_classes=10)
+    demo = model_spec(latent_shape=(1, 28, 28), num_classes=10)
     names = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
     found = feature_source(manifest.model_copy(update={"model": demo, "class_names": names}), None, None)
     assert found is not None and found.real is not None and found.real.statistics.count == 60_000

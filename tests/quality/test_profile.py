@@ -126,9 +126,9 @@ def test_unit_errors_are_means_over_the_depth_of_results_before_their_gates(pipe
             fresh, kept = (np.asarray(units[f"{kind}_{block}"], np.float64) for units in (now, before))
             errors[kind].append(float((size(fresh - kept) / size(fresh)).mean()))
     assert one.unit_errors is not None
-    assert one.unit_errors.attention[3][1] == pytest.approx(np.mean(errors["attention"]), rel=1e-3)
-    assert one.unit_errors.mlp[3][1] == pytest.approx(np.mean(errors["mlp"]), rel=1e-3)
-    assert one.unit_errors.mlp[1][1] == np.inf  # before the first step
+    assert one.unit_errors["attention"][3][1] == pytest.approx(np.mean(errors["attention"]), rel=1e-3)
+    assert one.unit_errors["mlp"][3][1] == pytest.approx(np.mean(errors["mlp"]), rel=1e-3)
+    assert one.unit_errors["mlp"][1][1] == np.inf  # before the first step
 
 
 def test_affine_maps_leave_less_error_than_holding_or_any_map_nearby(measured: Profile, plain: PlainRun) -> None:

@@ -214,7 +214,7 @@ def test_the_reference_is_the_models_own_forward(model: LoadedModel) -> None:
     rows, labels = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 10])
     timesteps = torch.tensor([500, 500])
     expected = model.model.module(rows, timestep=timesteps, class_labels=labels).sample
-    torch.testing.assert_close(model.model.predict(rows, timesteps, labels), expected, rtol=0, atol=0)
+    torch.testing.assert_close(model.model.predict(rows, timesteps, {"labels": labels}), expected, rtol=0, atol=0)
 
 
 def test_the_bundle_is_opened_once_each_part_too_and_all_is_closed(

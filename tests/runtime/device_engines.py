@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adacorr_deploy.core.engine_build import EngineBuild
-from adacorr_deploy.core.specs import PartSpec
+from adacorr_deploy.core.specs import ModelSpec, PartSpec
 from adacorr_deploy.engines.backend import Artefact, Buffer
 from adacorr_deploy.engines.binding import check_binding
 from adacorr_deploy.engines.cuda_core import CudaStream
@@ -41,6 +41,9 @@ class DeviceEngines(GpuBackend):
         if not self._kernels.exists():
             self._kernels.write_bytes(compile_kernels())
             self._kernels.with_name("decisions.ptx").write_bytes(compile_kernels(program=DECISIONS_PROGRAM))
+
+    def for_model(self, model: ModelSpec) -> None:
+        """Take note of nothing: parts run at any size."""
 
     def build(self, onnx_path: Path, spec: PartSpec, artefact_dir: Path) -> Artefact:
         return Artefact(path=onnx_path)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from adacorr_deploy.core.engine_build import EngineBuild
 from adacorr_deploy.core.errors import EngineError
-from adacorr_deploy.core.specs import DType, PartSpec
+from adacorr_deploy.core.specs import DType, ModelSpec, PartSpec
 from adacorr_deploy.engines.backend import Artefact, Buffer, Launch
 from adacorr_deploy.engines.decision_graphs import no_decisions
 from tests.runtime.tiny_dit import Part, TinyDiT
@@ -121,6 +121,9 @@ class FakeBackend:
     @classmethod
     def of(cls, model: TinyDiT) -> FakeBackend:
         return cls({name: function for name, (_, function) in model.parts().items()})
+
+    def for_model(self, model: ModelSpec) -> None:
+        """Take note of nothing: parts run at any size."""
 
     def build(self, onnx_path: Path, spec: PartSpec, artefact_dir: Path) -> Artefact:
         return Artefact(path=onnx_path)

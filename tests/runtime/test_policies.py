@@ -75,7 +75,11 @@ def sampled(pipeline: Pipeline, policy: Policy, floor: float = 2.0) -> SampleRes
     model = pipeline.manifest.model
     steps = policy.sampled_steps(STEPS)
     run = Run(
-        steps=steps, blocks=len(model.units), halves=model.halves, elements=model.tokens * model.width, lags=policy.lags
+        steps=steps,
+        blocks=len(model.units),
+        halves=model.blocks if model.halves else (),
+        elements=model.tokens * model.width,
+        lags=policy.lags,
     )
     made = calibration(predictor=policy.predictor, spans=policy.spans_of(run), blocks=run.blocks)
     made = made.model_copy(update={"paper_floors": (floor,) * run.blocks})

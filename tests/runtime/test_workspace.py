@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from adacorr_deploy.runtime.buffers import RunSize
 from adacorr_deploy.runtime.workspace import allocate_workspace, workspace_bytes
+from tests.models import model_spec
 from tests.runtime.fake_backend import FakeBackend
-from tests.runtime.tiny_dit import TinyDiT, tiny_spec
+from tests.runtime.tiny_dit import UNITS, TinyDiT
 
 
 @pytest.mark.parametrize("branches", [1, 2])
@@ -18,7 +17,7 @@ from tests.runtime.tiny_dit import TinyDiT, tiny_spec
 def test_the_estimate_is_within_a_tenth_of_what_is_allocated(
     branches: int, steps: int, history: int, output_history: int
 ) -> None:
-    model = replace(tiny_spec(), tokens=32, width=16, latent_shape=(3, 8, 8))
+    model = model_spec(latent_shape=(3, 8, 8), patch=(1, 2), width=16, units=UNITS)
     size = RunSize(batch=5, branches=branches, steps=steps, history=history, output_history=output_history)
     backend = FakeBackend.of(TinyDiT())
     space = allocate_workspace(backend, model, {}, size)

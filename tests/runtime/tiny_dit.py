@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 
 from adacorr_deploy.core.sampler_rows import COLUMNS
 from adacorr_deploy.core.schedules import NoiseSchedule
-from adacorr_deploy.core.shapes import BATCH, BRANCHES, ROWS, STEPS
-from adacorr_deploy.core.specs import Dim, DType, ModelSpec, PartSpec, TensorSpec
+from adacorr_deploy.core.shapes import BATCH, BRANCHES, ROWS, STEPS, Dim
+from adacorr_deploy.core.specs import DType, ModelSpec, PartSpec, TensorSpec
 from adacorr_deploy.plugins import oracle, service_part_specs
+from tests.models import model_spec
 
 Array = NDArray[np.float32]
 Tensors = Mapping[str, NDArray[np.generic]]
@@ -25,15 +26,8 @@ EPSILON = 1e-6
 
 
 def tiny_spec(*, learned_variance: bool = False, units: tuple[int, ...] = UNITS) -> ModelSpec:
-    return ModelSpec(
-        family="tiny",
-        precision=DType.FLOAT32,
-        latent_shape=(1, SIDE, SIDE),
-        tokens=TOKENS,
-        width=WIDTH,
-        num_classes=3,
-        units=units,
-        learned_variance=learned_variance,
+    return model_spec(
+        latent_shape=(1, SIDE, SIDE), width=WIDTH, num_classes=3, units=units, learned_variance=learned_variance
     )
 
 

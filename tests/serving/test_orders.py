@@ -16,6 +16,7 @@ from adacorr_deploy.serving.orders import Order, OrderBook
 from adacorr_deploy.serving.settings import Limits, Quality, RunDefaults, ServingSettings
 from adacorr_deploy.serving.tensors import IMAGE_NAMES, INPUTS, Field
 from tests.cli.conftest import STEPS
+from tests.models import model_spec
 from tests.runtime.tiny_dit import SCHEDULE, tiny_spec
 
 COMMANDS = {"command", "stream", "after_step"}
@@ -119,7 +120,7 @@ def test_whatever_is_sent_is_sampled_or_refused(fields: dict[str, Field], wanted
 
 
 def test_images_of_latents_are_refused() -> None:
-    model = replace(tiny_spec(), latent_shape=(4, 4, 4))
+    model = model_spec(latent_shape=(4, 4, 4))
     latent = replace(BOOK, manifest=BOOK.manifest.model_copy(update={"model": model}))
     assert latent.order({"class_labels": [0]}).outputs == ("latents",)
     with pytest.raises(

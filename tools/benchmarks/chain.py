@@ -109,7 +109,7 @@ class StepArms:
         request, timestep = self._request, self._scheduler.timesteps[0]
         rows = torch.cat([latents] * request.branches)
         labels = torch.from_numpy(request.rows(self._pipeline.manifest.model.num_classes))
-        output = self._loaded.model.predict(rows, timestep.expand(len(rows)), labels)
+        output = self._loaded.model.predict(rows, timestep.expand(len(rows)), {"labels": labels})
         conditional, unconditional = output.chunk(2)
         guided = unconditional + request.guidance * (conditional - unconditional)
         result: torch.Tensor = self._scheduler.step(guided, timestep, latents).prev_sample

@@ -30,7 +30,7 @@ from adacorr_deploy.caching.calibration import Calibration, CalibrationKey, Prob
 from adacorr_deploy.caching.controllers import Run, controller_for_policy
 from adacorr_deploy.caching.decisions import Action, Controller, Signals, SlotHistory
 from adacorr_deploy.caching.policy import PRESETS, Policy, policy_named
-from adacorr_deploy.caching.profile import AffineMap, ChangePolynomial, LinearGate, Profile, UnitErrors
+from adacorr_deploy.caching.profile import AffineMap, ChangePolynomial, LinearGate, Profile
 from adacorr_deploy.core.errors import PolicyError
 
 GOAL_MS: Final = 0.1
@@ -192,7 +192,7 @@ def profile_of(steps: int, blocks: int) -> Profile:
         images=1,
         output_change=ChangePolynomial(coefficients=(1.0, 1.0, 1.0, 0.5, 0.01), low=0.0, high=1.0),
         magnitude_ratios=(1.0, *(0.98,) * (steps - 1)),
-        unit_errors=UnitErrors(attention=table, mlp=table),
+        unit_errors={"attention": table, "mlp": table},
         part_errors=(table,) * blocks,
         affine=tuple(AffineMap(first=part, stop=part + 1, scale=vector, shift=vector) for part in range(blocks)),
         gates=(LinearGate(weights=vector, bias=0.0),) * blocks,

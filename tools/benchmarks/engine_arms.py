@@ -177,7 +177,7 @@ class TorchRunner:
         columns = COLUMNS.index("latents"), COLUMNS.index("output")
         self._factors = table.coefficients[:, columns].tolist()
         self._labels = torch.from_numpy(request.rows(model.num_classes)).to(device)
-        self._start = torch.from_numpy(NoiseStream(request, model.latent_shape).at(0))
+        self._start = torch.from_numpy(NoiseStream(request, request.latent_shape(model)).at(0))
 
     @torch.inference_mode()
     def __call__(self) -> Outcome:

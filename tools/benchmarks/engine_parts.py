@@ -17,7 +17,7 @@ from adacorr_deploy.core.bundle import Bundle, replace_file
 from adacorr_deploy.core.engine_build import CompilerOptions, Profile, WeightLayout
 from adacorr_deploy.core.errors import BackendUnavailableError
 from adacorr_deploy.core.manifest import SCHEMA_VERSION, Manifest
-from adacorr_deploy.core.specs import BLOCK_UNITS, DType, PartSpec
+from adacorr_deploy.core.specs import DType, PartSpec
 from adacorr_deploy.engines import Artefact, Launch, backend_by_name
 from adacorr_deploy.engines.bundle_sessions import check_precision
 from adacorr_deploy.engines.gpu_backend import GpuBackend
@@ -50,11 +50,11 @@ def exported_parts(loaded: LoadedModel, precision: DType, folder: Path) -> Parts
         UnsupportedModelError: If a part can't be exported.
         OutputError: If a file can't be written.
     """
-    model, finished = loaded.model.spec(precision, BLOCK_UNITS), folder / "exported"
+    model, finished = loaded.model.spec(precision, 1), folder / "exported"
     services = service_parts(model)
-    specs = {part.spec.name: part.spec for part in loaded.model.parts(precision, BLOCK_UNITS)}
+    specs = {part.spec.name: part.spec for part in loaded.model.parts(precision, 1)}
     specs |= {name: spec for name, (spec, _) in services.items()}
-    specs[STEP_PART] = loaded.model.step_part(precision, BLOCK_UNITS).spec
+    specs[STEP_PART] = loaded.model.step_part(precision, 1).spec
     if not finished.exists():
         say("  exporting to ONNX")
         export_parts(loaded, folder, precision)

@@ -30,7 +30,8 @@ from typing import Any, Final
 import numpy as np
 
 from adacorr_deploy.core.errors import AdaCorrError
-from adacorr_deploy.core.specs import DType, ModelSpec, PartSpec
+from adacorr_deploy.core.latents import LatentSpec
+from adacorr_deploy.core.specs import ConditionSpec, DType, ModelSpec, PartSpec
 from adacorr_deploy.engines.cuda_core import CudaStream
 from adacorr_deploy.engines.device import Device
 from adacorr_deploy.engines.device_launch import DeviceLaunch
@@ -135,19 +136,19 @@ def _run(device: Device, options: argparse.Namespace) -> int:
 
 def _checks(device: Device, library: KernelLibrary) -> Iterator[Check]:
     for precision, (rows, tokens, width) in product(PRECISIONS, ODD_SHAPES):
-        model = _model(precision, tokens, width, latent=(1 + width % 4, 5, 1 + width % 7))
+        model = _model(precision, tokens, width, channels=1 + width % 4, patch=1)
         for spec, aligned in product((*service_part_specs(model).values(), noise_spec(model)), (True, False)):
             yield _checked(library, spec, precision, {"rows": rows, "batch": rows, "steps": STEPS}, aligned)
 
 
-def _model(precision: DType, tokens: int, width: int, latent: tuple[int, int, int] = (4, 32, 32)) -> ModelSpec:
+def _model(precision: DType, tokens: int, width: int, *, channels: int = 4, patch: int = 2) -> ModelSpec:
     return ModelSpec(
         family="dit",
         precision=precision,
-        latent_shape=latent,
-        tokens=tokens,
+        latents=LatentSpec(shape=(channels, patch * tokens, patch), patch=(patch, patch)),
         width=width,
-        num_classes=1000,
+        conditions=ConditionSpec(num_classes=1000),
+        blocks=(("attention", "mlp"), ("mlp",), ("attention", "mlp") * 2),
         units=(2, 1, 4),
         learned_variance=True,
     )

@@ -136,7 +136,7 @@ def timed(work: Callable[[], object]) -> float:
 def prepare(pipeline: Pipeline, space: Workspace, request: SampleRequest) -> None:
     """Put the request's inputs and modulations in place."""
     table = table_from_request(request, pipeline.manifest.model, pipeline.manifest.schedule)
-    space.prepare(request, table, NoiseStream(request, pipeline.manifest.model.latent_shape).at(0))
+    space.prepare(request, table, NoiseStream(request, request.latent_shape(pipeline.manifest.model)).at(0))
 
 
 def monolith_buffers(spec: PartSpec, space: Workspace, latents: Buffer, latents_out: Buffer) -> dict[str, Buffer]:

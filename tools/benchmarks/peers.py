@@ -131,9 +131,7 @@ class PeerModel:
         self._reset(self._model.module)
         self._runs = 0
         started = time.perf_counter()
-        result = diffusers_latents(
-            self._loaded, manifest.schedule, request, latents, null_label=manifest.model.num_classes
-        )
+        result = diffusers_latents(self._loaded, manifest.schedule, request, latents)
         seconds = time.perf_counter() - started
         return Sampled(latents=result, evaluated=self._runs / (self._modules * request.steps), seconds=seconds)
 

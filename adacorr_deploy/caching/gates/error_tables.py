@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import Field
 
 from adacorr_deploy.caching.gates.rule import ErrorTable, GateSettings, Lookups, Rule, Threshold
 from adacorr_deploy.caching.gates.steps import MaskRule
 from adacorr_deploy.caching.granularity import Granularity
+
+_WHOLE: Final = "block"
 
 
 class SmoothCacheGate(GateSettings):
@@ -32,11 +35,15 @@ class SmoothCacheGate(GateSettings):
     max_skipped: Annotated[int, Field(ge=1, le=64)] = 3
 
     def rule(self, lookups: Lookups) -> Rule:
-        """Of parts that are whole blocks, the larger error of their attention and MLP counts."""
-        run, (attention, mlp) = lookups.run, lookups.unit_errors()
-        tables = [attention, mlp] if run.halves else [_larger(attention, mlp)]
-        kinds = [smooth_schedule(table, alpha=self.alpha, max_skipped=self.max_skipped) for table in tables]
-        mask = [[kinds[part % len(kinds)][step] for part in range(run.blocks)] for step in range(run.steps)]
+        """Of parts that are whole blocks, the largest error of their units counts."""
+        run, errors = lookups.run, lookups.unit_errors()
+        kinds = run.kinds or (_WHOLE,) * run.blocks
+        tables = {kind: errors[kind] if run.halves else functools.reduce(_larger, errors.values()) for kind in {*kinds}}
+        schedules = {
+            kind: smooth_schedule(table, alpha=self.alpha, max_skipped=self.max_skipped)
+            for kind, table in tables.items()
+        }
+        mask = [[schedules[kind][step] for kind in kinds] for step in range(run.steps)]
         return MaskRule(mask, "calibrated error")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -46,8 +46,8 @@ class Lookups(Protocol):
         """MagCache's γ, per step."""
         ...
 
-    def unit_errors(self) -> tuple[ErrorTable, ErrorTable]:
-        """SmoothCache's errors, of attention and of MLP results."""
+    def unit_errors(self) -> Mapping[str, ErrorTable]:
+        """SmoothCache's errors, by kind of unit: of attention, of MLP, …."""
         ...
 
     def part_errors(self) -> Sequence[ErrorTable]:

@@ -1,0 +1,40 @@
+"""A small random-weight instance of every family: one row of the table makes all tests of this folder run on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from adacorr_deploy.core.latents import LatentSize
+from adacorr_deploy.exporters import ExportableModel, LoadedModel
+from adacorr_deploy.exporters.dit_adapter import DiTModel
+from tests.exporters.conftest import random_dit
+from tests.families.text_to_image import random_text_to_image
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """An instance.
+
+    Attributes:
+        make: Returns the model: two or three blocks, every weight random, those that begin as zero drawn again.
+        sizes: Of latents besides the default that are tested, where the model takes any: as unlike as may be.
+    """
+
+    make: Callable[[], ExportableModel]
+    sizes: tuple[LatentSize, ...] = ()
+
+
+FAMILIES: Final[Mapping[str, Family]] = {
+    "dit": Family(make=lambda: DiTModel(random_dit())),
+    "text-to-image": Family(make=random_text_to_image, sizes=((4, 12),)),
+}
+
+
+def loaded_family(name: str) -> LoadedModel:
+    """Return the instance as a loaded checkpoint."""
+    model = FAMILIES[name].make()
+    return LoadedModel(
+        name=name, model=model, schedule=model.training_schedule(), checkpoint_sha256="0" * 64, class_names=None
+    )
