@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 import numpy as np
@@ -25,6 +26,7 @@ from adacorr_deploy.quality.metrics import max_abs, relative_l2
 
 Arrays = Mapping[str, NDArray[np.generic]]
 Tensors = dict[str, NDArray[np.generic]]
+NO_SIZES: Final[Mapping[str, int]] = MappingProxyType({})
 
 
 class PartRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is untyped
@@ -59,13 +61,24 @@ class SessionRunner(PartRunner):
     get the same numbers.
     """
 
-    def __init__(self, name: str, spec: PartSpec, backend: Backend, session: Session) -> None:
+    def __init__(
+        self, name: str, spec: PartSpec, backend: Backend, session: Session, sizes: Mapping[str, int] = NO_SIZES
+    ) -> None:
+        """Take a session.
+
+        Args:
+            name: For messages.
+            spec: Of the compared part.
+            backend: The session's.
+            session: Runs it.
+            sizes: Of named axes that no input of the part may carry: embed makes tokens of height and width.
+        """
         super().__init__(name, spec)
-        self._backend, self._session = backend, session
+        self._backend, self._session, self._sizes = backend, session, dict(sizes)
 
     def outputs_from_inputs(self, inputs: Arrays) -> Tensors:
         spec = self._session.spec
-        sizes = {
+        sizes = self._sizes | {
             dim: size
             for tensor in spec.inputs
             for dim, size in zip(tensor.shape, inputs[tensor.name].shape, strict=True)

@@ -245,18 +245,19 @@ def _part_errors(engine: Pipeline, reference: Pipeline, request: SampleRequest, 
     inputs = part_inputs(reference, replace(request, steps=max(request.steps, MIN_STEPS)))
     if unknown := sorted(manifest.parts.keys() - inputs.keys()):
         raise BundleError(f"{engine.bundle.path}: no part of this model is called {unknown[0]}. Rebuild the bundle.")
-    errors = {}
+    errors, sizes = {}, manifest.model.latents.sizes_at(request.size)
     for name, part in manifest.parts.items():
         told.next(name)
-        found = SessionRunner("engine", part.spec, engine.backend, engine.session(name))
-        errors[name] = compared_part(found, _reference_runner(reference, part.spec), inputs.pop(name), tolerance)
+        found = SessionRunner("engine", part.spec, engine.backend, engine.session(name), sizes)
+        expected = _reference_runner(reference, part.spec, sizes)
+        errors[name] = compared_part(found, expected, inputs.pop(name), tolerance)
     return errors
 
 
-def _reference_runner(reference: Pipeline, spec: PartSpec) -> PartRunner:
+def _reference_runner(reference: Pipeline, spec: PartSpec, sizes: Mapping[str, int]) -> PartRunner:
     if OracleRunner.knows(spec.name):
         return OracleRunner("oracle", spec)
-    return SessionRunner("reference", spec, reference.backend, reference.session(spec.name))
+    return SessionRunner("reference", spec, reference.backend, reference.session(spec.name), sizes)
 
 
 # --- Trajectories ------------------------------------------------------------------------------------------------

@@ -47,9 +47,9 @@ def test_launches_at_dit_xl_size() -> None:
     blend = kernel_launch(KERNELS["blend"], "float32", shapes_of(PARTS["blend_3"], rows=16, steps=50))
     assert (blend.entry, blend.integers, blend.grid) == ("adacorr_blend_float32", (256, 1152, 3, 2), (288, 16, 1))
     extrapolate = kernel_launch(KERNELS["extrapolate"], "float16", shapes_of(PARTS["extrapolate_2"], batch=8, steps=50))
-    assert (extrapolate.entry, extrapolate.integers, extrapolate.grid) == ("adacorr_extrapolate", (16, 2), (1, 8, 1))
+    assert (extrapolate.entry, extrapolate.integers, extrapolate.grid) == ("adacorr_extrapolate", (256, 2), (1, 8, 1))
     error = kernel_launch(KERNELS["output_error"], "float16", shapes_of(PARTS["output_error"], batch=8))
-    assert (error.entry, error.integers, error.grid) == ("adacorr_output_error", (16,), (1, 8, 1))
+    assert (error.entry, error.integers, error.grid) == ("adacorr_output_error", (256,), (1, 8, 1))
     noise = kernel_launch(KERNELS[NOISE_KERNEL], "float32", {"keys": (8, 2), "draw": (1,), "noise": (8, 4, 32, 32)})
     assert (noise.entry, noise.integers, noise.grid) == ("adacorr_philox_normal", (4096,), (8, 8, 1))
 

@@ -330,7 +330,7 @@ def test_modulated_and_its_probe_match_the_oracle(
 @given(seed=seeds, batch=rows_of_a_batch, evaluations=st.integers(1, 3))
 def test_extrapolate_follows_the_oracle(seed: int, batch: int, evaluations: int) -> None:
     rng = np.random.default_rng(seed)
-    image = (batch, 1, 4, 4)
+    image = (batch, 1, 7, 1)
     inputs = {
         "latents": rng.standard_normal(image).astype(np.float32),
         "history": rng.standard_normal((evaluations, 1, *image)).astype(np.float32),
@@ -350,8 +350,8 @@ def test_extrapolate_follows_the_oracle(seed: int, batch: int, evaluations: int)
 @EXAMPLES
 @given(seed=seeds, batch=rows_of_a_batch, scale=st.sampled_from([0.0, 1e-3, 1.0, 1e3]))
 def test_output_error_follows_the_oracle_and_is_0_for_equal_outputs(seed: int, batch: int, scale: float) -> None:
-    fresh = noise(seed, batch, 1, 4, 4)
-    predicted = (fresh + scale * noise(seed + 1, batch, 1, 4, 4)).astype(np.float32)
+    fresh = noise(seed, batch, 1, 7, 1)
+    predicted = (fresh + scale * noise(seed + 1, batch, 1, 7, 1)).astype(np.float32)
     (error,) = run(model_spec(), "output_error", predicted=predicted, fresh=fresh)
     np.testing.assert_allclose(error, oracle.output_error(predicted, fresh), rtol=1e-4, atol=1e-7)
     assert (error == 0).all() == (scale == 0)
