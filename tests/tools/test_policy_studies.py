@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tools" / "benchmarks"))  # scripts import their siblings
 
-from policies import Point, Study, interpolated
+from policies import TARGETS, Point, Study, corrected_names, interpolated
 from validity import explained, monotone
 
 from adacorr_deploy.runtime import Pipeline
@@ -32,6 +33,18 @@ def test_a_base_is_read_between_its_own_points_and_nowhere_else() -> None:
     assert interpolated(points, 0.2) == 50.0
     assert interpolated(points, 0.7) is None
     assert interpolated(points[:1], 0.6) is None
+
+
+def test_adacorrection_is_aimed_at_each_target_and_the_papers_weight_stands_on_each_setting() -> None:
+    base = [
+        Point(policy=f"fora@{interval}", rho=1 - 1 / interval, psnr_db=0.0, psnr_p10_db=0.0, images=1)
+        for interval in (2, 3)
+    ]
+    assert list(corrected_names("paper-lazy", base)) == ["fora@2+paper-lazy", "fora@3+paper-lazy"]
+    assert list(corrected_names("adacorrection", base)) == [
+        f"fora@{3 if target > 6**0.5 else 2}+adacorrection@{target:g}" for target in TARGETS
+    ]
+    assert list(corrected_names("adacorrection", [])) == []
 
 
 @given(st.lists(st.tuples(st.floats(-5, 5), st.floats(-5, 5)), min_size=1, max_size=40, unique_by=lambda pair: pair[0]))
@@ -65,6 +78,13 @@ def test_a_study_goes_on_where_it_was_and_refuses_another_ones_folder(tmp_path: 
         assert Study(pipeline, args).point("fora@2") == first
         assert backend.order == []
         assert Study(pipeline, args).point("robust@2") is None  # not calibrated: said on standard error
+        file = tmp_path / "mine.json"
+        for interval, rho in ((2, first.rho), (4, None)):  # a file's points are those of what it holds
+            gate = {"kind": "interval", "interval": interval}
+            file.write_text(json.dumps({"name": "mine", "gate": gate, "predictor": {"kind": "gated"}}))
+            found = Study(pipeline, args).point(str(file))
+            assert found is not None
+            assert (found.rho == rho) == (interval == 2)
         args.guidance = 3.0
         with pytest.raises(SystemExit, match="holds another study"):
             Study(pipeline, args)
