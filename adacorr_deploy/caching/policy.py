@@ -87,9 +87,9 @@ _AFFINE: Final = Predictor(kind=PredictorKind.AFFINE)
 _PARTS: Final = Spans(granularity=Granularity.PARTS)
 
 
-def _published(*, warmup_steps: int = 1, final_steps: int = 0) -> Guards:
-    """Return guards that leave the age to the method, as its publication does."""
-    return Guards(warmup_steps=warmup_steps, final_steps=final_steps, max_age_steps=1000)
+def _published(*, warmup_steps: int = 1, final_steps: int = 0, max_age_steps: int = 1000) -> Guards:
+    """Return guards that leave the age to the method, as its publication does, unless one is given."""
+    return Guards(warmup_steps=warmup_steps, final_steps=final_steps, max_age_steps=max_age_steps)
 
 
 def _range(*, first: int = 0, last: int = 0) -> Spans:
@@ -122,7 +122,15 @@ PRESETS: Final[Mapping[str, Policy]] = {
         ),
         Policy(name="block-caching", gate=BlockCachingGate(), spans=_PARTS, predictor=_AFFINE, guards=_published()),
         Policy(name="lazydit", gate=LazyGate(), predictor=_GATED, guards=_published()),
+        Policy(name="lazydit-guarded", gate=LazyGate(), predictor=_GATED, guards=_published(max_age_steps=1)),
         Policy(name="fastcache", gate=FastCacheGate(scale=0.05), spans=_PARTS, predictor=_AFFINE, guards=_published()),
+        Policy(
+            name="fastcache-guarded",
+            gate=FastCacheGate(scale=0.05),
+            spans=_PARTS,
+            predictor=_AFFINE,
+            guards=_published(max_age_steps=1),
+        ),
         Policy(name="teacache", gate=TeaCacheGate(), predictor=_RESIDUAL, guards=_published(final_steps=1)),
         Policy(name="adacache", gate=AdaCacheGate(), predictor=_RESIDUAL, guards=_published(final_steps=2)),
         Policy(name="fbcache", gate=FirstBlocksGate(), spans=_range(first=1), predictor=_RESIDUAL, guards=_published()),

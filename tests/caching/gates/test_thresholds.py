@@ -123,3 +123,13 @@ def test_the_sigmoid_does_not_overflow() -> None:
     assert sigmoid(-1e6) == 0.0
     assert sigmoid(1e6) == 1.0
     assert sigmoid(0.3) + sigmoid(-0.3) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("name", ["lazydit", "fastcache"])
+def test_a_guarded_gate_is_asked_after_an_evaluation_only_and_the_published_one_at_every_step(name: str) -> None:
+    def evaluated(policy: str) -> list[int]:
+        controller = made(policy_named(policy), steps=7, profile=profile(steps=7))
+        return drive(controller, 7, signals=lambda step, span: [change(0.001, probe=5.0)]).evaluated()
+
+    assert evaluated(name) == [0]
+    assert evaluated(f"{name}-guarded") == [0, 2, 4, 6]
