@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from adacorr_deploy.caching.decisions import Placement
 from adacorr_deploy.caching.gates.adacorrection import Correction, PaperCorrection
+from adacorr_deploy.caching.gates.rule import GateSettings
 from adacorr_deploy.caching.guards import Guards
 from adacorr_deploy.caching.policy import (
     DEFAULT_POLICY,
@@ -71,8 +72,9 @@ def test_the_documentations_table_has_every_policy_its_predictor_and_its_paper()
 
 
 def test_each_policy_that_was_published_cites_its_paper_in_its_gates_docstring() -> None:
-    papers = {(type(policy.gate), policy.gate.paper or PAPERS.get(name, "")) for name, policy in PRESETS.items()}
-    papers |= {(model, model.paper) for model in (*FILE_PRESETS.values(), Correction, PaperCorrection)}
+    others: list[type[GateSettings]] = [*FILE_PRESETS.values(), Correction, PaperCorrection]
+    papers: set[tuple[type[GateSettings], str]] = {(model, model.paper) for model in others}
+    papers |= {(type(policy.gate), policy.gate.paper or PAPERS.get(name, "")) for name, policy in PRESETS.items()}
     cited = {(model, paper) for model, paper in papers if f"arXiv {paper}" in (model.__doc__ or "")}
     assert {model.__name__ for model, _ in papers - cited} == {
         "NoGate", "FewerStepsGate", "ScheduleGate", "MaskGate",  # no method of others, or none with a name

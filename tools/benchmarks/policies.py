@@ -253,8 +253,9 @@ def main() -> None:
             for point, base_psnr_db in on_top(study, args.on_top, base_points):
                 show(point, base_psnr_db)
         for name in args.policies.split(",") if args.policies else ():
-            if (point := study.point(name)) is not None:
-                show(point)
+            measured = study.point(name)
+            if measured is not None:
+                show(measured)
 
 
 if __name__ == "__main__":
