@@ -101,7 +101,7 @@ def test_reuse_saves_launches_and_stays_near_the_uncached_latents(
         uncached = sample_with_policy(pipeline, request, PRESETS["none"])
         reused = sample_with_policy(pipeline, request, REUSING[granularity])
         assert reused.launches < uncached.launches
-        assert 0.2 < reused.rho < 0.7
+        assert 0.1 < reused.rho < 0.7
         assert 0 < relative_l2(reused.latents, uncached.latents) < 0.5
 
 
