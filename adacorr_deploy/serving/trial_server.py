@@ -107,14 +107,15 @@ class RunningServer:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
 
-    def stub(self) -> int:
-        """Return the process id of the model's own process."""
+    def stub(self, model: str | None = None) -> int:
+        """Return the process id of a model's own process, by default of the one that samples."""
+        name = model or self.model
         for task in Path(f"/proc/{self.process.pid}/task").iterdir():
             for child in (task / "children").read_text().split():
                 words = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
-                if any(word.endswith(f"/{self.model}/1/model.py".encode()) for word in words):
+                if any(word.endswith(f"/{name}/1/model.py".encode()) for word in words):
                     return int(child)
-        raise EngineError(f"Model {self.model} has no process of its own.")
+        raise EngineError(f"Model {name} has no process of its own.")
 
 
 def inputs_of(fields: Mapping[str, Field]) -> list[triton.InferInput]:

@@ -55,14 +55,16 @@ def loaded_model(size: str) -> LoadedModel:
     )
 
 
-def random_dit(width: int, blocks: int, heads: int, side: int, *, patch: int) -> DiTTransformer2DModel:
+def random_dit(
+    width: int, blocks: int, heads: int, side: int, *, patch: int, channels: int = 4
+) -> DiTTransformer2DModel:
     """Return a DiT without learned variance whose blocks all do something, and embed alike as in released weights."""
     torch.manual_seed(0)
     model = DiTTransformer2DModel(
         num_attention_heads=heads,
         attention_head_dim=width // heads,
-        in_channels=4,
-        out_channels=4,
+        in_channels=channels,
+        out_channels=channels,
         num_layers=blocks,
         sample_size=side,
         patch_size=patch,
