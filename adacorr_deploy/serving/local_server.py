@@ -14,6 +14,7 @@ from adacorr_deploy.core.errors import BackendUnavailableError, EngineError
 
 TRITON_VERSION: Final = "2.51.0"
 FOLDER_VARIABLE: Final = "ADACORR_TRITON"
+FORWARDED_HEADERS: Final = "(?i)traceparent"  # to the model, as parameters: what a client's trace is called
 _EXIT_TIMEOUT_SECONDS: Final = 30
 
 
@@ -53,6 +54,7 @@ class InstalledTriton:
             f"--metrics-port={ports.metrics}",
             "--allow-gpu-metrics=false",
             f"--exit-timeout-secs={_EXIT_TIMEOUT_SECONDS}",
+            *(f"--{service}-header-forward-pattern={FORWARDED_HEADERS}" for service in ("http", "grpc")),
             *extra,
         ]
 

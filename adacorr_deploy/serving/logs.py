@@ -8,11 +8,9 @@ import threading
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from enum import Enum
-from typing import Final, TextIO
+from typing import TextIO
 
 from adacorr_deploy.serving.results import JsonValue
-
-_TRACEPARENT_FIELDS: Final = 4  # version, trace, span, flags (W3C Trace Context)
 
 
 class Level(str, Enum):
@@ -37,15 +35,3 @@ class JsonLog:
         with self._lock:
             self._stream.write(f"{text}\n")
             self._stream.flush()
-
-
-def trace_id(context: str | None) -> str | None:
-    """Return the trace id of a server's trace context, JSON with a W3C `traceparent`; None where it traces nothing."""
-    if not context:
-        return None
-    try:
-        parent = json.loads(context)["traceparent"]
-    except (ValueError, KeyError, TypeError, RecursionError):  # a client may have written it
-        return None
-    parts = str(parent).split("-")
-    return parts[1] if len(parts) == _TRACEPARENT_FIELDS else None

@@ -48,14 +48,14 @@ class Incoming:
         tensors: Reads the inputs.
         parameters: Further keys that the client sent.
         wanted: Names of the outputs that it asked for; all where it named none.
-        trace_id: Of the server's trace of it, where it traces.
+        traceparent: The span that it belongs to, in W3C's form; None where nobody traces it.
     """
 
     request_id: str
     tensors: Callable[[], Tensors]
     parameters: Mapping[str, str | int | float | bool]
     wanted: frozenset[str]
-    trace_id: str | None = None
+    traceparent: str | None = None
 
 
 class Reply(Protocol):

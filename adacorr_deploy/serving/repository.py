@@ -28,7 +28,7 @@ from adacorr_deploy.serving.config_text import (
     sampling_config,
     stream_config,
 )
-from adacorr_deploy.serving.server_packages import SERVER_IMAGE, requirements
+from adacorr_deploy.serving.server_packages import SERVER_IMAGE, requirements, telemetry_requirements
 from adacorr_deploy.serving.settings import (
     BUNDLE_NAME,
     CPU_BACKEND,
@@ -217,6 +217,7 @@ def _papers(settings: ServingSettings, manifest: Manifest) -> dict[str, str]:
         "Dockerfile": _filled("Dockerfile.txt", words),
         **{name: (_TEMPLATES / name).read_text(encoding="utf-8") for name in _COPIED},
         **{f"requirements-{machine.value}.txt": requirements(machine) for machine in Machine},
+        "requirements-telemetry.txt": telemetry_requirements(),
         ABOUT_NAME: json.dumps(about, indent=1) + "\n",
     }
 

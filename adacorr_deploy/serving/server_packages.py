@@ -35,7 +35,15 @@ _ENGINES: Final = {
     ),
 }
 
+# Only where OTEL_EXPORTER_OTLP_ENDPOINT names a collector. Later ones want a protobuf that tritonclient 2.51 refuses.
+_TELEMETRY: Final = ("opentelemetry-sdk==1.27.0", "opentelemetry-exporter-otlp-proto-http==1.27.0")
+
 
 def requirements(machine: Machine) -> str:
     """Return a requirements file of a server."""
     return "".join(f"{line}\n" for line in (*_COMMON, *_ENGINES[machine]))
+
+
+def telemetry_requirements() -> str:
+    """Return a requirements file of what sends spans, for servers that are to."""
+    return "".join(f"{line}\n" for line in _TELEMETRY)

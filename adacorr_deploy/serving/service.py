@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from adacorr_deploy.core.errors import AdaCorrError, EngineError, RequestError
 from adacorr_deploy.core.untrusted import clipped
+from adacorr_deploy.runtime import SampleResult
 from adacorr_deploy.serving.engine import Engine, Finished, Ticket
 from adacorr_deploy.serving.logs import JsonLog, Level
 from adacorr_deploy.serving.metrics import (
@@ -38,6 +39,7 @@ from adacorr_deploy.serving.orders import Order, OrderBook
 from adacorr_deploy.serving.replies import Incoming, Reply, Status, outcome_of, status_of
 from adacorr_deploy.serving.results import ImagesOfLatents, JsonValue, event_tensor, result_tensors
 from adacorr_deploy.serving.streams import Stream
+from adacorr_deploy.serving.telemetry import TRACEPARENT, NoTracing, Timeline, Tracing, trace_id
 from adacorr_deploy.serving.tensors import IMAGE_NAMES, OUTPUTS, Field, Tensors, fields_from_tensors
 
 COMMANDS: Final = ("sample", "submit", "next", "cancel", "status")
@@ -45,7 +47,16 @@ COMMANDS: Final = ("sample", "submit", "next", "cancel", "status")
 _WATCH_SECONDS: Final = 0.05  # between two questions to the server whether a client has gone
 _FLUSH_SECONDS: Final = 0.5  # between two updates of the metrics
 _SERVER_PARAMETERS: Final = frozenset(  # that servers pass on, or take for themselves
-    {"id", "priority", "timeout", "sequence_id", "sequence_start", "sequence_end", "binary_data_output"}
+    {
+        "id",
+        "priority",
+        "timeout",
+        "sequence_id",
+        "sequence_start",
+        "sequence_end",
+        "binary_data_output",
+        TRACEPARENT,
+    }
 )
 
 
@@ -60,6 +71,7 @@ class _Pending:
     ticket: Ticket | None = None
     client_gone: bool = False
     last_step: float = 0.0
+    timeline: Timeline = field(default_factory=Timeline)
     answered: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -68,7 +80,14 @@ class SamplingService:
     """Use it as a context manager: `close` answers what is still running, within the engine's own limits."""
 
     def __init__(
-        self, engine: Engine, book: OrderBook, recorder: Recorder, log: JsonLog, images: ImagesOfLatents | None = None
+        self,
+        engine: Engine,
+        book: OrderBook,
+        recorder: Recorder,
+        log: JsonLog,
+        *,
+        images: ImagesOfLatents | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         """Make a service; nothing runs before it is entered.
 
@@ -78,9 +97,11 @@ class SamplingService:
             recorder: Takes what happens.
             log: Takes a line for each request.
             images: Decodes latents, and is called from one thread; None where latents are the images.
+            tracing: Takes the spans of each request; None for nowhere.
         """
         self._engine = engine
         self._images = images or _as_they_are
+        self._tracing = tracing or NoTracing()
         self._book = book
         self._recorder = recorder
         self._log = log
@@ -174,6 +195,7 @@ class SamplingService:
             if pending.last_step:
                 self._recorder.observe(STEP_SECONDS, now - pending.last_step)
             pending.last_step = now
+            pending.timeline.stepped(rho)
             if stream is not None:
                 stream.progressed(step, steps, rho)
                 self._to_answer.put(stream.answer)
@@ -287,8 +309,10 @@ class SamplingService:
 
     def _refuse(self, incoming: Incoming, reply: Reply, error: AdaCorrError) -> None:
         outcome = outcome_of(error)
-        self._report(incoming, outcome, {"message": str(error)})
+        values = {"message": str(error)}
+        self._report(incoming, outcome, values)
         reply.fail(status_of(outcome), str(error))
+        self._trace(incoming, Timeline(), outcome, values)
 
     # --- Watching ------------------------------------------------------------------------------------------------
 
@@ -329,23 +353,45 @@ class SamplingService:
 
     def _tell(self, pending: _Pending, outcome: Outcome, finished: Finished, values: Mapping[str, JsonValue]) -> None:
         order = pending.order
-        self._report(
-            pending.incoming,
-            outcome,
-            {
-                "images": order.request.batch,
-                "steps": order.request.steps,
-                "policy": order.policy.name,
-                "queue_seconds": round(finished.queue_seconds, 6),
-                "seconds": round(finished.seconds, 6),
-                **values,
-            },
+        about = {
+            "images": order.request.batch,
+            "steps": order.request.steps,
+            "policy": order.policy.name,
+            "queue_seconds": round(finished.queue_seconds, 6),
+            "seconds": round(finished.seconds, 6),
+            **values,
+        }
+        self._report(pending.incoming, outcome, about)
+        self._trace(pending.incoming, pending.timeline, outcome, about, finished.result)
+
+    def _trace(
+        self,
+        incoming: Incoming,
+        timeline: Timeline,
+        outcome: Outcome,
+        values: Mapping[str, JsonValue],
+        result: SampleResult | None = None,
+    ) -> None:
+        waited = values.get("queue_seconds")
+        attributes = {"request_id": incoming.request_id, "outcome": outcome.value, **values}
+        self._guarded(
+            lambda: self._tracing.ended(
+                timeline,
+                traceparent=incoming.traceparent,
+                result=result,
+                attributes=attributes,
+                queue_seconds=waited if isinstance(waited, float) else 0.0,
+            )
         )
 
     def _report(self, incoming: Incoming, outcome: Outcome, values: Mapping[str, JsonValue]) -> None:
         self._recorder.count(REQUESTS, label=outcome.value)
         level = {Outcome.DONE: Level.INFO, Outcome.FAILED: Level.ERROR}.get(outcome, Level.WARNING)
-        about = {"request_id": incoming.request_id, "trace_id": incoming.trace_id, "outcome": outcome.value}
+        about = {
+            "request_id": incoming.request_id,
+            "trace_id": trace_id(incoming.traceparent),
+            "outcome": outcome.value,
+        }
         self._log.write(level, "request", {**about, **values})
 
 
@@ -356,7 +402,7 @@ def _as_they_are(latents: NDArray[np.float32]) -> NDArray[np.float32]:
 def _check_parameters(parameters: Mapping[str, str | int | float | bool]) -> None:
     """Refuse keys that no field has: in JSON, a misspelt field arrives as a parameter and would be passed over."""
     for name in parameters:
-        if name not in _SERVER_PARAMETERS and not name.startswith("triton_"):
+        if name.lower() not in _SERVER_PARAMETERS and not name.startswith("triton_"):
             raise RequestError(f"{clipped(name)} is no field of a request. See the repository's README for those.")
 
 

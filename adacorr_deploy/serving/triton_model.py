@@ -25,7 +25,7 @@ from adacorr_deploy.runtime import Pipeline, SampleRequest, sample_with_policy
 from adacorr_deploy.runtime.batching import BatchingEngine
 from adacorr_deploy.runtime.self_test import self_test
 from adacorr_deploy.serving.engine import Engine
-from adacorr_deploy.serving.logs import JsonLog, Level, trace_id
+from adacorr_deploy.serving.logs import JsonLog, Level
 from adacorr_deploy.serving.metrics import METRICS, Metric, MetricKind, Recorder
 from adacorr_deploy.serving.orders import OrderBook
 from adacorr_deploy.serving.replies import Incoming, Status
@@ -37,6 +37,7 @@ from adacorr_deploy.serving.settings import (
     ServingSettings,
     settings_from_file,
 )
+from adacorr_deploy.serving.telemetry import traceparent_from, tracing_from_environment
 from adacorr_deploy.serving.tensors import Tensors
 
 if TYPE_CHECKING:
@@ -82,7 +83,11 @@ class TritonPythonModel:
             except AdaCorrError as error:
                 log.write(Level.ERROR, "load", {"message": str(error)})
                 _stop_load(str(error))
-            service = SamplingService(engine, book, Recorder(TritonMetrics()), log, decoder)
+            tracing, obstacle = tracing_from_environment(args["model_name"])
+            if obstacle:
+                log.write(Level.WARNING, "tracing", {"message": obstacle})
+            resources.callback(tracing.close)  # once the last request is answered
+            service = SamplingService(engine, book, Recorder(TritonMetrics()), log, images=decoder, tracing=tracing)
             self._service = resources.enter_context(service)
             self._log = log
             self._resources = resources.pop_all()
@@ -181,7 +186,7 @@ def _incoming(request: pb_utils.InferenceRequest) -> Incoming:
         tensors=tensors,
         parameters=parameters,
         wanted=frozenset(request.requested_output_names()),
-        trace_id=trace_id(str(parameters.get("triton_trace") or request.trace().get_context())),
+        traceparent=traceparent_from(parameters.get("triton_trace") or request.trace().get_context(), parameters),
     )
 
 

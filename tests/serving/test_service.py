@@ -205,7 +205,9 @@ def test_images_come_from_the_decoder_and_its_error_is_the_requests_own(book: Or
         return np.repeat(latents, 3, axis=1)
 
     engine = ScriptedEngine()
-    with SamplingService(engine, book, Recorder(CountingSink()), JsonLog("tiny", io.StringIO()), decoded) as service:
+    with SamplingService(
+        engine, book, Recorder(CountingSink()), JsonLog("tiny", io.StringIO()), images=decoded
+    ) as service:
         clients = [Client(), Client()]
         for seed, client in enumerate(clients):
             tensors: Tensors = {"class_labels": np.array([1]), "seed": np.array([seed], dtype=np.uint64)}
