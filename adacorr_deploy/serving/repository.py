@@ -28,6 +28,7 @@ from adacorr_deploy.serving.config_text import (
     sampling_config,
     stream_config,
 )
+from adacorr_deploy.serving.local_server import FORWARDED_HEADERS
 from adacorr_deploy.serving.server_packages import SERVER_IMAGE, requirements, telemetry_requirements
 from adacorr_deploy.serving.settings import (
     BUNDLE_NAME,
@@ -105,9 +106,9 @@ def write_repository(bundle_path: Path, output: Path, options: RepositoryOptions
     if output.resolve().is_relative_to(bundle.path.resolve()):
         raise OutputError(f"{output} lies in the bundle {bundle.path}, which is only read. Choose another folder.")
     settings = _settings(bundle, options)
-    configs = _configs(settings.model, bundle.manifest)
+    configured = configs(settings.model, bundle.manifest)
     with output_folder(output, overwrite=options.overwrite, kind=REPOSITORY) as folder:
-        for name, text in {**configs, **_papers(settings, bundle.manifest)}.items():
+        for name, text in {**configured, **_papers(settings, bundle.manifest)}.items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
@@ -184,7 +185,7 @@ def _shipped(files: tuple[Path, ...]) -> dict[str, str]:
 # --- Files -------------------------------------------------------------------------------------------------------
 
 
-def _configs(model: str, manifest: Manifest) -> dict[str, str]:
+def configs(model: str, manifest: Manifest) -> dict[str, str]:
     """Return the configurations by their places: the plain one for a GPU, and one for the CPU."""
     on_gpu = "onnxruntime-cuda" if manifest.backend == CPU_BACKEND else manifest.backend
     return {
@@ -203,6 +204,7 @@ def _papers(settings: ServingSettings, manifest: Manifest) -> dict[str, str]:
         "bundle": manifest.model_name,
         "version": adacorr_deploy.__version__,
         "image": SERVER_IMAGE,
+        "forwarded": FORWARDED_HEADERS,
         "steps": str(settings.defaults.steps),
         "guidance": f"{settings.defaults.guidance:g}",
         "max_images": str(settings.limits.max_images),

@@ -74,8 +74,11 @@ def test_the_papers_name_what_is_there(repository: Repository) -> None:
     }
     for name in re.findall(r"[\w-]+\.(?:py|txt|json)\b", readme):
         assert (repository.path / name).is_file(), name
-    for machine in ("cpu", "gpu"):
-        pins = (repository.path / f"requirements-{machine}.txt").read_text().splitlines()
+    command = json.loads(docker.partition("\nCMD ")[2].splitlines()[0])
+    assert command[:2] == ["/bin/sh", "-c"]
+    assert subprocess.run(["/bin/sh", "-n", "-c", command[2]], check=False).returncode == 0
+    for name in ("cpu", "gpu", "telemetry"):
+        pins = (repository.path / f"requirements-{name}.txt").read_text().splitlines()
         assert all(re.match(r"[\w.-]+(\[\w+\])?==[\w.]+( ; .+)?$", pin) for pin in pins)
 
 

@@ -248,6 +248,8 @@ def death_is_noticed(server: RunningServer) -> list[str]:
 def soaked(sides: Sides, numbers: range, clients: int) -> dict[str, object]:
     """Send the requests, and say what was wrong."""
     soak = Soak(server=sides.server, wishes=pool(sides), numbers=numbers)
+    with ThreadPoolExecutor(2 * sides.lanes) as threads:  # each lane keeps a workspace of the most steps from here on
+        soak.killed += len([*threads.map(kill_a_client, [sides.server] * 2 * sides.lanes)])
     started = time.perf_counter()
     soak.run(clients)
     seconds = time.perf_counter() - started

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs a real Triton Inference Server (2.51, which is 24.10) for this machine's CPU, without root and without Docker:
 # its binary, Python backend and stubs come in the wheel of nvidia-pytriton. Beside it stands an environment with what
-# adacorr-serve's requirements-cpu.txt asks for. About 400 MB; does nothing when it is installed already.
+# adacorr-serve's requirements-cpu.txt and -telemetry.txt ask for. About 400 MB; does nothing when it is installed already.
 #
 #   bash tools/serving/install_triton.sh       then: adacorr-serve BUNDLE -o REPO --run
 #
@@ -19,8 +19,8 @@ folder=$("$interpreter" -c 'from adacorr_deploy.serving.local_server import inst
 version=$("$interpreter" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 requirements=$("$interpreter" -c '
 from adacorr_deploy.serving.config_text import Machine
-from adacorr_deploy.serving.server_packages import requirements
-print(requirements(Machine.CPU), end="")')
+from adacorr_deploy.serving.server_packages import requirements, telemetry_requirements
+print(requirements(Machine.CPU) + telemetry_requirements(), end="")')
 if [ "$version" = 3.13 ]; then
     say "note: no server of this Triton runs models on Python 3.13: NumPy 1.26 has no build for it. Its tests are skipped."
     exit 0
