@@ -226,17 +226,17 @@ class Meter:
         return self._uncached[index]
 
     def timed(self, points: Sequence[TunedPoint]) -> list[TunedPoint]:
-        """Time points on the first request, in turns with the uncached run."""
-        seconds: dict[str, list[float]] = {point.policy.name: [] for point in points}
-        uncached = []
+        """Time points on the first request, each beside an uncached run of its own: what else runs touches both."""
+        speedups: dict[str, list[float]] = {point.policy.name: [] for point in points}
         for round_index in range(TIMED_ROUNDS + 1):
-            base = sample_with_policy(self._pipeline, self._requests[0], _UNCACHED).seconds
             for point in points:
-                own = sample_with_policy(self._pipeline, self._requests[0], point.policy).seconds
+                uncached, own = (
+                    sample_with_policy(self._pipeline, self._requests[0], policy).seconds
+                    for policy in (_UNCACHED, point.policy)
+                )
                 if round_index:  # the first round allocates and binds
-                    seconds[point.policy.name].append(base / own)
-            uncached.append(base)
-        return [replace(point, measured_speedup=statistics.median(seconds[point.policy.name])) for point in points]
+                    speedups[point.policy.name].append(uncached / own)
+        return [replace(point, measured_speedup=statistics.median(speedups[point.policy.name])) for point in points]
 
     def discard(self) -> None:
         """Forget what was measured: the search is complete."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
 from adacorr_deploy.caching.policy import Policy, policy_named
 from adacorr_deploy.core.errors import CalibrationError, PolicyError, RequestError
 from adacorr_deploy.quality.calibrate import CalibrationOptions
+from adacorr_deploy.quality.partials import Partials
 from adacorr_deploy.quality.policy_calibration import store_calibration
-from adacorr_deploy.quality.tune import TuneOptions, families_that_fit, tune
+from adacorr_deploy.quality.tune import Meter, TunedPoint, TuneOptions, families_that_fit, tune
 from adacorr_deploy.quality.tune_search import Target
 from adacorr_deploy.runtime import Pipeline, SampleRequest
 from tests.runtime.conftest import write_bundle
@@ -51,6 +54,24 @@ def test_of_a_target_speed_the_front_holds_the_chosen_policy_and_nothing_beats_i
         assert point.speedup == pytest.approx(1 / (1 - point.rho))
         assert any(other.speedup >= point.speedup and other.psnr_db >= point.psnr_db for other in found.front)
     assert all(point.measured_speedup is not None for point in found.front)
+
+
+def test_a_machine_that_slows_down_touches_a_point_and_its_uncached_run_alike(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs take twice as long after every pair, and a policy's are always half as long as the uncached one's."""
+    calls = itertools.count()
+
+    def sampled(pipeline: Pipeline, request: SampleRequest, policy: Policy) -> SimpleNamespace:
+        return SimpleNamespace(seconds=2.0 ** (next(calls) // 2) * (1.0 if policy.name == "none" else 0.5))
+
+    monkeypatch.setattr("adacorr_deploy.quality.tune.sample_with_policy", sampled)
+    points = [
+        TunedPoint(policy=policy_named(name), images=1, rho=0.5, speedup=2.0, psnr_db=30.0, psnr_worst_db=30.0)
+        for name in ("fora@2", "fora@3", "scheduled@2")
+    ]
+    meter = Meter(pipeline, [SampleRequest((0,), steps=STEPS)], Partials(pipeline.bundle.path / "none", {}))
+    assert [point.measured_speedup for point in meter.timed(points)] == [2.0, 2.0, 2.0]
 
 
 def test_points_are_the_same_whenever_they_are_measured(pipeline: Pipeline) -> None:
