@@ -26,15 +26,16 @@ from adacorr_deploy.core.manifest import (
 from adacorr_deploy.core.null_prompt import NULL_PROMPT_FILE, content_of_null_prompt
 from adacorr_deploy.core.output_folder import check_output_folder, output_folder
 from adacorr_deploy.core.progress import Progress
+from adacorr_deploy.core.prompts import TEXT_ENCODER_PART, TOKENIZER_FILE
 from adacorr_deploy.core.specs import DECODE_PART, HALVES, MAX_DECODER_SIZE, DType, ModelSpec, PartSpec
 from adacorr_deploy.engines.backend import Backend
 from adacorr_deploy.engines.bundle_sessions import check_precision
 from adacorr_deploy.exporters.checkpoints import LoadedModel
-from adacorr_deploy.exporters.onnx_parts import export_decoder, export_parts
+from adacorr_deploy.exporters.onnx_parts import export_decoder, export_parts, export_text_encoder
 from adacorr_deploy.exporters.vae import DEFAULT_TILE, MIN_TILE
 from adacorr_deploy.plugins.onnx_functions import service_parts
 
-_TOOLS = ("adacorr-deploy", "torch", "diffusers", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx")
+_TOOLS = ("adacorr-deploy", "torch", "diffusers", "transformers", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,7 @@ class BuildOptions:
         default_policy: Preset, with or without a target or a correction on top, for runs that name none.
         vae_tile: Latent pixels, along a side, that the decoder takes at once; a larger image is decoded in tiles.
         vae_precision: Of the decoder; None: see `LoadedVae.spec`.
+        text_precision: Of the text encoder; None is float32.
 
     Raises:
         RequestError: If the tile is no size.
@@ -63,6 +65,7 @@ class BuildOptions:
     default_policy: str = DEFAULT_POLICY
     vae_tile: int = DEFAULT_TILE
     vae_precision: DType | None = None
+    text_precision: DType | None = None
 
     def __post_init__(self) -> None:
         if self.halves and self.segment != 1:
@@ -107,7 +110,7 @@ def build_bundle(
 
     Raises:
         OutputError: If `output` exists, or appears meanwhile, or can't be written.
-        UnsupportedModelError: If a part can't be exported, or the VAE is not the model's.
+        UnsupportedModelError: If a part can't be exported, or the VAE or the text encoder is not the model's.
         RequestError: If the engines are to be compiled for sizes that the model's latents can't have.
         EngineError: If the backend doesn't run this precision, or a part can't be compiled.
     """
@@ -115,7 +118,10 @@ def build_bundle(
     decoder = None
     if loaded.vae is not None:
         decoder = loaded.vae.spec(model, tile=options.vae_tile, precision=options.vae_precision)
-    for precision in {options.precision, decoder.precision if decoder is not None else options.precision}:
+    prompt, text_encoder = model.conditions.prompt, None
+    if loaded.text_encoder is not None and prompt is not None:
+        text_encoder = loaded.text_encoder.spec(prompt, options.text_precision)
+    for precision in {options.precision, *(each.precision for each in (decoder, text_encoder) if each is not None)}:
         check_precision(precision, backend)
     backend.for_model(model)
     with output_folder(output, overwrite=options.overwrite) as folder:
@@ -125,6 +131,9 @@ def build_bundle(
         specs |= _write_service_parts(model, parts_dir)
         if loaded.vae is not None and decoder is not None:
             specs[DECODE_PART] = export_decoder(loaded.vae, model, decoder, parts_dir)
+        if loaded.text_encoder is not None and prompt is not None and text_encoder is not None:
+            specs[TEXT_ENCODER_PART] = export_text_encoder(loaded.text_encoder, prompt, text_encoder, parts_dir)
+            _write_file(folder / TOKENIZER_FILE, loaded.text_encoder.tokenizer.content)
         export_seconds = time.perf_counter() - started
         null_prompt = _write_null_prompt(loaded, folder)
         records = dict(_compiled_parts(specs, folder, backend, progress))
@@ -148,6 +157,7 @@ def build_bundle(
             class_names=loaded.class_names,
             default_policy=options.default_policy,
             decoder=decoder,
+            text_encoder=text_encoder,
             null_prompt=null_prompt,
         )
         replace_file(folder / MANIFEST_NAME, manifest.model_dump_json(indent=1).encode())
@@ -171,13 +181,19 @@ def _shown(name: str) -> str:
 
 
 def _write_null_prompt(loaded: LoadedModel, folder: Path) -> str | None:
-    """Store the prompt of images without condition, if the checkpoint has it; return where."""
-    if (null_prompt := loaded.model.null_prompt()) is None:
+    """Store the prompt of images without condition: the checkpoint's, else that of an empty text; return where."""
+    null_prompt, prompt = loaded.model.null_prompt(), loaded.model.spec(DType.FLOAT32, 1).conditions.prompt
+    if null_prompt is None and loaded.text_encoder is not None and prompt is not None:
+        null_prompt = loaded.text_encoder.null_prompt(prompt)
+    if null_prompt is None:
         return None
-    file = folder / NULL_PROMPT_FILE
-    file.parent.mkdir()
-    file.write_bytes(content_of_null_prompt(*null_prompt))
+    _write_file(folder / NULL_PROMPT_FILE, content_of_null_prompt(*null_prompt))
     return NULL_PROMPT_FILE
+
+
+def _write_file(file: Path, content: bytes) -> None:
+    file.parent.mkdir()
+    file.write_bytes(content)
 
 
 def _write_service_parts(model: ModelSpec, parts_dir: Path) -> Mapping[str, PartSpec]:

@@ -14,6 +14,7 @@ from adacorr_deploy.core.specs import DType
 from adacorr_deploy.core.untrusted import clipped
 from adacorr_deploy.exporters.adapter import EXPORTERS, ExportableModel, adapter_for
 from adacorr_deploy.exporters.config_files import json_object
+from adacorr_deploy.exporters.text_encoder import LoadedTextEncoder, load_text_encoder
 from adacorr_deploy.exporters.vae import LoadedVae, load_vae
 from adacorr_deploy.exporters.weight_files import checkpoint_sha256, state_dict_from_files, weight_files
 
@@ -34,6 +35,7 @@ class LoadedModel:
     checkpoint_sha256: str  # of the weight files
     class_names: tuple[str, ...] | None  # by label, where the pipeline has them
     vae: LoadedVae | None = None  # decodes the latents; None for models of pixels, or where none was given
+    text_encoder: LoadedTextEncoder | None = None  # None for models that take no prompts, or where none was given
 
     def __post_init__(self) -> None:
         classes = self.model.spec(DType.FLOAT32, 1).num_classes
@@ -51,6 +53,8 @@ def load_checkpoint(
     heads: int | None = None,
     vae: Path | None = None,
     with_vae: bool = True,
+    text_encoder: Path | None = None,
+    with_text_encoder: bool = True,
 ) -> LoadedModel:
     """Load a local checkpoint, weights and schedule. Nothing is fetched, and no code in it is run.
 
@@ -61,6 +65,9 @@ def load_checkpoint(
         heads: Attention heads of an original checkpoint whose size isn't one of the paper's.
         vae: Folder of the VAE that decodes the latents, in place of the pipeline's own.
         with_vae: Whether to load one at all.
+        text_encoder: Folder of the encoder of prompts, in place of the pipeline's own; its tokenizer stands in it, or
+            in a folder `tokenizer` beside it.
+        with_text_encoder: Whether to load one at all, where the model takes prompts.
 
     Raises:
         CheckpointError: If weights are missing, truncated, unsafe, or don't fit the model.
@@ -75,7 +82,21 @@ def load_checkpoint(
     loaded = _loaded_model(path, scheduler, heads)
     own = path / "vae"
     folder = vae or (own if (path / "model_index.json").exists() and own.is_dir() else None)
-    return replace(loaded, vae=load_vae(folder)) if with_vae and folder is not None else loaded
+    if with_vae and folder is not None:
+        loaded = replace(loaded, vae=load_vae(folder))
+    return _with_text_encoder(loaded, path, text_encoder) if with_text_encoder else loaded
+
+
+def _with_text_encoder(loaded: LoadedModel, path: Path, given: Path | None) -> LoadedModel:
+    """Load the encoder that was given, or the pipeline's own, where the model takes prompts."""
+    takes_prompts = loaded.model.spec(DType.FLOAT32, 1).conditions.prompt is not None
+    if given is not None and not takes_prompts:
+        raise UnsupportedModelError(f"{given}: {path} takes no prompts, so it has no use for a text encoder.")
+    own = path / "text_encoder"
+    folder = given or (own if (path / "model_index.json").exists() and own.is_dir() else None)
+    if folder is None or not takes_prompts:
+        return loaded
+    return replace(loaded, text_encoder=load_text_encoder(folder))
 
 
 def _loaded_model(path: Path, scheduler: Path | None, heads: int | None) -> LoadedModel:

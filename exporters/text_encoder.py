@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
 from adacorr_deploy.core.errors import CheckpointError, UnsupportedModelError
 from adacorr_deploy.core.prompts import TEXT_ENCODER_PART, TextEncoderSpec, text_encoder_spec
 from adacorr_deploy.core.specs import DType, PromptSpec
+from adacorr_deploy.core.tokenizer import PromptTokenizer
 from adacorr_deploy.exporters.config_files import json_object
 from adacorr_deploy.exporters.part import Part
 from adacorr_deploy.exporters.t5_config import T5Config
@@ -132,19 +137,51 @@ class LoadedTextEncoder:
             sha256=self.sha256,
         )
 
+    def null_prompt(self, prompt: PromptSpec) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return what becomes of an empty text, in float32: embeddings (T, E) and mask (T,)."""
+        words = PromptTokenizer(self.tokenizer.content, self.spec(prompt), prompt, where=self.tokenizer.where)
+        tokens, mask = words.tokens("")
+        module = TextEncoderPart(self.encoder, tokens=prompt.tokens).eval()
+        with torch.no_grad(), _computing_in_float32(module):
+            (embeddings,) = module(torch.from_numpy(tokens[None]), torch.from_numpy(mask[None]))
+        return embeddings[0].numpy(), mask
+
     def part(self, prompt: PromptSpec) -> Part:
         """Return the encoder as a part."""
         module = TextEncoderPart(self.encoder, tokens=prompt.tokens).eval().requires_grad_(False)
         return Part(spec=text_encoder_spec(prompt), module=module, structure=TEXT_ENCODER_PART)
 
 
-def load_text_encoder(folder: Path, tokenizer: Path | None = None) -> LoadedTextEncoder:
+@contextmanager
+def _computing_in_float32(module: nn.Module) -> Iterator[None]:
+    """Let a module of any precision compute in float32, with one layer's weights in it at a time."""
+    stored: dict[nn.Module, list[Tensor]] = {}
+
+    def widen(layer: nn.Module, inputs: object) -> None:
+        stored[layer] = [weight.data for weight in layer.parameters()]
+        for weight in layer.parameters():
+            weight.data = weight.data.float()
+
+    def restore(layer: nn.Module, inputs: object, output: object) -> None:
+        for weight, data in zip(layer.parameters(), stored.pop(layer), strict=True):
+            weight.data = data
+
+    layers = [each for each in module.modules() if any(True for _ in each.parameters(recurse=False))]
+    hooks = [each.register_forward_pre_hook(widen) for each in layers]
+    hooks += [each.register_forward_hook(restore) for each in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def load_text_encoder(folder: Path) -> LoadedTextEncoder:
     """Load a local T5 encoder in transformers' layout. Nothing is fetched, and no code in it is run.
 
     Args:
         folder: Holds config.json and the weights: the `text_encoder` of a pipeline's folder. The pipeline's own folder
-            will do too.
-        tokenizer: Folder of its tokenizer; by default the `tokenizer` beside `folder`, else `folder` itself.
+            will do too. Its tokenizer stands in the folder `tokenizer` beside it, or in it.
 
     Raises:
         CheckpointError: If weights are missing, truncated, unsafe, or don't fit the configuration, or the tokenizer
@@ -157,7 +194,7 @@ def load_text_encoder(folder: Path, tokenizer: Path | None = None) -> LoadedText
         raise CheckpointError(f"{folder} holds no config.json. Give a T5 encoder's folder in transformers' layout.")
     config = T5Config.checked(json_object(folder / "config.json", CheckpointError), where=str(folder / "config.json"))
     beside = folder.resolve().parent / "tokenizer"
-    words = load_tokenizer(tokenizer or (beside if beside.is_dir() else folder))
+    words = load_tokenizer(beside if beside.is_dir() else folder)
     if words.size > config.vocab_size:
         raise CheckpointError(
             f"{words.where} knows {words.size} tokens, the encoder in {folder} {config.vocab_size}. "

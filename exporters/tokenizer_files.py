@@ -36,8 +36,8 @@ def load_tokenizer(folder: Path) -> TokenizerJson:
     found = [folder / name for name in _FILES if (folder / name).is_file()]
     if not found:
         raise CheckpointError(
-            f"{folder} holds neither {' nor '.join(_FILES)}. Give the folder of the encoder's tokenizer with "
-            "--tokenizer PATH."
+            f"{folder} holds neither {' nor '.join(_FILES)}. Copy the tokenizer into the text encoder's folder, or "
+            "into one called tokenizer beside it."
         )
     if any(file.stat().st_size > MAX_TOKENIZER_BYTES for file in found):
         raise CheckpointError(f"{found[0]}: a tokenizer of more than {MAX_TOKENIZER_BYTES} bytes. Copy it again.")

@@ -85,7 +85,7 @@ class LoadedVae:
         return DecoderSpec(
             precision=precision or (DType.FLOAT32 if overflows else model.precision),
             tile=(min(tile, height), min(tile, width)),
-            overlap=tile // 4,  # as diffusers'
+            overlap=min(tile, height, width) // 4,  # as diffusers'; a request may ask for more than one tile
             scale=self.config.scale,
             channels=self.config.out_channels,
             vae_sha256=self.sha256,

@@ -19,6 +19,7 @@ from adacorr_deploy.cli.options import (
     POLICY_NAMES,
     Guidance,
     Json,
+    PromptFile,
     RunBackend,
     SamplerName,
     Seed,
@@ -148,6 +149,7 @@ def bench(  # noqa: PLR0913, PLR0917  one parameter is one option
             show_default=False,
         ),
     ] = None,
+    prompts: PromptFile = None,
     backend: RunBackend = None,
     list_presets: Annotated[
         bool, typer.Option("--list", metavar="", help="Show the preset policies, and stop.")
@@ -186,7 +188,9 @@ def bench(  # noqa: PLR0913, PLR0917  one parameter is one option
         sampler=sampler,
         samples=samples,
     )
-    files = Files(features=features, real=reference_features, results=results, csv=csv_file, report=report)
+    files = Files(
+        prompts=prompts, features=features, real=reference_features, results=results, csv=csv_file, report=report
+    )
     measured, page = _measured(bundle, policies, options, files, backend)
     rows = [cells_of_row(row) for row in measured.rows]
     _write(files, rows, page)
@@ -201,6 +205,7 @@ def bench(  # noqa: PLR0913, PLR0917  one parameter is one option
 class Files:
     """What is read beside the bundle, and where the results go."""
 
+    prompts: Path | None
     features: Path | None
     real: Path | None
     results: Path | None
@@ -217,7 +222,10 @@ class Files:
         from adacorr_deploy.cli.output_files import check_outputs
 
         results = self.results / "run.json" if self.results is not None else None
-        inputs = [*map(named_file, policies), *(path for path in (self.features, self.real) if path is not None)]
+        inputs = [
+            *map(named_file, policies),
+            *(path for path in (self.prompts, self.features, self.real) if path is not None),
+        ]
         outputs = [path for path in (self.csv, self.report, results) if path is not None]
         check_outputs(outputs, bundle=bundle, inputs=inputs)
 
@@ -228,10 +236,10 @@ def _measured(
     """Measure, after checking everything that could spoil it later; with the report's page, if one is wanted."""
     from adacorr_deploy.caching.policy import policy_named
     from adacorr_deploy.cli.errors import needs_build_packages
+    from adacorr_deploy.cli.prompts import opened_with_prompts
     from adacorr_deploy.quality.bench import bench, check_runs
     from adacorr_deploy.quality.bench_store import ResultStore, RunKey
     from adacorr_deploy.quality.features import feature_source
-    from adacorr_deploy.runtime import Pipeline
 
     names = dict.fromkeys(name.strip() for name in policies.split(",") if name.strip())
     if not names:
@@ -241,7 +249,7 @@ def _measured(
     if files.report is not None:
         with needs_build_packages("adacorr-bench --report"):
             import jinja2  # noqa: F401  asked for now, not after hours of measuring
-    with Pipeline.open(bundle, backend=backend) as pipeline:
+    with opened_with_prompts(bundle, backend, files.prompts) as pipeline:
         check_runs(pipeline, chosen, options)
         with needs_build_packages("adacorr-bench"):
             source = feature_source(pipeline.manifest, files.features, files.real)

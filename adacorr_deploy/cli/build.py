@@ -17,7 +17,16 @@ from adacorr_deploy.cli.console import Advance, progress_bar, show_json, show_li
 from adacorr_deploy.cli.errors import needs_build_packages, run_app
 from adacorr_deploy.cli.inspection import inspect_bundle
 from adacorr_deploy.cli.model_source import DEMO, path_from_model
-from adacorr_deploy.cli.options import Heads, Json, Scheduler, Vae, command_app, documented, path_from_text
+from adacorr_deploy.cli.options import (
+    Heads,
+    Json,
+    Scheduler,
+    TextEncoder,
+    Vae,
+    command_app,
+    documented,
+    path_from_text,
+)
 from adacorr_deploy.core.engine_build import CompilerOptions, WeightLayout
 from adacorr_deploy.core.errors import EngineError, PolicyError
 from adacorr_deploy.core.specs import DType
@@ -51,6 +60,8 @@ class Source:
     heads: int | None
     vae: Path | None
     with_vae: bool
+    text_encoder: Path | None
+    with_text_encoder: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +76,7 @@ class Target:
     halves: bool
     vae_tile: int
     vae_precision: Precision | None
+    text_precision: Precision | None
     policy: str
     overwrite: bool
     calibrated: bool
@@ -141,6 +153,23 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
     no_vae: Annotated[
         bool, typer.Option("--no-vae", metavar="", help="Leave the VAE out: the bundle gives latents, no images.")
     ] = False,
+    text_encoder: TextEncoder = None,
+    no_text_encoder: Annotated[
+        bool,
+        typer.Option(
+            "--no-text-encoder",
+            metavar="",
+            help="Leave the text encoder out: requests give embeddings in place of prompts.",
+        ),
+    ] = False,
+    text_precision: Annotated[
+        Precision | None,
+        typer.Option(
+            "--text-precision",
+            help="Of the text encoder: fp32 or bf16, as T5 overflows in fp16.  Default: fp32.",
+            show_default=False,
+        ),
+    ] = None,
     vae_precision: Annotated[
         Precision | None,
         typer.Option(
@@ -302,6 +331,11 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
         return
     if vae is not None and no_vae:
         raise typer.BadParameter("it names a VAE, and --no-vae leaves it out. Give one of them.", param_hint="--vae")
+    if text_encoder is not None and no_text_encoder:
+        raise typer.BadParameter(
+            "it names a text encoder, and --no-text-encoder leaves it out. Give one of them.",
+            param_hint="--text-encoder",
+        )
     if model is None:
         raise typer.BadParameter("it is missing. Give demo, or a path.", param_hint="MODEL")
     if output is None:
@@ -326,15 +360,23 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
         halves=halves,
         vae_tile=vae_tile,
         vae_precision=vae_precision,
+        text_precision=text_precision,
         policy=_default_policy(policy, calibrated=calibrated),
         overwrite=overwrite,
         calibrated=calibrated,
     )
     started = time.perf_counter()
     with needs_build_packages("adacorr-build"), progress_bar() as advance:
-        bundle = _built(
-            Source(model=model, scheduler=scheduler, heads=heads, vae=vae, with_vae=not no_vae), target, advance
+        source = Source(
+            model=model,
+            scheduler=scheduler,
+            heads=heads,
+            vae=vae,
+            with_vae=not no_vae,
+            text_encoder=text_encoder,
+            with_text_encoder=not no_text_encoder,
         )
+        bundle = _built(source, target, advance)
     seconds = time.perf_counter() - started
     parts = len(bundle.manifest.parts)
     size_bytes = sum(record.size_bytes for record in bundle.manifest.files.values())
@@ -409,6 +451,7 @@ def _built(source: Source, target: Target, advance: Advance) -> Bundle:
         default_policy=target.policy,
         vae_tile=target.vae_tile,
         vae_precision=target.vae_precision.dtype if target.vae_precision is not None else None,
+        text_precision=target.text_precision.dtype if target.text_precision is not None else None,
     )
     backend = backend_by_name(target.backend, target.compiler)
     check_precision(options.precision, backend)
@@ -423,7 +466,15 @@ def _built(source: Source, target: Target, advance: Advance) -> Bundle:
     check_new_folder(target.bundle, inputs=[model, *([source.scheduler] if source.scheduler is not None else [])])
     if target.compiler is not None and target.compiler.timing_cache is not None:
         check_outputs([target.compiler.timing_cache], bundle=target.bundle)
-    loaded = load_checkpoint(model, source.scheduler, heads=source.heads, vae=source.vae, with_vae=source.with_vae)
+    loaded = load_checkpoint(
+        model,
+        source.scheduler,
+        heads=source.heads,
+        vae=source.vae,
+        with_vae=source.with_vae,
+        text_encoder=source.text_encoder,
+        with_text_encoder=source.with_text_encoder,
+    )
     calibrate = _calibration(target, calibrating.name, advance) if target.calibrated else None
 
     def finish(folder: Path) -> None:

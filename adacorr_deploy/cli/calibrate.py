@@ -20,6 +20,7 @@ from adacorr_deploy.cli.options import (
     Bundle,
     Guidance,
     Json,
+    PromptFile,
     RunBackend,
     SamplerName,
     Steps,
@@ -118,6 +119,7 @@ def calibrate(  # noqa: PLR0913, PLR0917  one parameter is one option
             "--front", metavar="FILE", parser=path_from_text, help="JSON of the Pareto front.", show_default=False
         ),
     ] = None,
+    prompts: PromptFile = None,
     backend: RunBackend = None,
     as_json: Json = False,
 ) -> None:
@@ -146,14 +148,17 @@ def calibrate(  # noqa: PLR0913, PLR0917  one parameter is one option
         predictor=Predictor(kind=predictor or _PREDICTOR.kind, order=order or _PREDICTOR.order),
     )
     if target is not None:
-        _tune(bundle, policies, target, options, Outputs(policy=output, front=front), backend, as_json=as_json)
+        engines = Engines(backend=backend, prompts=prompts)
+        _tune(bundle, policies, target, options, Outputs(policy=output, front=front), engines, as_json=as_json)
         return
     started = time.perf_counter()
     with progress_bar() as advance:
         if policies is None:
-            stored = [calibrate_bundle(bundle, options, advance, backend=backend)]
+            stored = [calibrate_bundle(bundle, options, advance, backend=backend, prompts=prompts)]
         else:
-            stored = calibrate_for_policies(bundle, _names(policies), options, advance, backend=backend)
+            stored = calibrate_for_policies(
+                bundle, _names(policies), options, advance, backend=backend, prompts=prompts
+            )
     seconds = time.perf_counter() - started
     if as_json:
         files: dict[str, object] = (
@@ -181,6 +186,14 @@ class Outputs:
     front: Path | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engines:
+    """What measures, and on what."""
+
+    backend: str | None
+    prompts: Path | None
+
+
 def _target(speedup: float | None, psnr_db: float | None, output: Path | None, front: Path | None) -> Target | None:
     from adacorr_deploy.quality.tune_search import Target
 
@@ -199,7 +212,7 @@ def _tune(
     target: Target,
     options: CalibrationOptions,
     outputs: Outputs,
-    backend: str | None,
+    engines: Engines,
     *,
     as_json: bool,
 ) -> None:
@@ -210,7 +223,7 @@ def _tune(
     wanted = [path for path in (outputs.policy, outputs.front) if path is not None]
     check_outputs(wanted, bundle=bundle)
     with progress_bar() as advance:
-        tuned = tune_bundle(bundle, names, target, options, advance, backend=backend)
+        tuned = tune_bundle(bundle, names, target, options, advance, engines)
     files: dict[Path, bytes] = {}
     if outputs.policy is not None:
         files[outputs.policy] = policy_file(tuned)
@@ -221,7 +234,12 @@ def _tune(
 
 
 def calibrate_bundle(
-    bundle: Path, options: CalibrationOptions, advance: Advance, *, backend: str | None = None
+    bundle: Path,
+    options: CalibrationOptions,
+    advance: Advance,
+    *,
+    backend: str | None = None,
+    prompts: Path | None = None,
 ) -> tuple[Path, CalibrationKey]:
     """Calibrate a bundle on disk, store the result in it, and return where and for what; `adacorr-build` does so too.
 
@@ -232,24 +250,30 @@ def calibrate_bundle(
         CalibrationError: If the sampler can't be calibrated.
         BundleError: If the bundle is altered or can't be written.
     """
+    from adacorr_deploy.cli.prompts import opened_with_prompts
     from adacorr_deploy.quality.policy_calibration import store_calibration
-    from adacorr_deploy.runtime import Pipeline
 
-    with Pipeline.open(bundle, backend=backend) as pipeline:
+    with opened_with_prompts(bundle, backend, prompts) as pipeline:
         return store_calibration(pipeline, options, advance)
 
 
 def calibrate_for_policies(
-    bundle: Path, names: Sequence[str], options: CalibrationOptions, advance: Advance, *, backend: str | None = None
+    bundle: Path,
+    names: Sequence[str],
+    options: CalibrationOptions,
+    advance: Advance,
+    *,
+    backend: str | None = None,
+    prompts: Path | None = None,
 ) -> list[tuple[Path, CalibrationKey]]:
     """Measure what policies look up, store it in a bundle on disk, and return where and for what, as above.
 
     Raises:
         AdaCorrError: As `calibrate_policies`.
     """
+    from adacorr_deploy.cli.prompts import opened_with_prompts
     from adacorr_deploy.quality.policy_calibration import calibrate_policies
-    from adacorr_deploy.runtime import Pipeline
 
     chosen = [policy_named(name) for name in names]
-    with Pipeline.open(bundle, backend=backend) as pipeline:
+    with opened_with_prompts(bundle, backend, prompts) as pipeline:
         return calibrate_policies(pipeline, chosen, options, advance)

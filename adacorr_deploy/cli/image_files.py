@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -19,6 +20,7 @@ GRID_NAME: Final = "grid.png"
 _COLUMNS: Final = 10  # classes side by side in a grid
 _SHOWN_PIXELS: Final = 84  # small images are enlarged to about this height in a grid
 _NAME_CHARACTERS: Final = 40
+_TITLE_CHARACTERS: Final = 24
 _WHITE: Final = 1.0
 
 
@@ -26,19 +28,30 @@ _WHITE: Final = 1.0
 class Naming:
     """What images are called."""
 
-    labels: tuple[int, ...]  # of each image
+    labels: tuple[int, ...]  # of each image; of prompts, which of them it shows
     class_names: tuple[str, ...] | None  # by label
     seed: int
+    kind: str = "class"  # what a label without a name stands for
+
+    @classmethod
+    def of_prompts(cls, prompts: Sequence[str], images: int, *, seed: int) -> Naming:
+        """Return the names of images of so many prompts; without any, embeddings were given, which say nothing."""
+        if not prompts:
+            return cls(labels=tuple(range(images)), class_names=None, seed=seed, kind="embeddings")
+        distinct = list(dict.fromkeys(prompts))
+        names = tuple(textwrap.shorten(prompt, _TITLE_CHARACTERS, placeholder=" …") or "no text" for prompt in distinct)
+        labels = tuple(distinct.index(prompt) for prompt in prompts)
+        return cls(labels=labels, class_names=names, seed=seed, kind="prompt")
 
     def name(self, label: int) -> str:
         names = self.class_names or ()
-        return names[label] if label < len(names) else f"class {label}"
+        return names[label] if label < len(names) else f"{self.kind} {label}"
 
     def file_names(self) -> list[str]:
         """Return what the images' files are called, in order."""
         width = max(2, len(str(len(self.labels) - 1)))
         return [
-            f"{index:0{width}d}_{_file_word(self.name(label))}_seed{self.seed}.png"
+            f"{index:0{width}d}_{_file_word(self.name(label), self.kind)}_seed{self.seed}.png"
             for index, label in enumerate(self.labels)
         ]
 
@@ -93,5 +106,5 @@ def _stacked(pictures: Sequence[Image.Image]) -> Image.Image:
     return canvas
 
 
-def _file_word(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:_NAME_CHARACTERS] or "class"
+def _file_word(name: str, otherwise: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:_NAME_CHARACTERS] or otherwise

@@ -65,6 +65,11 @@ def _summary(bundle: Bundle) -> list[str]:
             f"decoder: {decoder.precision.value}, {height} × {width} latents to {decoder.scale * height} × "
             f"{decoder.scale * width} pixels at once, overlap {decoder.overlap}; VAE sha256 {decoder.vae_sha256}"
         )
+    if (encoder := manifest.text_encoder) is not None and (prompt := manifest.model.conditions.prompt) is not None:
+        lines.append(
+            f"text encoder: {encoder.precision.value}, {prompt.tokens} tokens of {encoder.vocabulary} to embeddings "
+            f"of width {prompt.width}; weights sha256 {encoder.sha256}"
+        )
     if build is not None:
         axes = ", ".join(
             f"{name} {low}–{high} (tuned for {tuned})" for name, (low, tuned, high) in build.profile.axes().items()
@@ -91,6 +96,7 @@ def _document(bundle: Bundle) -> dict[str, object]:
         "engines": None if build is None else build.model_dump(mode="json"),
         "tool_versions": manifest.tool_versions,
         "decoder": None if manifest.decoder is None else asdict(manifest.decoder),
+        "text_encoder": None if manifest.text_encoder is None else asdict(manifest.text_encoder),
         "parts": [
             {
                 "name": name,

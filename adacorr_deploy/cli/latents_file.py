@@ -58,8 +58,8 @@ def _array(path: Path, file: BinaryIO, shape: tuple[int, ...]) -> NDArray[np.flo
         raise _unreadable(path, "it is no array file") from error
     if dtype != np.float32 or found != shape:
         raise RequestError(
-            f"{path} holds {dtype} of shape {found}, this run needs float32 of shape {shape}, for {shape[0]} class "
-            "labels. Give an array of that shape, or other --class-labels."
+            f"{path} holds {dtype} of shape {found}, this run needs float32 of shape {shape}, for {shape[0]} "
+            "images. Give an array of that shape, or ask for other images."
         )
     file.seek(header.tell())
     content = file.read(4 * math.prod(shape))

@@ -105,6 +105,28 @@ Vae = Annotated[
         show_default=False,
     ),
 ]
+TextEncoder = Annotated[
+    Path | None,
+    typer.Option(
+        "--text-encoder",
+        metavar="PATH",
+        parser=path_from_text,
+        help="Folder of the T5 encoder of prompts (in transformers' layout, its tokenizer in a folder tokenizer beside "
+        "it), in place of the pipeline's own.",
+        show_default=False,
+    ),
+]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts",
+        metavar="FILE",
+        parser=path_from_text,
+        help="What the images show, of models that take text: a text file with a prompt a line, or embeddings as "
+        ".safetensors; images go round them.  Default: random embeddings.",
+        show_default=False,
+    ),
+]
 Heads = Annotated[
     int | None,
     typer.Option(

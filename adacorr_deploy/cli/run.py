@@ -28,11 +28,8 @@ from adacorr_deploy.cli.options import (
 from adacorr_deploy.core.errors import RequestError
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from adacorr_deploy.caching.policy import Policy
-    from adacorr_deploy.cli.image_files import Naming
+    from adacorr_deploy.cli.image_files import Naming, Sampled
     from adacorr_deploy.core.manifest import Manifest
     from adacorr_deploy.runtime import SampleRequest, SampleResult
     from adacorr_deploy.runtime.self_test import SelfTestResult
@@ -81,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     "adacorr-run demo.bundle --class-labels trouser,sneaker,8 --seed 7 -o images",
     "adacorr-run demo.bundle --policy robust@2.5 --trace trace.json -o images",
     "adacorr-run demo.bundle --policy none --latents start.npy --save-latents final.npy -o images",
+    "adacorr-run pixart.bundle --prompt 'a red dog' --prompt 'a blue cat' --size 768x512 -o images",
     "adacorr-run demo.bundle --self-test",
 )
 def run(  # noqa: PLR0913, PLR0917  one parameter is one option
@@ -104,6 +102,56 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
             help="Numbers or names of classes, one image each: 0,3,7 or trouser,8, or the option repeated. "
             "Default: every class, or 8 of them where there are more than 10.",
             show_default=False,
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompt",
+            metavar="TEXT",
+            help="What an image shows, of models that take text; repeated for several images.",
+            show_default=False,
+        ),
+    ] = None,
+    negative_prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--negative-prompt",
+            metavar="TEXT",
+            help="What guidance leads away from: one for all images, or one for each.  Default: the empty text.",
+            show_default=False,
+        ),
+    ] = None,
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(
+            "--embeddings",
+            metavar="FILE.safetensors",
+            parser=path_from_text,
+            help="In place of prompts, what a text encoder makes of them: tensors prompt_embeddings and prompt_mask, "
+            "one row per image, and maybe negative_embeddings and negative_mask.",
+            show_default=False,
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            "--size",
+            metavar="WxH",
+            help="Pixels of the images, of models that take any.  Default: the model's own.",
+            show_default=False,
+        ),
+    ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(
+            "--frames", metavar="N", help="Of each clip, of models that make clips of any length.", show_default=False
+        ),
+    ] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(
+            "--fps", metavar="N", help="Frames per second of clips, of models that take it.", show_default=False
         ),
     ] = None,
     steps: Steps = 50,
@@ -167,11 +215,13 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
     Needs neither PyTorch nor ONNX's own packages.
     """
     from adacorr_deploy.caching.policy import named_file, policy_named
-    from adacorr_deploy.cli.image_files import GRID_NAME
+    from adacorr_deploy.cli.image_files import GRID_NAME, Sampled
     from adacorr_deploy.cli.labels import labels_from_text
     from adacorr_deploy.cli.latents_file import latents_from_npy
+    from adacorr_deploy.cli.prompts import Asked, pixels_from_text, prompts_asked_for
     from adacorr_deploy.core.samplers import default_sampler
     from adacorr_deploy.runtime import Pipeline, SampleRequest, check_request, sample_with_policy
+    from adacorr_deploy.runtime.image_size import latent_size
     from adacorr_deploy.runtime.self_test import self_test as test_engines
 
     outputs = Outputs(directory=output, latents=save_latents, trace=trace)
@@ -183,18 +233,29 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
         else:
             _show_self_test(tested)
         return
-    inputs = [latents] if latents is not None else []
+    inputs = [path for path in (latents, embeddings) if path is not None]
     inputs += [named_file(policy)] if policy is not None else []
     outputs.check([GRID_NAME], bundle=bundle, inputs=inputs)
     with Pipeline.open(bundle, backend=backend) as pipeline:
         manifest = pipeline.manifest
         _check_pixels(manifest, outputs)
-        labels = labels_from_text(
-            class_labels or [], num_classes=manifest.model.num_classes, class_names=manifest.class_names
+        asked = Asked(prompts=prompt or (), negative=negative_prompt or (), embeddings=embeddings)
+        shown = latent_size(manifest, pixels=pixels_from_text(size), frames=frames)
+        prompts = prompts_asked_for(pipeline, asked, labels=bool(class_labels))
+        labels = (
+            labels_from_text(
+                class_labels or [], num_classes=manifest.model.num_classes, class_names=manifest.class_names
+            )
+            if prompts is None
+            else ()
         )
-        shape = (len(labels), *manifest.model.latent_shape)
+        images_asked = len(labels if prompts is None else prompts)
+        shape = (images_asked, *manifest.model.latents.shape_at(shown))
         request = SampleRequest(
             labels=labels,
+            prompts=prompts,
+            size=shown,
+            frame_rate=fps,
             steps=steps,
             guidance=guidance,
             seed=seed,
@@ -204,7 +265,8 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
         )
         check_request(request, manifest.model, manifest.schedule)
         chosen = policy_named(manifest.default_policy if policy is None else policy)
-        pictures = [*_naming(manifest, request).file_names(), GRID_NAME]
+        naming = _naming(manifest, request, asked.prompts)
+        pictures = [*naming.file_names(), GRID_NAME]
         outputs.check(pictures, bundle=bundle, inputs=inputs)
         with progress_bar() as advance:
             tested_first = test_engines(pipeline, advance) if self_test else None
@@ -217,7 +279,7 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
             pixels = result.latents
             if outputs.directory is not None and manifest.decoder is not None:
                 pixels = pipeline.decode(result.latents, progress=advance)
-        images = _write(outputs, manifest, request, chosen, result, pixels)
+        images = _write(outputs, manifest, request.guidance, chosen, result, Sampled(pixels=pixels, naming=naming))
     if as_json:
         show_json(
             {
@@ -261,29 +323,30 @@ def _gives_images(manifest: Manifest) -> bool:
     return manifest.decoder is not None or manifest.model.latent_shape[0] in PIXEL_CHANNELS
 
 
-def _naming(manifest: Manifest, request: SampleRequest) -> Naming:
+def _naming(manifest: Manifest, request: SampleRequest, prompts: Sequence[str]) -> Naming:
     from adacorr_deploy.cli.image_files import Naming
 
+    if request.prompts is not None:
+        return Naming.of_prompts(prompts, request.batch, seed=request.seed)
     return Naming(labels=request.labels, class_names=manifest.class_names, seed=request.seed)
 
 
 def _write(
     outputs: Outputs,
     manifest: Manifest,
-    request: SampleRequest,
+    guidance: float,
     policy: Policy,
     result: SampleResult,
-    pixels: NDArray[np.float32],
+    sampled: Sampled,
 ) -> list[Path]:
     """Write every output, and return the images' paths."""
-    from adacorr_deploy.cli.image_files import GRID_NAME, Sampled, png_files
+    from adacorr_deploy.cli.image_files import GRID_NAME, png_files
     from adacorr_deploy.cli.latents_file import npy_from_latents
     from adacorr_deploy.cli.output_files import write_files
 
     files = {}
     if outputs.directory is not None and _gives_images(manifest):
-        sampled = Sampled(pixels=pixels, naming=_naming(manifest, request))
-        title = f"{manifest.model_name}, {policy.name}, {result.steps} steps, guidance {request.guidance:g}"
+        title = f"{manifest.model_name}, {policy.name}, {result.steps} steps, guidance {guidance:g}"
         files = {outputs.directory / name: png for name, png in png_files(sampled, title).items()}
     elif outputs.directory is not None:
         say("note: no images, as this bundle holds no VAE (adacorr-build --vae); the latents are kept")

@@ -13,6 +13,7 @@ from adacorr_deploy.cli.console import Advance, Cell, show_json, show_lines, sho
 from adacorr_deploy.core.errors import CalibrationError
 
 if TYPE_CHECKING:
+    from adacorr_deploy.cli.calibrate import Engines
     from adacorr_deploy.quality.calibrate import CalibrationOptions
     from adacorr_deploy.quality.tune import Tuned, TunedPoint
     from adacorr_deploy.quality.tune_search import Target
@@ -27,8 +28,7 @@ def tune_bundle(
     target: Target,
     options: CalibrationOptions,
     advance: Advance,
-    *,
-    backend: str | None = None,
+    engines: Engines,
 ) -> Tuned:
     """Measure what the policies look up and the bundle does not hold, then search them.
 
@@ -38,19 +38,22 @@ def tune_bundle(
         target: What is asked for.
         options: For which runs.
         advance: Told of every step.
-        backend: Engines in place of the bundle's own.
+        engines: In place of the bundle's own, and the prompts to measure on.
 
     Raises:
         AdaCorrError: As `calibrate_policies` and `tune`.
     """
+    from adacorr_deploy.cli.prompts import opened_with_prompts
     from adacorr_deploy.core.samplers import quiet_samplers
     from adacorr_deploy.quality.policy_calibration import calibrate_policies
     from adacorr_deploy.quality.tune import TuneOptions, families_that_fit, tune
-    from adacorr_deploy.runtime import Pipeline, SampleRequest
+    from adacorr_deploy.runtime import SampleRequest
+    from adacorr_deploy.runtime.example_requests import example_request
 
-    with Pipeline.open(bundle, backend=backend) as pipeline:
+    with opened_with_prompts(bundle, engines.backend, engines.prompts) as pipeline:
         sampler = options.sampler or quiet_samplers(pipeline.manifest.schedule)[0]
         request = SampleRequest((0,), steps=options.steps, guidance=options.guidance, sampler=sampler)
+        request = example_request(pipeline.manifest.model, request, (0,))
         families = tuple(names) if names is not None else families_that_fit(pipeline, request)
         chosen = TuneOptions(
             target=target,
@@ -63,7 +66,7 @@ def tune_bundle(
         missing = [name for name in families if _lacks_measurements(pipeline, request, name)]
         if missing:
             calibrate_policies(pipeline, [policy_named(name) for name in missing], options, advance)
-    with Pipeline.open(bundle, backend=backend) as pipeline:
+    with opened_with_prompts(bundle, engines.backend, engines.prompts) as pipeline:
         return tune(pipeline, chosen, advance)
 
 

@@ -17,11 +17,13 @@ from adacorr_deploy.cli.options import (
     Guidance,
     Heads,
     Json,
+    PromptFile,
     RunBackend,
     SamplerName,
     Scheduler,
     Seed,
     Steps,
+    TextEncoder,
     Vae,
     command_app,
     documented,
@@ -55,6 +57,7 @@ def validate(  # noqa: PLR0913, PLR0917  one parameter is one option
     scheduler: Scheduler = None,
     heads: Heads = None,
     vae: Vae = None,
+    text_encoder: TextEncoder = None,
     steps: Steps = 50,
     guidance: Guidance = 4.0,
     sampler: SamplerName = None,
@@ -66,6 +69,7 @@ def validate(  # noqa: PLR0913, PLR0917  one parameter is one option
     policy: Annotated[
         str, typer.Option("--policy", metavar="NAME|FILE", help="Whose own error is shown beside the engines'.")
     ] = "none",
+    prompts: PromptFile = None,
     backend: RunBackend = None,
     as_json: Json = False,
 ) -> int:
@@ -74,6 +78,7 @@ def validate(  # noqa: PLR0913, PLR0917  one parameter is one option
     Exit code 0 if everything is within tolerance, 1 if something is not, 2 if they can't be compared.
     """
     from adacorr_deploy.caching.policy import policy_named
+    from adacorr_deploy.cli.prompts import prompts_from_file
 
     chosen = policy_named(policy)
     with needs_build_packages("adacorr-validate"), progress_bar() as advance:
@@ -83,8 +88,16 @@ def validate(  # noqa: PLR0913, PLR0917  one parameter is one option
         options = ValidateOptions(
             steps=steps, guidance=guidance, sampler=sampler, eta=eta, images=images, seed=seed, policy=chosen
         )
-        loaded = load_checkpoint(path_from_model(reference), scheduler, heads=heads, vae=vae)
-        validation = validate_bundle(bundle, loaded, options, advance, backend=backend)
+        model = path_from_model(reference)
+        loaded = load_checkpoint(model, scheduler, heads=heads, vae=vae, text_encoder=text_encoder)
+        validation = validate_bundle(
+            bundle,
+            loaded,
+            options,
+            advance,
+            backend=backend,
+            prompts=lambda engine: prompts_from_file(engine, prompts),
+        )
     if as_json:
         print(validation.to_json())
     else:

@@ -22,6 +22,7 @@ from pydantic import (
 
 from adacorr_deploy.core.engine_build import EngineBuild
 from adacorr_deploy.core.errors import BundleError, SchedulerError
+from adacorr_deploy.core.prompts import TEXT_ENCODER_PART, TOKENIZER_FILE, TextEncoderSpec, text_encoder_spec
 from adacorr_deploy.core.schedules import FlowSchedule, NoiseSchedule
 from adacorr_deploy.core.specs import DECODE_PART, DecoderSpec, ModelSpec, PartSpec, decode_spec
 from adacorr_deploy.core.untrusted import clipped, first_fault, value_from_json
@@ -119,6 +120,7 @@ class Manifest(_Frozen):
     class_names: tuple[PlainText, ...] | None = None  # by label
     default_policy: PresetName = "robust"  # of a run that names none
     decoder: DecoderSpec | None = None  # of models whose latents a VAE decodes
+    text_encoder: TextEncoderSpec | None = None  # of models that take prompts, with TOKENIZER_FILE beside it
     null_prompt: BundlePath | None = None  # of images without condition, of models that take prompts
 
     @model_validator(mode="after")
@@ -136,6 +138,21 @@ class Manifest(_Frozen):
                     f"decoder has tiles of {tile} with an overlap of {self.decoder.overlap}, allowed are tiles up to "
                     f"the latents' {length}, that overlap by less than themselves"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _text_encoder_fits(self) -> Manifest:
+        part, prompt = self.parts.get(TEXT_ENCODER_PART), self.model.conditions.prompt
+        if self.text_encoder is None:
+            if part is not None:
+                raise ValueError(f"parts holds {TEXT_ENCODER_PART}, and text_encoder doesn't say how it is used")
+            return self
+        if prompt is None:
+            raise ValueError("text_encoder says how prompts are encoded, and the model takes no prompts")
+        if part is None or part.spec != text_encoder_spec(prompt):
+            raise ValueError(f"text_encoder needs part {TEXT_ENCODER_PART}, which the bundle has not, or another")
+        if TOKENIZER_FILE not in self.files:
+            raise ValueError(f"text_encoder needs the file {TOKENIZER_FILE}, which has no hash")
         return self
 
     @model_validator(mode="after")

@@ -78,4 +78,4 @@ def requests(pipeline: Pipeline, options: BenchOptions, images: int | None = Non
             seed=options.seed + first,
             sampler=sampler_of_runs(pipeline, options),
         )
-        yield example_request(model, request, numbers)
+        yield example_request(model, request, numbers, pipeline.example_prompts)

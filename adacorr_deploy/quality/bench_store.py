@@ -58,6 +58,7 @@ class RunKey(BaseModel):
     seed: int
     batch: int
     features: str  # identity of the network; empty where there is none
+    prompts: str | None = None  # SHA-256; None where the model takes none, or random ones were measured
 
     @classmethod
     def of(cls, pipeline: Pipeline, options: BenchOptions, features: str) -> RunKey:
@@ -71,6 +72,7 @@ class RunKey(BaseModel):
             seed=options.seed,
             batch=options.batch,
             features=features,
+            prompts=pipeline.example_prompts.sha256 if pipeline.example_prompts is not None else None,
         )
 
 

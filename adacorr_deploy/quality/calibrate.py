@@ -173,6 +173,7 @@ def partials_for(pipeline: Pipeline, options: CalibrationOptions) -> Partials:
         "spans": [span.model_dump(mode="json") for span in options.spans],
         "maps": hashlib.sha256(repr(options.maps).encode()).hexdigest(),
         "images": options.images,
+        "prompts": pipeline.example_prompts.sha256 if pipeline.example_prompts is not None else None,
     }
     return Partials(pipeline.bundle.file(f"{CALIBRATION_DIR}/.unfinished-{name}"), identity)
 
@@ -186,7 +187,7 @@ def _request(pipeline: Pipeline, options: CalibrationOptions) -> SampleRequest:
         seed=CALIBRATION_SEED,
         sampler=options.sampler or quiet_samplers(pipeline.manifest.schedule)[0],
     )
-    request = example_request(model, request, range(options.images))
+    request = example_request(model, request, range(options.images), pipeline.example_prompts)
     check_request(request, model, pipeline.manifest.schedule)
     return request
 

@@ -10,7 +10,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from adacorr_deploy.core.specs import DECODE_PART, ModelSpec, PartSpec
+from adacorr_deploy.core.prompts import TEXT_ENCODER_PART, TextEncoderSpec
+from adacorr_deploy.core.specs import DECODE_PART, ModelSpec, PartSpec, PromptSpec
 from adacorr_deploy.engines.backend import Buffer
 from adacorr_deploy.plugins.service_parts import (
     MAX_EVALUATIONS,
@@ -88,7 +89,18 @@ def part_inputs(reference: Pipeline, request: SampleRequest) -> dict[str, Arrays
     if (decoder := reference.manifest.decoder) is not None:
         height, width = decoder.tile
         inputs[DECODE_PART] = {"latents": inputs["head"]["latents"][:1, :, :height, :width]}
+    encoder, prompt = reference.manifest.text_encoder, model.conditions.prompt
+    if encoder is not None and prompt is not None:
+        inputs[TEXT_ENCODER_PART] = _text_encoder_inputs(encoder, prompt)
     return inputs | _output_service_inputs(inputs["head"], list(outputs))
+
+
+def _text_encoder_inputs(encoder: TextEncoderSpec, prompt: PromptSpec) -> Arrays:
+    """Return a prompt of different tokens, the last quarter padding."""
+    positions = np.arange(prompt.tokens)
+    real = positions < max(1, prompt.tokens * 3 // 4)
+    tokens = np.where(real, (1 + positions) % encoder.vocabulary, encoder.padding)
+    return {"prompt_tokens": tokens[None], "prompt_mask": real[None].astype(np.int64)}
 
 
 def _named(space: Workspace, spec: PartSpec) -> Arrays:

@@ -94,7 +94,7 @@ def calibrate_policies(
         guidance=options.guidance,
         sampler=options.sampler or quiet_samplers(pipeline.manifest.schedule)[0],
     )
-    request = example_request(pipeline.manifest.model, request, range(options.images))
+    request = example_request(pipeline.manifest.model, request, range(options.images), pipeline.example_prompts)
     needs = needs_of(pipeline, request, policies)
     if not needs.quantities and not needs.calibrations:
         names = ", ".join(policy.name for policy in policies)
@@ -152,6 +152,7 @@ def store_profile(
         "backend": pipeline.backend.name,
         "key": key.model_dump(mode="json"),
         "images": chosen.images,
+        "prompts": pipeline.example_prompts.sha256 if pipeline.example_prompts is not None else None,
         "spans": chosen.spans,
     }
     folder = pipeline.bundle.file(f"{PROFILE_DIR}/.unfinished-{key.sampler}-{key.steps}-{key.guidance!r}")

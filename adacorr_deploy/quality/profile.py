@@ -137,7 +137,7 @@ def _requests(pipeline: Pipeline, options: ProfileOptions) -> Iterator[SampleReq
             seed=CALIBRATION_SEED + first,
             sampler=options.sampler or default_sampler(pipeline.manifest.schedule),
         )
-        yield example_request(model, request, images)
+        yield example_request(model, request, images, pipeline.example_prompts)
 
 
 def spans_of(parts: int, options: ProfileOptions) -> tuple[Span, ...]:

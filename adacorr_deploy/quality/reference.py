@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from adacorr_deploy.core.bundle import Bundle
 from adacorr_deploy.core.errors import BundleError
+from adacorr_deploy.core.prompts import TEXT_ENCODER_PART
 from adacorr_deploy.core.schedules import Schedule
 from adacorr_deploy.core.specs import DECODE_PART, DType
 from adacorr_deploy.engines import Artefact
@@ -44,6 +45,9 @@ def reference_of_bundle(bundle: Bundle, loaded: LoadedModel) -> Pipeline:
     parts = {part.spec.name: part for part in loaded.model.parts(DType.FLOAT32, segment)}
     if decoder is not None and loaded.vae is not None:
         parts[DECODE_PART] = loaded.vae.part(model, decoder)
+    if (prompt := model.conditions.prompt) is not None and loaded.text_encoder is not None:
+        parts[TEXT_ENCODER_PART] = loaded.text_encoder.part(prompt)
+        parts[TEXT_ENCODER_PART].module.float()
     backend = TorchBackend({name: part.module for name, part in parts.items()})
     manifest = bundle.manifest.model_copy(update={"model": model, "backend": backend.name, "parts": {}})
     with ExitStack() as resources:
@@ -71,6 +75,12 @@ def _check_same_model(bundle: Bundle, loaded: LoadedModel) -> None:
         raise BundleError(
             f"{bundle.path} decodes with another VAE (SHA-256 {manifest.decoder.vae_sha256}) than {loaded.vae.where} "
             f"(SHA-256 {loaded.vae.sha256}). Give its own with --vae."
+        )
+    encoder = manifest.text_encoder
+    if encoder is not None and loaded.text_encoder is not None and encoder.sha256 != loaded.text_encoder.sha256:
+        raise BundleError(
+            f"{bundle.path} encodes prompts with another encoder (SHA-256 {encoder.sha256}) than "
+            f"{loaded.text_encoder.where} (SHA-256 {loaded.text_encoder.sha256}). Give its own with --text-encoder."
         )
 
 

@@ -163,7 +163,7 @@ def _requests(pipeline: Pipeline, options: TuneOptions) -> Iterator[SampleReques
             seed=TUNING_SEED + first,
             sampler=options.sampler,
         )
-        yield example_request(model, request, images)
+        yield example_request(model, request, images, pipeline.example_prompts)
 
 
 def _partials(pipeline: Pipeline, options: TuneOptions) -> Partials:
@@ -173,6 +173,7 @@ def _partials(pipeline: Pipeline, options: TuneOptions) -> Partials:
         "manifest": file_record(bundle / MANIFEST_NAME).sha256,  # calibrations and profiles are listed in it
         "backend": pipeline.backend.name,
         "run": [options.sampler.value, options.steps, options.guidance],
+        "prompts": pipeline.example_prompts.sha256 if pipeline.example_prompts is not None else None,
     }
     return Partials(bundle / CALIBRATION_DIR / ".unfinished-tuning", identity)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -18,6 +18,7 @@ import numpy as np
 from adacorr_deploy.caching.policy import PRESETS, Policy
 from adacorr_deploy.core.errors import BundleError
 from adacorr_deploy.core.progress import Progress
+from adacorr_deploy.core.prompts import TEXT_ENCODER_PART
 from adacorr_deploy.core.samplers import Sampler, default_sampler
 from adacorr_deploy.core.shapes import MAX_BATCH
 from adacorr_deploy.core.specs import DType, PartSpec
@@ -40,6 +41,7 @@ from adacorr_deploy.quality.reference import (
     uncached_latents,
 )
 from adacorr_deploy.runtime import Pipeline, SampleRequest, controller_for_request, sample_with_policy
+from adacorr_deploy.runtime.conditions import Prompts
 from adacorr_deploy.runtime.example_requests import example_request
 from adacorr_deploy.runtime.request import check_integer
 
@@ -179,6 +181,7 @@ def validate_bundle(
     progress: Progress | None = None,
     *,
     backend: str | None = None,
+    prompts: Callable[[Pipeline], Prompts | None] = lambda engine: None,
 ) -> Validation:
     """Compare a bundle with the checkpoint that it was built from.
 
@@ -188,6 +191,7 @@ def validate_bundle(
         options: See `ValidateOptions`.
         progress: Told what is checked next, and at the end.
         backend: Runs the bundle, in place of the backend that it was built for.
+        prompts: Gives what the images are to show, of models that take prompts; None: random ones.
 
     Raises:
         BundleError: If the bundle is altered, or was built from another checkpoint.
@@ -198,6 +202,11 @@ def validate_bundle(
     with Pipeline.open(bundle_path, backend=backend) as engine:
         if engine.manifest.decoder is not None and loaded.vae is None:
             raise BundleError(f"{bundle_path} holds a VAE's decoder, and the reference has none. Give it with --vae.")
+        if engine.manifest.text_encoder is not None and loaded.text_encoder is None:
+            raise BundleError(
+                f"{bundle_path} holds a text encoder, and the reference has none. Give it with --text-encoder."
+            )
+        engine.example_prompts = prompts(engine)
         request = _request(engine, options)
         controller_for_request(engine, request, options.policy)  # what it refuses is told before the long work
         told = _Told(progress, total=len(engine.manifest.parts) + len(_RUNS))
@@ -233,7 +242,7 @@ def _request(engine: Pipeline, options: ValidateOptions) -> SampleRequest:
         sampler=options.sampler or default_sampler(engine.manifest.schedule),
         eta=options.eta,
     )
-    return example_request(model, request, range(options.images))
+    return example_request(model, request, range(options.images), engine.example_prompts)
 
 
 # --- Parts -------------------------------------------------------------------------------------------------------
@@ -241,7 +250,7 @@ def _request(engine: Pipeline, options: ValidateOptions) -> SampleRequest:
 
 def _part_errors(engine: Pipeline, reference: Pipeline, request: SampleRequest, told: _Told) -> dict[str, PartError]:
     manifest = engine.manifest
-    tolerance = TOLERANCES[manifest.model.precision].part
+    precisions = {TEXT_ENCODER_PART: manifest.text_encoder.precision} if manifest.text_encoder is not None else {}
     inputs = part_inputs(reference, replace(request, steps=max(request.steps, MIN_STEPS)))
     if unknown := sorted(manifest.parts.keys() - inputs.keys()):
         raise BundleError(f"{engine.bundle.path}: no part of this model is called {unknown[0]}. Rebuild the bundle.")
@@ -250,6 +259,7 @@ def _part_errors(engine: Pipeline, reference: Pipeline, request: SampleRequest, 
         told.next(name)
         found = SessionRunner("engine", part.spec, engine.backend, engine.session(name), sizes)
         expected = _reference_runner(reference, part.spec, sizes)
+        tolerance = TOLERANCES[precisions.get(name, manifest.model.precision)].part
         errors[name] = compared_part(found, expected, inputs.pop(name), tolerance)
     return errors
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -38,6 +40,22 @@ class Prompts:
 
     def __len__(self) -> int:
         return len(self.embeddings)
+
+    @property
+    def sha256(self) -> str:
+        """Tells prompts from others."""
+        digest = hashlib.sha256(self.embeddings.tobytes() + self.mask.tobytes())
+        if self.negative is not None:
+            digest.update(self.negative.sha256.encode())
+        return digest.hexdigest()
+
+    def taken(self, images: Sequence[int]) -> Prompts:
+        """Return the prompts of images by their numbers, which go round those that there are."""
+        index = np.asarray(images) % len(self)
+        negative = self.negative
+        if negative is not None and len(negative) == len(self):
+            negative = negative.taken(images)
+        return Prompts(embeddings=self.embeddings[index], mask=self.mask[index], negative=negative)
 
 
 def prompts_from_null(null: tuple[NDArray[np.float32], NDArray[np.int64]] | None) -> Prompts | None:

@@ -18,19 +18,26 @@ _FRAME_RATE: Final = 24.0
 _LEAST_SHARE: Final = 4  # a prompt fills at least a fourth of its tokens
 
 
-def example_request(model: ModelSpec, request: SampleRequest, images: Sequence[int]) -> SampleRequest:
+def example_request(
+    model: ModelSpec, request: SampleRequest, images: Sequence[int], prompts: Prompts | None = None
+) -> SampleRequest:
     """Return a request for as many images as `images` has numbers, with all that the model needs to be told.
 
-    Its labels stay, where the model takes some. Prompts are random embeddings, always the same for the same number: an
-    engine computes on them as on any, but what a policy costs on them is not what it costs on real ones.
+    Its labels stay, where the model takes some; images go round `prompts`. Without any, prompts are random embeddings,
+    always the same for the same number: an engine computes on them as on any, but what a policy costs on them is not
+    what it costs on real ones.
     """
     prompt, conditions = model.conditions.prompt, model.conditions
     return replace(
         request,
         labels=request.labels if conditions.num_classes else (),
-        prompts=example_prompts(prompt, images) if prompt is not None else None,
+        prompts=prompts.taken(images) if prompts is not None else _random_prompts(prompt, images),
         frame_rate=_FRAME_RATE if conditions.frame_rate else None,
     )
+
+
+def _random_prompts(spec: PromptSpec | None, images: Sequence[int]) -> Prompts | None:
+    return None if spec is None else example_prompts(spec, images)
 
 
 def example_prompts(spec: PromptSpec, images: Sequence[int]) -> Prompts:

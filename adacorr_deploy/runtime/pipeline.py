@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,9 @@ from adacorr_deploy.core.errors import BundleError, EngineError, RequestError
 from adacorr_deploy.core.manifest import Manifest
 from adacorr_deploy.core.null_prompt import null_prompt_bytes, null_prompt_from_content
 from adacorr_deploy.core.progress import Progress as CoreProgress
+from adacorr_deploy.core.prompts import MAX_TOKENIZER_BYTES, TEXT_ENCODER_PART, TOKENIZER_FILE
 from adacorr_deploy.core.specs import DECODE_PART, DecoderSpec
+from adacorr_deploy.core.tokenizer import PromptTokenizer
 from adacorr_deploy.engines import backend_by_name
 from adacorr_deploy.engines.backend import Backend, Session
 from adacorr_deploy.engines.bundle_sessions import check_backend, open_part
@@ -32,6 +34,7 @@ from adacorr_deploy.runtime.conditions import Prompts, check_latent_size, check_
 from adacorr_deploy.runtime.decoder import Decoder
 from adacorr_deploy.runtime.denoise import LatentsObserver, Progress
 from adacorr_deploy.runtime.planned_run import planned_run
+from adacorr_deploy.runtime.prompt_encoder import PromptEncoder
 from adacorr_deploy.runtime.request import SampleRequest, check_latents
 from adacorr_deploy.runtime.slots import CacheSlot
 from adacorr_deploy.runtime.trace import Trace
@@ -61,9 +64,11 @@ class Pipeline:
 
     def __init__(self, bundle: Bundle, backend: Backend, sessions: Mapping[str, Session], resources: ExitStack) -> None:
         self.bundle = bundle
+        self.example_prompts: Prompts | None = None  # that measurements ask for; None: random ones
         self._backend = backend
         self._sessions = dict(sessions)
         self._decoder: Decoder | None = None
+        self._prompt_encoder: PromptEncoder | None = None
         self._null_prompt = _null_prompt(bundle)
         build = bundle.manifest.engine_build
         self._limits = build.profile if build is not None and not backend.opens_onnx else None
@@ -94,7 +99,10 @@ class Pipeline:
                 resources.callback(backend.close)
             check_backend(bundle, backend)
             sessions = {}
-            for name in bundle.manifest.parts.keys() - {DECODE_PART}:  # which is opened when it is asked for
+            for name in bundle.manifest.parts.keys() - {
+                DECODE_PART,
+                TEXT_ENCODER_PART,
+            }:  # opened when they are asked for
                 sessions[name] = open_part(bundle, name, backend)
                 resources.callback(sessions[name].close)
             if (noise := backend.open_noise(noise_spec(bundle.manifest.model))) is not None:
@@ -136,7 +144,7 @@ class Pipeline:
         with self._busy:
             self._closed = True
             self._workspaces.clear()
-            self._decoder = None
+            self._decoder = self._prompt_encoder = None
             self._resources.close()
 
     def __enter__(self) -> Pipeline:
@@ -217,6 +225,55 @@ class Pipeline:
             check_latents(latents, (len(latents), *model.latents.shape_at(size)))
             _check_tiles(latents.shape[-2:], self.manifest.decoder)
             return decoder.images(latents, progress=progress, cancelled=cancelled)
+
+    def encode(
+        self,
+        prompts: Sequence[str],
+        negative: Sequence[str] = (),
+        *,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Prompts:
+        """Return the embeddings of prompts, one per image; the first call opens the text encoder.
+
+        Args:
+            prompts: Texts of any length; the model takes as many tokens of each as it was trained on.
+            negative: One for all images or one for each, of the rows without condition; none: the bundle's null prompt.
+            cancelled: Asked before each prompt; True ends the encoding.
+
+        Raises:
+            RequestError: If a prompt is no text, there are none, or the bundle holds no text encoder.
+            BackendUnavailableError: If the package tokenizers is not installed.
+            SamplingCancelledError: If `cancelled` returned True.
+            EngineError: If an engine fails, an embedding is not finite, or the pipeline is busy or closed.
+        """
+        with self.exclusive():
+            return self.prompt_encoder().encode(prompts, negative, cancelled=cancelled)
+
+    def prompt_encoder(self) -> PromptEncoder:
+        """Return what encodes prompts, for who holds the pipeline; the first call opens it.
+
+        Raises:
+            RequestError: If the bundle holds no text encoder.
+            BackendUnavailableError: If the package tokenizers is not installed.
+            BundleError: If its tokenizer is none.
+            EngineError: If it can't be opened here.
+        """
+        spec, prompt = self.manifest.text_encoder, self.manifest.model.conditions.prompt
+        if spec is None or prompt is None:
+            raise RequestError(
+                f"{self.bundle.path} holds no text encoder. Give embeddings in place of prompts, or rebuild it with: "
+                "adacorr-build MODEL --text-encoder PATH"
+            )
+        if self._prompt_encoder is None:
+            file = self.bundle.file(TOKENIZER_FILE)
+            try:
+                sha256 = self.manifest.files[TOKENIZER_FILE].sha256
+                content = verified_content(file, sha256, limit_bytes=MAX_TOKENIZER_BYTES)
+            except ValueError as error:
+                raise BundleError(f"{file}: {error}. Rebuild the bundle with adacorr-build.") from error
+            tokenizer = PromptTokenizer(content, spec, prompt, where=str(file))
+            self._prompt_encoder = PromptEncoder(tokenizer, self.session(TEXT_ENCODER_PART), self._backend)
+        return self._prompt_encoder
 
     def decoder(self) -> Decoder:
         """Return the decoder, for who holds the pipeline; the first call opens it.

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import lru_cache
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from adacorr_deploy.core.errors import EngineError, SamplingCancelledError
+from adacorr_deploy.core.errors import EngineError, RequestError, SamplingCancelledError
 from adacorr_deploy.core.tokenizer import PromptTokenizer
 from adacorr_deploy.engines.backend import Backend, Session
+from adacorr_deploy.runtime.conditions import Prompts
 
 _KEPT: Final = 16  # prompts whose embeddings stay in memory: the empty one, of guidance, comes with most requests
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptEmbeddings:
-    """What a text encoder makes of prompts."""
-
-    embeddings: NDArray[np.float32]  # (P, T, E)
-    mask: NDArray[np.int64]  # (P, T), 1 where a token is real
 
 
 class PromptEncoder:
@@ -38,27 +31,33 @@ class PromptEncoder:
         self._encoded = lru_cache(maxsize=_KEPT)(self._encode)
 
     def encode(
-        self, prompts: Sequence[str], *, field: str = "prompt", cancelled: Callable[[], bool] | None = None
-    ) -> PromptEmbeddings:
+        self, prompts: Sequence[str], negative: Sequence[str] = (), *, cancelled: Callable[[], bool] | None = None
+    ) -> Prompts:
         """Return the embeddings of prompts.
 
         Args:
-            prompts: P of them, at least one; each is cut off after T tokens.
-            field: What messages call them.
+            prompts: One per image, at least one; each is cut off after T tokens.
+            negative: One for all images or one for each, of the rows without condition; none: the bundle's null prompt.
             cancelled: Asked before each; True ends the encoding.
 
         Raises:
-            RequestError: If one is no text that can be encoded.
+            RequestError: If there are none, or one is no text that can be encoded.
             EngineError: If the engine fails, or an embedding is not finite.
             SamplingCancelledError: If `cancelled` returned True.
         """
+        if not prompts:
+            raise RequestError("There is no prompt. Give one for each image.")
+        encoded = self._of_texts(prompts, "prompt", cancelled)
+        return replace(encoded, negative=self._of_texts(negative, "negative prompt", cancelled) if negative else None)
+
+    def _of_texts(self, texts: Sequence[str], field: str, cancelled: Callable[[], bool] | None) -> Prompts:
         encoded = []
-        for done, prompt in enumerate(prompts):
+        for done, text in enumerate(texts):
             if cancelled is not None and cancelled():
-                raise SamplingCancelledError(f"Cancelled at prompt {done + 1} of {len(prompts)}; nothing was kept.")
-            encoded.append(self._encoded(prompt, field))
+                raise SamplingCancelledError(f"Cancelled at {field} {done + 1} of {len(texts)}; nothing was kept.")
+            encoded.append(self._encoded(text, field))
         embeddings, masks = zip(*encoded, strict=True)
-        return PromptEmbeddings(embeddings=np.stack(embeddings), mask=np.stack(masks))
+        return Prompts(embeddings=np.stack(embeddings), mask=np.stack(masks))
 
     def _encode(self, prompt: str, field: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Return one prompt's embeddings (T, E) and mask (T,)."""

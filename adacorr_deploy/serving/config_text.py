@@ -31,6 +31,7 @@ class ModelChoice:
     name: str
     machine: Machine
     backend: str  # engines; empty for those that the bundle was built for
+    inputs: tuple[TensorField, ...] = INPUTS  # that its requests may have
 
 
 def sampling_config(choice: ModelChoice) -> str:
@@ -39,28 +40,28 @@ def sampling_config(choice: ModelChoice) -> str:
     Raises:
         BackendUnavailableError: If tritonclient is not installed.
     """
-    config = _python_model(choice.name, choice.machine)
+    config = _python_model(choice.name, choice.machine, choice.inputs)
     config.parameters["backend"].string_value = choice.backend
     return _text(config)
 
 
-def stream_config(model: str) -> str:
+def stream_config(model: str, inputs: tuple[TensorField, ...] = INPUTS) -> str:
     """Return the config.pbtxt of the model that streams what `model` samples.
 
     Raises:
         BackendUnavailableError: If tritonclient is not installed.
     """
-    config = _python_model(f"{model}{STREAM_SUFFIX}", Machine.CPU)
+    config = _python_model(f"{model}{STREAM_SUFFIX}", Machine.CPU, inputs)
     config.model_transaction_policy.decoupled = True
     config.parameters["model"].string_value = model
     return _text(config)
 
 
-def _python_model(name: str, machine: Machine) -> ModelConfig:
+def _python_model(name: str, machine: Machine, inputs: Sequence[TensorField]) -> ModelConfig:
     with _tritonclient():
         from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
     config = ModelConfig(name=name, backend="python", max_batch_size=0)  # requests share launches inside the model
-    _add_tensors(config, INPUTS, OUTPUTS)
+    _add_tensors(config, inputs, OUTPUTS)
     group = config.instance_group.add(count=1)  # one engine: a second would hold everything twice
     if machine is Machine.GPU:
         group.kind = ModelInstanceGroup.KIND_GPU

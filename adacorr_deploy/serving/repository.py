@@ -19,6 +19,7 @@ from adacorr_deploy.core.manifest import MANIFEST_NAME, PRESET_PATTERN, Manifest
 from adacorr_deploy.core.output_folder import FolderKind, check_output_folder, output_folder
 from adacorr_deploy.core.samplers import Sampler, allowed_samplers
 from adacorr_deploy.runtime import SampleRequest
+from adacorr_deploy.runtime.example_requests import example_request
 from adacorr_deploy.runtime.measurements import calibrations
 from adacorr_deploy.runtime.sampling import lookups_for_request, run_of_request
 from adacorr_deploy.serving.config_text import (
@@ -29,6 +30,7 @@ from adacorr_deploy.serving.config_text import (
     stream_config,
 )
 from adacorr_deploy.serving.local_server import FORWARDED_HEADERS
+from adacorr_deploy.serving.request_words import words_for
 from adacorr_deploy.serving.server_packages import SERVER_IMAGE, requirements, telemetry_requirements
 from adacorr_deploy.serving.settings import (
     BUNDLE_NAME,
@@ -40,6 +42,7 @@ from adacorr_deploy.serving.settings import (
     RunDefaults,
     ServingSettings,
 )
+from adacorr_deploy.serving.tensors import inputs_for
 
 ABOUT_NAME: Final = "adacorr-repository.json"
 REPOSITORY: Final = FolderKind(
@@ -160,6 +163,7 @@ def _check_tier(bundle: Bundle, defaults: RunDefaults, tier: Quality, name: str)
             f"policy {name} of --{tier.value} is no preset. Give one, or let requests name a file, with --policy-file."
         )
     request = SampleRequest((0,), steps=defaults.steps, guidance=defaults.guidance, sampler=defaults.sampler)
+    request = example_request(bundle.manifest.model, request, (0,))
     lookups_for_request(bundle, request, policy)
     if policy.caches:  # whose spans need blocks
         policy.spans_of(run_of_request(bundle, request, policy))
@@ -187,13 +191,16 @@ def _shipped(files: tuple[Path, ...]) -> dict[str, str]:
 
 def configs(model: str, manifest: Manifest) -> dict[str, str]:
     """Return the configurations by their places: the plain one for a GPU, and one for the CPU."""
+    inputs = inputs_for(manifest)
     on_gpu = "onnxruntime-cuda" if manifest.backend == CPU_BACKEND else manifest.backend
     return {
-        f"{model}/config.pbtxt": sampling_config(ModelChoice(name=model, machine=Machine.GPU, backend=on_gpu)),
-        f"{model}/configs/cpu.pbtxt": sampling_config(
-            ModelChoice(name=model, machine=Machine.CPU, backend=CPU_BACKEND)
+        f"{model}/config.pbtxt": sampling_config(
+            ModelChoice(name=model, machine=Machine.GPU, backend=on_gpu, inputs=inputs)
         ),
-        f"{model}{STREAM_SUFFIX}/config.pbtxt": stream_config(model),
+        f"{model}/configs/cpu.pbtxt": sampling_config(
+            ModelChoice(name=model, machine=Machine.CPU, backend=CPU_BACKEND, inputs=inputs)
+        ),
+        f"{model}{STREAM_SUFFIX}/config.pbtxt": stream_config(model, inputs),
     }
 
 
@@ -209,7 +216,7 @@ def _papers(settings: ServingSettings, manifest: Manifest) -> dict[str, str]:
         "guidance": f"{settings.defaults.guidance:g}",
         "max_images": str(settings.limits.max_images),
         "max_queue": str(settings.limits.max_queue),
-        "last_label": str(manifest.model.num_classes - 1),
+        **words_for(manifest, settings.limits.max_images),
         "tiers": ", ".join(f"`{tier.value}` = `{policy}`" for tier, policy in settings.quality.items()),
         "policies": ", ".join(f"`{name}`" for name in settings.policies) or "none",
     }
@@ -218,7 +225,10 @@ def _papers(settings: ServingSettings, manifest: Manifest) -> dict[str, str]:
         "README.md": _filled("README.md.txt", words),
         "Dockerfile": _filled("Dockerfile.txt", words),
         **{name: (_TEMPLATES / name).read_text(encoding="utf-8") for name in _COPIED},
-        **{f"requirements-{machine.value}.txt": requirements(machine) for machine in Machine},
+        **{
+            f"requirements-{machine.value}.txt": requirements(machine, text=manifest.text_encoder is not None)
+            for machine in Machine
+        },
         "requirements-telemetry.txt": telemetry_requirements(),
         ABOUT_NAME: json.dumps(about, indent=1) + "\n",
     }

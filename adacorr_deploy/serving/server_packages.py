@@ -37,11 +37,12 @@ _ENGINES: Final = {
 
 # Only where OTEL_EXPORTER_OTLP_ENDPOINT names a collector. Later ones want a protobuf that tritonclient 2.51 refuses.
 _TELEMETRY: Final = ("opentelemetry-sdk==1.27.0", "opentelemetry-exporter-otlp-proto-http==1.27.0")
+_TEXT: Final = ("tokenizers==0.23.3",)
 
 
-def requirements(machine: Machine) -> str:
-    """Return a requirements file of a server."""
-    return "".join(f"{line}\n" for line in (*_COMMON, *_ENGINES[machine]))
+def requirements(machine: Machine, *, text: bool = True) -> str:
+    """Return a requirements file of a server; `text` says whether it encodes prompts."""
+    return "".join(f"{line}\n" for line in (*_COMMON, *_ENGINES[machine], *(_TEXT if text else ())))
 
 
 def telemetry_requirements() -> str:

@@ -10,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adacorr_deploy.core.errors import RequestError
+from adacorr_deploy.core.manifest import Manifest
+from adacorr_deploy.core.shapes import FRAMES, HEIGHT, WIDTH
 
 Tensor = NDArray[np.generic] | NDArray[np.object_]
 Tensors = Mapping[str, Tensor]
-Field = int | float | str | list[int] | list[str] | NDArray[np.float32]
+Field = int | float | str | list[int] | list[str] | NDArray[np.float32] | NDArray[np.int64]
 
 ANY: Final = -1  # an axis of any size, as Triton writes it
 
@@ -41,6 +43,15 @@ class TensorField:
 # value is changed on its way; guidance too, as a calibration is found by it.
 INPUTS: Final = (
     TensorField(name="class_labels", datatype="INT64", dims=(ANY,)),  # one per image
+    TensorField(name="prompts", datatype="STRING", dims=(ANY,)),  # one per image, of models that take text
+    TensorField(name="negative_prompts", datatype="STRING", dims=(ANY,)),  # one for all images, or one for each
+    TensorField(name="prompt_embeddings", datatype="FP32", dims=(ANY, ANY, ANY)),  # in place of prompts: (B, T, E)
+    TensorField(name="prompt_mask", datatype="INT64", dims=(ANY, ANY)),  # (B, T), 1 where a token is real
+    TensorField(name="negative_embeddings", datatype="FP32", dims=(ANY, ANY, ANY)),
+    TensorField(name="negative_mask", datatype="INT64", dims=(ANY, ANY)),
+    TensorField(name="size", datatype="INT64", dims=(2,)),  # pixels: width and height
+    TensorField(name="frames", datatype="INT64"),
+    TensorField(name="frame_rate", datatype="FP64"),
     TensorField(name="seed", datatype="UINT64"),
     TensorField(name="steps", datatype="INT64"),
     TensorField(name="guidance", datatype="FP64"),
@@ -78,6 +89,25 @@ IMAGE_NAMES: Final = tuple(field.name for field in IMAGES)
 _INPUTS_BY_NAME: Final = {field.name: field for field in INPUTS}
 
 
+def inputs_for(manifest: Manifest) -> tuple[TensorField, ...]:
+    """Return the inputs that requests to a bundle's model may have: what it doesn't take is none."""
+    model = manifest.model
+    prompt, varying = model.conditions.prompt, model.latents.varying
+    taken = {
+        "class_labels": model.num_classes > 0,
+        "prompts": manifest.text_encoder is not None,
+        "negative_prompts": manifest.text_encoder is not None,
+        "prompt_embeddings": prompt is not None,
+        "prompt_mask": prompt is not None,
+        "negative_embeddings": prompt is not None,
+        "negative_mask": prompt is not None,
+        "size": HEIGHT in varying or WIDTH in varying,
+        "frames": FRAMES in varying,
+        "frame_rate": model.conditions.frame_rate,
+    }
+    return tuple(field for field in INPUTS if taken.get(field.name, True))
+
+
 def fields_from_tensors(tensors: Tensors) -> dict[str, Field]:
     """Return a request's values by name: single ones as Python's own, text decoded.
 
@@ -99,8 +129,10 @@ def _field(name: str, tensor: Tensor) -> Field:
     if field.single:
         value: int | float = tensor.reshape(-1)[0].item()
         return value
-    if name == "latents":
-        return tensor.astype(np.float32, copy=False)
+    if len(field.dims) > 1:
+        return (
+            tensor.astype(np.float32, copy=False) if field.datatype == "FP32" else tensor.astype(np.int64, copy=False)
+        )
     numbers: list[int] = tensor.reshape(-1).tolist()
     return numbers
 

@@ -23,6 +23,7 @@ from adacorr_deploy.core.errors import AdaCorrError, EngineError
 from adacorr_deploy.engines.backend import Backend
 from adacorr_deploy.runtime import Pipeline, SampleRequest, sample_with_policy
 from adacorr_deploy.runtime.batching import BatchingEngine
+from adacorr_deploy.runtime.example_requests import example_request
 from adacorr_deploy.runtime.self_test import self_test
 from adacorr_deploy.serving.engine import Engine
 from adacorr_deploy.serving.logs import JsonLog, Level
@@ -76,7 +77,8 @@ class TritonPythonModel:
                 pipeline = resources.enter_context(
                     _opened(folder / BUNDLE_NAME, backend, settings.limits.lanes_on(backend))
                 )
-                book = OrderBook.of_repository(pipeline.manifest, settings, folder)
+                encode = pipeline.prompt_encoder().encode if pipeline.manifest.text_encoder is not None else None
+                book = OrderBook.of_repository(pipeline.manifest, settings, folder, encode)
                 warm_up(pipeline, settings)
                 decoder = pipeline.decoder().images if pipeline.manifest.decoder is not None else None
                 engine = engine_of(pipeline, settings, log)
@@ -149,6 +151,9 @@ def warm_up(pipeline: Pipeline, settings: ServingSettings) -> None:
     request = SampleRequest(
         (0,), steps=min(_WARM_UP_STEPS, defaults.steps), guidance=defaults.guidance, sampler=defaults.sampler
     )
+    request = example_request(pipeline.manifest.model, request, (0,))
+    if pipeline.manifest.text_encoder is not None:
+        pipeline.encode([""])
     sample_with_policy(pipeline, request, PRESETS["none"])
 
 

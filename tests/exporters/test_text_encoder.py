@@ -20,7 +20,8 @@ from adacorr_deploy.engines.backend import Artefact
 from adacorr_deploy.engines.onnxruntime_cpu import OnnxRuntimeBackend
 from adacorr_deploy.exporters.onnx_parts import export_text_encoder
 from adacorr_deploy.exporters.text_encoder import LoadedTextEncoder, load_text_encoder
-from adacorr_deploy.runtime.prompt_encoder import PromptEmbeddings, PromptEncoder
+from adacorr_deploy.runtime.conditions import Prompts
+from adacorr_deploy.runtime.prompt_encoder import PromptEncoder
 from tests.exporters.random_text_encoder import random_t5, write_text_encoder
 
 WIDTH = 32
@@ -46,7 +47,7 @@ def encoder_in_ort(loaded: LoadedTextEncoder, folder: Path, prompt: PromptSpec =
 
 def in_transformers(
     model: T5EncoderModel, tokenizer: Path, prompts: tuple[str, ...], length: int = PROMPT.tokens
-) -> PromptEmbeddings:
+) -> Prompts:
     """Encode as diffusers' PixArt pipelines do without `clean_caption`."""
     words = T5Tokenizer.from_pretrained(tokenizer, local_files_only=True)(
         [prompt.lower().strip() for prompt in prompts],
@@ -59,7 +60,7 @@ def in_transformers(
     )
     with torch.inference_mode():
         embeddings = model(words.input_ids, attention_mask=words.attention_mask)[0]
-    return PromptEmbeddings(embeddings=embeddings.numpy(), mask=words.attention_mask.numpy())
+    return Prompts(embeddings=embeddings.numpy(), mask=words.attention_mask.numpy())
 
 
 def relative_error(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:

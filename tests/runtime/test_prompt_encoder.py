@@ -77,5 +77,15 @@ def test_cancelling_stops_before_the_next_prompt() -> None:
 
 
 def test_a_prompt_that_is_no_text_is_refused_by_its_name() -> None:
-    with pytest.raises(RequestError, match="negative_prompt is 7, allowed is text"):
-        encoder(FakeSession()).encode([7], field="negative_prompt")  # type: ignore[list-item]
+    with pytest.raises(RequestError, match="negative prompt is 7, allowed is text"):
+        encoder(FakeSession()).encode(["a"], [7])  # type: ignore[list-item]
+    with pytest.raises(RequestError, match=r"There is no prompt\. Give one for each image"):
+        encoder(FakeSession()).encode([])
+
+
+def test_a_negative_prompt_is_encoded_as_any_other() -> None:
+    made = encoder(FakeSession())
+    found = made.encode(["a", "ab"], [""])
+    assert found.negative is not None
+    np.testing.assert_array_equal(found.negative.embeddings, made.encode([""]).embeddings)
+    assert found.negative.negative is None

@@ -16,7 +16,7 @@ from adacorr_deploy.serving.metrics import METRICS
 from adacorr_deploy.serving.repository import Repository, RepositoryOptions, write_repository
 from adacorr_deploy.serving.server_packages import SERVER_IMAGE
 from adacorr_deploy.serving.settings import Quality, settings_from_file
-from adacorr_deploy.serving.tensors import INPUTS
+from adacorr_deploy.serving.tensors import inputs_for
 from tests.serving.conftest import new_repository
 from tests.test_import_time import BUILD_TIME_ONLY
 
@@ -65,10 +65,11 @@ print(sys.modules["adacorr_deploy"].__file__)
     assert found.stdout.strip().startswith(str(version_folder))
 
 
-def test_the_papers_name_what_is_there(repository: Repository) -> None:
+def test_the_papers_name_what_is_there(repository: Repository, served_bundle: Bundle) -> None:
     readme, docker = ((repository.path / name).read_text() for name in ("README.md", "Dockerfile"))
     assert f"FROM {SERVER_IMAGE}\n" in docker
-    assert all(f"`{field.name}`" in readme for field in INPUTS if field.name not in ("command", "stream", "after_step"))
+    of_requests = {field.name for field in inputs_for(served_bundle.manifest)} - {"command", "stream", "after_step"}
+    assert all(f"`{name}`" in readme for name in of_requests)
     assert {name for name in re.findall(r"adacorr_\w+", readme) if name != "adacorr_deploy"} <= {
         metric.name for metric in METRICS
     }

@@ -4,6 +4,7 @@ pip install 'tritonclient[grpc]'
 python client.py 0 3 7                              one image of each class, into the folder images
 python client.py 0 3 7 --seed 7 --quality fast      other noise, fewer evaluations
 python client.py 0 --stream                         with progress on the way
+python client.py --prompt 'a red dog' --size 768 512    of models that take text, and any size
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ MODEL: Final[str] = json.loads((Path(__file__).parent / "adacorr-repository.json
 FACTS: Final = ("rho", "launches", "steps", "seconds", "queue_seconds", "policy")
 DATATYPES: Final = {
     "class_labels": ("INT64", np.int64),
+    "prompts": ("BYTES", np.object_),
+    "negative_prompts": ("BYTES", np.object_),
+    "size": ("INT64", np.int64),
     "seed": ("UINT64", np.uint64),
     "steps": ("INT64", np.int64),
     "guidance": ("FP64", np.float64),
@@ -31,15 +35,17 @@ DATATYPES: Final = {
     "quality": ("BYTES", np.object_),
     "preview_every": ("INT64", np.int64),
 }
-Value = int | float | str
+Value = int | float | str | list[int] | list[str]
 
 
-def inputs_of(fields: Mapping[str, Value | list[int]]) -> list[triton.InferInput]:
+def inputs_of(fields: Mapping[str, Value]) -> list[triton.InferInput]:
     """Return a request's fields as the server takes them."""
     inputs = []
     for name, value in fields.items():
         datatype, dtype = DATATYPES[name]
-        values = value if isinstance(value, list) else [value.encode() if isinstance(value, str) else value]
+        values = [
+            each.encode() if isinstance(each, str) else each for each in (value if isinstance(value, list) else [value])
+        ]
         tensor: NDArray[np.generic] = np.array(values, dtype=dtype)
         inputs.append(triton.InferInput(name, tensor.shape, datatype))
         inputs[-1].set_data_from_numpy(tensor)
@@ -50,11 +56,11 @@ def outputs_of(*names: str) -> list[triton.InferRequestedOutput]:
     return [triton.InferRequestedOutput(name) for name in names]
 
 
-def sample(client: triton.InferenceServerClient, fields: Mapping[str, Value | list[int]]) -> triton.InferResult:
+def sample(client: triton.InferenceServerClient, fields: Mapping[str, Value]) -> triton.InferResult:
     return client.infer(MODEL, inputs_of(fields), outputs=outputs_of("png", *FACTS))
 
 
-def stream(client: triton.InferenceServerClient, fields: Mapping[str, Value | list[int]]) -> triton.InferResult:
+def stream(client: triton.InferenceServerClient, fields: Mapping[str, Value]) -> triton.InferResult:
     """Print progress, and return the last message."""
     messages: queue.Queue[tuple[triton.InferResult, Exception | None]] = queue.Queue()
     client.start_stream(callback=lambda result, error: messages.put((result, error)))
@@ -74,7 +80,12 @@ def stream(client: triton.InferenceServerClient, fields: Mapping[str, Value | li
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("class_labels", type=int, nargs="+", metavar="LABEL")
+    parser.add_argument("class_labels", type=int, nargs="*", metavar="LABEL", help="one image of each class")
+    parser.add_argument(
+        "--prompt", dest="prompts", action="append", metavar="TEXT", help="what an image shows; repeated"
+    )
+    parser.add_argument("--negative-prompt", dest="negative_prompts", action="append", metavar="TEXT")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="pixels")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
@@ -85,14 +96,17 @@ def main() -> None:
     parser.add_argument("--server", default="localhost:8001", help="gRPC address")
     arguments = vars(parser.parse_args())
     server, output, streamed = (arguments.pop(name) for name in ("server", "output", "stream"))
-    fields = {name: value for name, value in arguments.items() if value is not None}
+    fields = {name: value for name, value in arguments.items() if value is not None and value != []}
     try:
         result = (stream if streamed else sample)(triton.InferenceServerClient(server), fields)
     except InferenceServerException as error:
         raise SystemExit(f"error: {server} says: {error.message()}") from error
     output.mkdir(parents=True, exist_ok=True)
-    for index, (label, png) in enumerate(zip(fields["class_labels"], result.as_numpy("png"), strict=True)):
-        (output / f"{index:02d}_class{label}.png").write_bytes(png)
+    labels = [f"class{label}" for label in fields.get("class_labels", [])] or ["prompt"] * len(
+        fields.get("prompts", [])
+    )
+    for index, (label, png) in enumerate(zip(labels, result.as_numpy("png"), strict=True)):
+        (output / f"{index:02d}_{label}.png").write_bytes(png)
     rho, launches, steps, seconds, waited, policy = (result.as_numpy(name)[0] for name in FACTS)
     print(
         f"{index + 1} images in {output}: policy {policy.decode()}, {steps} steps, rho {rho:.2f}, {launches} launches, "
