@@ -14,6 +14,7 @@ from adacorr_deploy.core.schedules import Schedule
 from adacorr_deploy.core.specs import DType, ModelSpec
 from adacorr_deploy.exporters.dit_adapter import DiTAdapter
 from adacorr_deploy.exporters.part import Part
+from adacorr_deploy.exporters.stdit_adapter import STDiTAdapter
 from adacorr_deploy.exporters.weight_files import StateDict
 
 
@@ -83,9 +84,10 @@ class ModelAdapter(Protocol):
     def from_original(self, state: StateDict, *, where: str, heads: int | None) -> ExportableModel: ...
 
 
-# By diffusers' class names.
+# By diffusers' class names, or, where it has no class, by the original's.
 EXPORTERS: Final[Mapping[str, ModelAdapter]] = {
     "DiTTransformer2DModel": DiTAdapter(),
+    "STDiT3": STDiTAdapter(),
 }
 
 # diffusers wrote this class, told apart by its `norm_type`, before it gave each family its own.

@@ -52,7 +52,8 @@ _POSITIONS: Final = "pos_embed"
 
 def is_original_dit(state: Mapping[str, Tensor]) -> bool:
     """Say whether a state dict has the names of facebookresearch/DiT."""
-    return "x_embedder.proj.weight" in state and "t_embedder.mlp.0.weight" in state
+    named_so = "x_embedder.proj.weight" in state and "t_embedder.mlp.0.weight" in state
+    return named_so and "y_embedder.y_proj.fc1.weight" not in state  # of a PixArt, written from DiT
 
 
 def set_frequency_shift(model: DiTTransformer2DModel, shift: float) -> None:

@@ -82,6 +82,7 @@ class PromptSpec:
 
     tokens: int
     width: int
+    shared_mask: bool = False  # rows without condition have the mask of their image's prompt, whatever their own is
 
     def __post_init__(self) -> None:
         if not (1 <= self.tokens <= MAX_PROMPT_SIZE and 1 <= self.width <= MAX_PROMPT_SIZE):

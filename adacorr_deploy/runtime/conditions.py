@@ -153,6 +153,8 @@ def condition_rows(request: SampleRequest, model: ModelSpec, null_prompt: Prompt
         rows["labels"] = request.rows(model.num_classes)
     if request.prompts is not None:
         rows |= _prompt_rows(request, request.prompts, null_prompt)
+        if model.conditions.prompt is not None and model.conditions.prompt.shared_mask:
+            rows["prompt_mask"] = np.tile(request.prompts.mask, (request.branches, 1))
     if model.conditions.frame_rate:
         rows["frame_rate"] = np.full(request.batch * request.branches, request.frame_rate, dtype=np.float32)
     if FRAMES in model.latents.axes:

@@ -6,6 +6,7 @@ A new family is one row in `instances.FAMILIES`; all of this then runs on it.
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -18,6 +19,7 @@ from adacorr_deploy.caching.policy import PRESETS, IntervalGate, Policy
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
 from adacorr_deploy.core.engine_build import CompilerOptions, Profile, WeightLayout
 from adacorr_deploy.core.latents import LatentSize
+from adacorr_deploy.core.samplers import default_sampler
 from adacorr_deploy.core.specs import DType
 from adacorr_deploy.exporters.bundle_builder import BuildOptions, build_bundle
 from adacorr_deploy.quality.metrics import relative_l2
@@ -52,6 +54,7 @@ def asked(
     model = pipeline.manifest.model
     labels = tuple(image % max(model.num_classes, 1) for image in range(images))
     request = SampleRequest(labels, steps=steps, guidance=3.0, seed=seed, size=size)
+    request = replace(request, sampler=default_sampler(pipeline.manifest.schedule))
     return example_request(model, request, range(seed, seed + images))
 
 

@@ -66,6 +66,16 @@ def test_rows_without_condition_have_the_requests_negative_prompt_or_the_bundles
     check_negative(replace(request, guidance=1.0), has_null_prompt=False)
 
 
+def test_where_masks_are_shared_rows_without_condition_have_their_images_own() -> None:
+    shared = replace(CLIPS, conditions=ConditionSpec(prompt=replace(PROMPT, shared_mask=True), frame_rate=True))
+    request = asked()
+    assert request.prompts is not None
+    rows, own = condition_rows(request, shared, None), condition_rows(request, CLIPS, None)
+    np.testing.assert_array_equal(rows["prompt_mask"], np.concatenate([request.prompts.mask] * 2))
+    np.testing.assert_array_equal(rows["prompt_embeddings"], own["prompt_embeddings"])
+    assert not np.array_equal(rows["prompt_mask"], own["prompt_mask"])
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [

@@ -1,0 +1,89 @@
+"""Checkpoints of Open-Sora 1.2's STDiT: its own state dict, from whose shapes the whole configuration follows."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+
+from adacorr_deploy.core.errors import CheckpointError, UnsupportedModelError
+from adacorr_deploy.core.schedules import FlowSchedule
+from adacorr_deploy.exporters.stdit import PIXELS_PER_LATENT, STDiT, STDiTSize
+from adacorr_deploy.exporters.weight_files import StateDict, require_tensors
+
+_SHAPES = {  # what the size is read from, and its rank
+    "x_embedder.proj.weight": 5,
+    "final_layer.linear.weight": 2,
+    "y_embedder.y_embedding": 2,
+    "rope.freqs": 1,
+}
+
+
+def is_original_stdit(state: StateDict) -> bool:
+    """Say whether a state dict has the names of Open-Sora's STDiT 1.2 (1.0 has neither temporal blocks nor rates)."""
+    return "temporal_blocks.0.scale_shift_table" in state and "fps_embedder.mlp.0.weight" in state
+
+
+def original_schedule(model: STDiT) -> FlowSchedule:
+    """Return how Open-Sora 1.2 samples: its shift is 1 for a single frame of `base_side`² pixels."""
+    side = model.base_side // (PIXELS_PER_LATENT * model.size.patch)
+    return FlowSchedule(flow_steps=1000, unshifted_tokens=side**2)
+
+
+def stdit_from_original(state: StateDict, *, where: str, heads: int | None = None) -> STDiT:
+    """Build the model from its state dict.
+
+    Args:
+        state: Weights by the original's names.
+        where: The checkpoint's path, for the messages.
+        heads: Attention heads; the rotary frequencies tell them, so this can only agree.
+
+    Raises:
+        CheckpointError: If a weight is missing, unexpected, of a wrong shape or not finite.
+        UnsupportedModelError: If the shapes are of no such model.
+    """
+    size = _size_from_shapes(state, where=where)
+    if heads not in (None, size.heads):
+        raise UnsupportedModelError(f"{where}: --heads is {heads}, but its rotary frequencies are of {size.heads}.")
+    with torch.device("meta"):
+        model = STDiT(size)
+    require_tensors(state, model.state_dict(), where=where, model="STDiT (Open-Sora 1.2)")
+    model.load_state_dict(state, assign=True, strict=True)
+    return model.eval().requires_grad_(False)
+
+
+def _size_from_shapes(state: StateDict, *, where: str) -> STDiTSize:
+    shapes = {}
+    for key, rank in _SHAPES.items():
+        shape = tuple(state[key].shape) if key in state else ()
+        if len(shape) != rank or 0 in shape:
+            raise CheckpointError(
+                f"{where}: {key} has shape {shape or 'none'}, an STDiT (Open-Sora 1.2) needs {rank} dimensions. "
+                "Check that it is one."
+            )
+        shapes[key] = shape
+    width, channels, *patch = shapes["x_embedder.proj.weight"]
+    (pairs,) = shapes["rope.freqs"]
+    outputs, side = shapes["final_layer.linear.weight"][0], patch[1]
+    if patch != [1, side, side] or width % (2 * pairs) or width % 4 or outputs % side**2:
+        raise UnsupportedModelError(
+            f"{where}: patches of {patch}, a width of {width}, {pairs} rotary frequencies and {outputs} outputs a "
+            "token are of no STDiT (Open-Sora 1.2), whose patches are of one frame. Check that it is one."
+        )
+    out_channels = outputs // math.prod(patch)
+    if out_channels not in (channels, 2 * channels):
+        raise UnsupportedModelError(
+            f"{where}: {out_channels} output channels are neither the {channels} of the latents nor twice as many. "
+            "Check the checkpoint."
+        )
+    return STDiTSize(
+        width=width,
+        heads=width // (2 * pairs),
+        depth=next(index for index in itertools.count() if f"spatial_blocks.{index}.scale_shift_table" not in state),
+        patch=side,
+        channels=channels,
+        out_channels=out_channels,
+        prompt_width=shapes["y_embedder.y_embedding"][1],
+        prompt_tokens=shapes["y_embedder.y_embedding"][0],
+    )
