@@ -9,7 +9,7 @@
 root=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 python=$venv/bin/python
-extras=build,cpu,rtx,serve,bench,dev
+extras=build,cpu,rtx,serve,video,bench,dev
 
 say() { printf '%s\n' "$*" >&2; }
 

@@ -47,20 +47,24 @@ class Naming:
         names = self.class_names or ()
         return names[label] if label < len(names) else f"{self.kind} {label}"
 
-    def file_names(self) -> list[str]:
-        """Return what the images' files are called, in order."""
+    def stems(self) -> list[str]:
+        """Return what the images or clips are called, in order."""
         width = max(2, len(str(len(self.labels) - 1)))
         return [
-            f"{index:0{width}d}_{_file_word(self.name(label), self.kind)}_seed{self.seed}.png"
+            f"{index:0{width}d}_{_file_word(self.name(label), self.kind)}_seed{self.seed}"
             for index, label in enumerate(self.labels)
         ]
+
+    def file_names(self) -> list[str]:
+        """Return what the images' files are called, in order."""
+        return [f"{stem}.png" for stem in self.stems()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
-    """Images, and what they are called."""
+    """Images or clips, and what they are called."""
 
-    pixels: NDArray[np.float32]  # (B, C, H, W) in [−1, 1], C of PIXEL_CHANNELS
+    pixels: NDArray[np.float32]  # (B, C, H, W) or (B, F, C, H, W) in [−1, 1], C of PIXEL_CHANNELS
     naming: Naming
 
 
@@ -68,7 +72,12 @@ def png_files(sampled: Sampled, title: str) -> Mapping[str, bytes]:
     """Return the PNG of each image by its file's name, in order, and last the grid's. Same pixels, same bytes."""
     pngs = (png_from_picture(picture_from_pixels(image)) for image in sampled.pixels)
     files = dict(zip(sampled.naming.file_names(), pngs, strict=True))
-    return {**files, GRID_NAME: png_from_picture(_grid(sampled, title))}
+    return {**files, GRID_NAME: grid_png(sampled, title)}
+
+
+def grid_png(sampled: Sampled, title: str) -> bytes:
+    """Return the PNG of all images, (B, C, H, W), under their classes."""
+    return png_from_picture(_grid(sampled, title))
 
 
 def _grid(sampled: Sampled, title: str) -> Image.Image:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from adacorr_deploy.cli.clip_options import VideoFormat, check_frame_folders, clip_options
 from adacorr_deploy.cli.console import progress_bar, say, show_json, show_lines, show_table
 from adacorr_deploy.cli.errors import run_app
 from adacorr_deploy.cli.options import (
@@ -29,6 +30,7 @@ from adacorr_deploy.core.errors import RequestError
 
 if TYPE_CHECKING:
     from adacorr_deploy.caching.policy import Policy
+    from adacorr_deploy.cli.clip_options import ClipOptions
     from adacorr_deploy.cli.image_files import Naming, Sampled
     from adacorr_deploy.core.manifest import Manifest
     from adacorr_deploy.runtime import SampleRequest, SampleResult
@@ -63,6 +65,8 @@ class Outputs:
         images = [self.directory / name for name in pictures] if self.directory is not None else []
         others = [path for path in (self.latents, self.trace) if path is not None]
         check_outputs([*images, *others], bundle=bundle, inputs=inputs)
+        if self.directory is not None:
+            check_frame_folders(self.directory, pictures)
         if self.latents is not None and self.latents.suffix != ".npy":
             raise RequestError(f"Latents are kept as .npy, not as {self.latents}. Give a name that ends in .npy.")
 
@@ -90,7 +94,8 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
             "-o",
             metavar="DIR",
             parser=path_from_text,
-            help="Folder for one PNG per image and grid.png; files of the same names are replaced.",
+            help="Folder for one PNG per image (per frame of a clip, in a folder for each) and grid.png; files of the "
+            "same names are replaced.",
             show_default=False,
         ),
     ] = None,
@@ -151,7 +156,10 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
     fps: Annotated[
         float | None,
         typer.Option(
-            "--fps", metavar="N", help="Frames per second of clips, of models that take it.", show_default=False
+            "--fps",
+            metavar="N",
+            help="Frames per second of clips: for models that take it, and in --video.  Default there: 8.",
+            show_default=False,
         ),
     ] = None,
     steps: Steps = 50,
@@ -188,6 +196,12 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
             show_default=False,
         ),
     ] = None,
+    video: Annotated[
+        VideoFormat | None,
+        typer.Option(
+            "--video", help="Also write each clip as a file that plays. mp4 needs the extra video.", show_default=False
+        ),
+    ] = None,
     trace: Annotated[
         Path | None,
         typer.Option(
@@ -222,6 +236,7 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
     from adacorr_deploy.core.samplers import default_sampler
     from adacorr_deploy.runtime import Pipeline, SampleRequest, check_request, sample_with_policy
     from adacorr_deploy.runtime.image_size import latent_size
+    from adacorr_deploy.runtime.images import pixels_from_latents
     from adacorr_deploy.runtime.self_test import self_test as test_engines
 
     outputs = Outputs(directory=output, latents=save_latents, trace=trace)
@@ -255,7 +270,7 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
             labels=labels,
             prompts=prompts,
             size=shown,
-            frame_rate=fps,
+            frame_rate=fps if manifest.model.conditions.frame_rate else None,  # else of the video alone
             steps=steps,
             guidance=guidance,
             seed=seed,
@@ -265,9 +280,9 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
         )
         check_request(request, manifest.model, manifest.schedule)
         chosen = policy_named(manifest.default_policy if policy is None else policy)
+        clips = clip_options(manifest, shown, video=video, frame_rate=fps)
         naming = _naming(manifest, request, asked.prompts)
-        pictures = [*naming.file_names(), GRID_NAME]
-        outputs.check(pictures, bundle=bundle, inputs=inputs)
+        outputs.check(_picture_names(naming, clips), bundle=bundle, inputs=inputs)
         with progress_bar() as advance:
             tested_first = test_engines(pipeline, advance) if self_test else None
             result = sample_with_policy(
@@ -276,14 +291,18 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
                 chosen,
                 progress=lambda step, steps, rho: advance(f"{chosen.name}, ρ {rho:.2f}, step", step, steps),
             )
-            pixels = result.latents
+            pixels = pixels_from_latents(result.latents)
             if outputs.directory is not None and manifest.decoder is not None:
                 pixels = pipeline.decode(result.latents, progress=advance)
-        images = _write(outputs, manifest, request.guidance, chosen, result, Sampled(pixels=pixels, naming=naming))
+        sampled = Sampled(pixels=pixels, naming=naming)
+        title = f"{manifest.model_name}, {chosen.name}, {result.steps} steps, guidance {request.guidance:g}"
+        pictures = _pictures(outputs, manifest, sampled, title, clips)
+        _write(outputs, pictures, result)
     if as_json:
         show_json(
             {
-                "images": [str(path) for path in images],
+                "images": [str(path) for path in pictures if path.suffix == ".png" and path.name != GRID_NAME],
+                **({"videos": [str(path) for path in pictures if path.suffix != ".png"]} if clips is not None else {}),
                 "steps": result.steps,
                 "rho": result.rho,
                 "launches": result.launches,
@@ -294,7 +313,7 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
     else:
         if tested_first is not None:
             _show_self_test(tested_first)
-        _show(outputs, images, chosen, result)
+        _show(outputs, pictures, chosen, result)
 
 
 def _self_test_document(tested: SelfTestResult) -> dict[str, object]:
@@ -331,41 +350,50 @@ def _naming(manifest: Manifest, request: SampleRequest, prompts: Sequence[str]) 
     return Naming(labels=request.labels, class_names=manifest.class_names, seed=request.seed)
 
 
-def _write(
-    outputs: Outputs,
-    manifest: Manifest,
-    guidance: float,
-    policy: Policy,
-    result: SampleResult,
-    sampled: Sampled,
-) -> list[Path]:
-    """Write every output, and return the images' paths."""
-    from adacorr_deploy.cli.image_files import GRID_NAME, png_files
+def _picture_names(naming: Naming, clips: ClipOptions | None) -> list[str]:
+    from adacorr_deploy.cli.image_files import GRID_NAME
+
+    files = naming.file_names() if clips is None else [name for stem in naming.stems() for name in clips.names(stem)]
+    return [*files, GRID_NAME]
+
+
+def _pictures(
+    outputs: Outputs, manifest: Manifest, sampled: Sampled, title: str, clips: ClipOptions | None
+) -> dict[Path, bytes]:
+    """Return the files of images or clips, by their paths; none where they aren't wanted, or there are only latents."""
+    from adacorr_deploy.cli.clip_files import clip_files
+    from adacorr_deploy.cli.image_files import png_files
+
+    if outputs.directory is None:
+        return {}
+    if not _gives_images(manifest):
+        say("note: no images, as this bundle holds no VAE (adacorr-build --vae); the latents are kept")
+        return {}
+    files = png_files(sampled, title) if clips is None else clip_files(sampled, title, clips)
+    return {outputs.directory / name: content for name, content in files.items()}
+
+
+def _write(outputs: Outputs, pictures: Mapping[Path, bytes], result: SampleResult) -> None:
+    """Write every output, all or none."""
     from adacorr_deploy.cli.latents_file import npy_from_latents
     from adacorr_deploy.cli.output_files import write_files
 
-    files = {}
-    if outputs.directory is not None and _gives_images(manifest):
-        title = f"{manifest.model_name}, {policy.name}, {result.steps} steps, guidance {guidance:g}"
-        files = {outputs.directory / name: png for name, png in png_files(sampled, title).items()}
-    elif outputs.directory is not None:
-        say("note: no images, as this bundle holds no VAE (adacorr-build --vae); the latents are kept")
-    images = [path for path in files if path.name != GRID_NAME]
+    files = dict(pictures)
     if outputs.latents is not None:
         files[outputs.latents] = npy_from_latents(result.latents)
     if outputs.trace is not None:
         files[outputs.trace] = result.trace.to_json().encode()
     write_files(files)
-    return images
 
 
-def _show(outputs: Outputs, images: Sequence[Path], policy: Policy, result: SampleResult) -> None:
-    from adacorr_deploy.cli.image_files import GRID_NAME
-
+def _show(outputs: Outputs, pictures: Collection[Path], policy: Policy, result: SampleResult) -> None:
     show_table(
         ("policy", "steps", "ρ", "launches", "seconds"),
         [(policy.name, result.steps, result.rho, result.launches, result.seconds)],
     )
-    if images and outputs.directory is not None:
-        show_lines(f"{len(images)} images and {outputs.directory / GRID_NAME}")
+    if pictures and outputs.directory is not None:
+        *files, grid = pictures
+        folders = {path.parent for path in files} - {outputs.directory}
+        clips = f"{len(folders)} clips in {outputs.directory}: " if folders else ""
+        show_lines(f"{clips}{len(files)} {'files' if folders else 'images'} and {grid}")
     show_lines(*(str(path) for path in (outputs.latents, outputs.trace) if path is not None))

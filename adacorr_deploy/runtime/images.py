@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 PIXEL_CHANNELS: Final = (1, 3)  # grey or RGB: latents that are the image itself
+_IMAGE_AXES: Final = 4  # of a batch of images; clips have one more
 
 
 def levels_from_pixels(images: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -18,9 +19,18 @@ def levels_from_pixels(images: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(np.moveaxis(levels, -3, -1))
 
 
+def pixels_from_latents(latents: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return images (B, C, H, W) as they are, clips (B, C, F, H, W) as (B, F, C, H, W); of latents that are pixels."""
+    return latents if latents.ndim == _IMAGE_AXES else latents.swapaxes(1, 2)
+
+
 def picture_from_pixels(image: NDArray[np.float32]) -> Image.Image:
     """(C, H, W) in [−1, 1], C of PIXEL_CHANNELS → a picture of H × W pixels."""
-    levels = levels_from_pixels(image)
+    return picture_from_levels(levels_from_pixels(image))
+
+
+def picture_from_levels(levels: NDArray[np.uint8]) -> Image.Image:
+    """(H, W, C) in 0 … 255, C of PIXEL_CHANNELS → a picture of H × W pixels."""
     return Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
 
 
