@@ -41,7 +41,9 @@ from adacorr_deploy.plugins.service_parts import (
     blend_spec,
     combine_spec,
     extrapolate_spec,
+    has_frames,
     modulated_spec,
+    motion_spec,
     output_error_spec,
     predict_spec,
     probe_spec,
@@ -74,6 +76,8 @@ def service_parts(model: ModelSpec) -> dict[str, tuple[PartSpec, onnx.ModelProto
     parts += [combine_part(model, evaluations=count) for count in range(1, MAX_EVALUATIONS + 1)]
     parts += [extrapolate_part(model, evaluations=count) for count in range(1, MAX_EVALUATIONS + 1)]
     parts.append(output_error_part(model))
+    if has_frames(model):
+        parts.append(motion_part(model))
     return {spec.name: (spec, proto) for spec, proto in parts}
 
 
@@ -417,6 +421,34 @@ def output_error_part(model: ModelSpec) -> tuple[PartSpec, onnx.ModelProto]:
             norm = ReduceL2 <keepdims = 0> (fresh, image)
             scale = Add (norm, epsilon)
             error = Div (distance, scale)""",
+    )
+
+
+def motion_part(model: ModelSpec) -> tuple[PartSpec, onnx.ModelProto]:
+    """Return the `motion` part, of a model of clips."""
+    spec = motion_spec(model)
+    return spec, _plain_model(
+        spec,
+        f"""
+            first = Constant <value_ints = [0]> ()
+            second = Constant <value_ints = [1]> ()
+            last = Constant <value_ints = [-1]> ()
+            end = Constant <value_ints = [2147483647]> ()
+            of_row = Constant <value_ints = [1, 2]> ()
+            epsilon = Constant <value_float = {EPSILON:f}> ()
+            frame_count = Shape (frame_positions)
+            by_frame = Concat <axis = 0> (first, frame_count, last)
+            wide = Cast <to = 1> (tokens)
+            frames = Reshape (wide, by_frame)
+            later = Slice (frames, second, end, second)
+            earlier = Slice (frames, first, last, second)
+            difference = Sub (later, earlier)
+            change = ReduceL1 <keepdims = 0> (difference, of_row)
+            norm_later = ReduceL1 <keepdims = 0> (later, of_row)
+            norm_earlier = ReduceL1 <keepdims = 0> (earlier, of_row)
+            norms = Add (norm_later, norm_earlier)
+            scale = Add (norms, epsilon)
+            motion = Div (change, scale)""",
     )
 
 

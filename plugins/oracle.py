@@ -207,6 +207,18 @@ def output_error(predicted: Floats, fresh: Floats) -> NDArray[np.float32]:
     return np.asarray(error, dtype=np.float32)
 
 
+def motion(frames: Floats) -> NDArray[np.float32]:
+    """Return ‖r[1:] − r[:−1]‖₁ / (‖r[1:]‖₁ + ‖r[:−1]‖₁ + ε) between frames, 0 … 1, per row.
+
+    Args:
+        frames: r, (R, F, numbers of a frame).
+    """
+    wide = frames.astype(np.float64)
+    later, earlier = wide[:, 1:], wide[:, :-1]
+    change, both = np.abs(later - earlier).sum(axis=(1, 2)), (np.abs(later) + np.abs(earlier)).sum(axis=(1, 2))
+    return np.asarray(change / (both + EPSILON), dtype=np.float32)
+
+
 def philox_normals(seed: int, image: int, draw: int, count: int) -> NDArray[np.float32]:
     """Return standard normals, (count,), that depend on their place alone: image, draw and index.
 

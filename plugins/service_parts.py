@@ -5,7 +5,7 @@ was at another step. `predict_{T}` stands for a block part from its last T evalu
 estimate with a fresh output. The most common number of units of a model's parts has the short names; any other is
 called `predict_{T}_u{U}`. `combine_{T}` stands for a span of parts, from what it added to its input at its last T
 evaluations. `extrapolate_{T}` stands for a whole step, from the model's last T outputs, and `output_error` says how
-well it did.
+well it did. Of a model of clips, `motion` says how much what a span added differs between frames.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from collections import Counter
 from typing import Final
 
 from adacorr_deploy.core.sampler_rows import COLUMNS
-from adacorr_deploy.core.shapes import BATCH, ROWS, STEPS, Dim
+from adacorr_deploy.core.shapes import BATCH, FRAMES, ROWS, STEPS, Dim
 from adacorr_deploy.core.specs import MODULATIONS_PER_UNIT, DType, ModelSpec, PartSpec, TensorSpec
 
 MAX_EVALUATIONS: Final = 3  # T goes from 1 (hold) to 3 (second-order extrapolation)
 SIGNALS_PART: Final = "signals"
 OUTPUT_ERROR_PART: Final = "output_error"
+MOTION_PART: Final = "motion"
 SIGNAL_COUNT: Final = 9  # the measured fields of caching.decisions.Signals, in order
 
 
@@ -73,6 +74,8 @@ def service_part_specs(model: ModelSpec) -> dict[str, PartSpec]:
     specs += [combine_spec(model, evaluations=count) for count in range(1, MAX_EVALUATIONS + 1)]
     specs += [extrapolate_spec(model, evaluations=count) for count in range(1, MAX_EVALUATIONS + 1)]
     specs.append(output_error_spec(model))
+    if has_frames(model):
+        specs.append(motion_spec(model))
     return {spec.name: spec for spec in specs}
 
 
@@ -177,6 +180,23 @@ def output_error_spec(model: ModelSpec) -> PartSpec:
         name=OUTPUT_ERROR_PART,
         inputs=(_image("predicted", model), _image("fresh", model)),
         outputs=(TensorSpec(name="error", dtype=DType.FLOAT32, shape=(BATCH,)),),
+    )
+
+
+def has_frames(model: ModelSpec) -> bool:
+    """Say whether a model makes clips."""
+    return FRAMES in model.latents.axes
+
+
+def motion_spec(model: ModelSpec) -> PartSpec:
+    """Return the spec of `motion`: tokens (R, N, D), frame by frame, and F `frame_positions` in, (R,) float32 out."""
+    return PartSpec(
+        name=MOTION_PART,
+        inputs=(
+            _tokens("tokens", model),
+            TensorSpec(name="frame_positions", dtype=DType.FLOAT32, shape=(model.latents.dims[1],)),
+        ),
+        outputs=(TensorSpec(name="motion", dtype=DType.FLOAT32, shape=(ROWS,)),),
     )
 
 

@@ -106,6 +106,7 @@ class Signals:
     change_square: float = math.nan  # mean of (x − x̄)²
     reference_square: float = math.nan  # mean of x̄²
     probe: float | None = None  # the probe's value; None where none was asked for
+    motion: float | None = None  # of what is kept, from frame to frame, 0 … 1; None where it was not asked for
 
     @property
     def finite(self) -> bool:
@@ -240,6 +241,11 @@ class Controller(Protocol):
 
         Asked where the slot holds an earlier evaluation, at least one step old; `history` does not hold this one yet.
         """
+        ...
+
+    @property
+    def observes_motion(self) -> bool:
+        """Whether that comparison should also say how much the fresh one moves (`Signals.motion`)."""
         ...
 
     def record_change(self, step: int, span: int, signals: Sequence[Signals]) -> None:

@@ -147,6 +147,10 @@ class GateController(PolicyController):
     def observes_change(self, step: int, span: int, history: SlotHistory) -> bool:
         return self._caches(span) and self._rule.observes_change(step, span)
 
+    @property
+    def observes_motion(self) -> bool:
+        return self._rule.observes_motion
+
     def record_change(self, step: int, span: int, signals: Sequence[Signals]) -> None:
         self._rule.record_change(step, span, signals)
 

@@ -47,6 +47,10 @@ class PolicyController:
     def observes_change(self, step: int, span: int, history: SlotHistory) -> bool:
         return False
 
+    @property
+    def observes_motion(self) -> bool:
+        return False
+
     def record_change(self, step: int, span: int, signals: Sequence[Signals]) -> None:
         raise AssertionError(f"{type(self).__name__} observes no changes")
 

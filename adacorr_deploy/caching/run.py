@@ -15,6 +15,7 @@ class Run:
         halves: Of a bundle whose parts are single units: the names of each transformer block's units, (("attention",
             "mlp"), …) of a DiT. Empty where parts are whole blocks, or segments.
         elements: Numbers that enter a block for one image: N·D. FastCache's test needs it.
+        frames: Of a clip's latents, F; 1 of images.
         lags: Whether the controller decides with what an earlier step measured.
     """
 
@@ -22,6 +23,7 @@ class Run:
     blocks: int
     halves: tuple[tuple[str, ...], ...] = ()
     elements: int = 1
+    frames: int = 1
     lags: bool = False
 
     @property

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-from adacorr_deploy.core.shapes import SIZE_AXES, TOKENS, Dim
+from adacorr_deploy.core.shapes import FRAMES, SIZE_AXES, TOKENS, Dim
 
 LatentSize = tuple[int, ...]  # (H, W) of an image's latents, or (F, H, W) of a clip's
 
@@ -84,6 +84,10 @@ class LatentSpec:
         """Return N at a size."""
         sizes = zip(self.shape_at(size)[1:], self.patch, strict=True)
         return math.prod(length // patch for length, patch in sizes)
+
+    def frames_at(self, size: LatentSize | None) -> int:
+        """Return F of a clip at a size; 1 of an image."""
+        return self.shape_at(size)[1] if FRAMES in self.axes else 1
 
     def sizes_at(self, size: LatentSize | None) -> dict[str, int]:
         """Return the size of every named axis that depends on it."""

@@ -28,7 +28,7 @@ from adacorr_deploy.caching.decisions import (
 from adacorr_deploy.core.errors import EngineError, PolicyError, SamplingCancelledError
 from adacorr_deploy.runtime.observer import Observer, signals_of_branches
 from adacorr_deploy.runtime.slots import CacheSlot
-from adacorr_deploy.runtime.span_launches import output_change
+from adacorr_deploy.runtime.span_launches import output_change, output_motion
 from adacorr_deploy.runtime.trace import Trace
 from adacorr_deploy.runtime.workspace import Reading, Workspace
 
@@ -178,7 +178,7 @@ class Denoiser:
         if measures:
             self._measured(step, 0, self.space.output_error(entry))
         if before is not None:
-            self._changed(step, 0, output_change(output.ring[entry][0].read(), before))
+            self._output_changed(step, output.ring[entry][0].read(), before)
 
     def _work(self, step: int, first: int, slots: Sequence[CacheSlot], *, aside: bool = False) -> BlockWork:
         return BlockWork(
@@ -227,14 +227,19 @@ class Denoiser:
             slot.record(step)
         elif compares:
             reading = self.space.spans.keep_compared(index, aside=aside)
+            motion = self.space.spans.motion() if self.controller.observes_motion else None
             slot.record(step)
-            self._changed(step, index, reading())
+            self._changed(step, index, reading(), motion() if motion is not None else None)
         elif slot.history.capacity:
             self.space.spans.keep(index, aside=aside)
             slot.record(step)
 
-    def _changed(self, step: int, index: int, rows: NDArray[np.generic]) -> None:
-        signals = signals_of_branches(rows, self.batch)
+    def _output_changed(self, step: int, fresh: NDArray[np.generic], before: NDArray[np.generic]) -> None:
+        motion = output_motion(fresh) if self.controller.observes_motion else None
+        self._changed(step, 0, output_change(fresh, before), motion)
+
+    def _changed(self, step: int, index: int, rows: NDArray[np.generic], motion: NDArray[np.generic] | None) -> None:
+        signals = signals_of_branches(rows, self.batch, motion)
         self.observer.suspect |= not all(branch.finite for branch in signals)
         self.controller.record_change(step, index, signals)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,7 +109,9 @@ class Observer:
         return self._observed[3]
 
 
-def signals_of_branches(rows: NDArray[np.generic], batch: int) -> list[Signals]:
+def signals_of_branches(
+    rows: NDArray[np.generic], batch: int, motion: NDArray[np.generic] | None = None
+) -> list[Signals]:
     """Sum up the signals part's rows, one `Signals` per guidance branch.
 
     A branch's offset is the RMS over its B images, its 95th percentile the largest of theirs, and the rest their mean.
@@ -118,9 +120,14 @@ def signals_of_branches(rows: NDArray[np.generic], batch: int) -> list[Signals]:
     Args:
         rows: (R, 9), the conditional rows first.
         batch: B.
+        motion: Of each row, (R,), where it was measured; a branch's is their mean.
     """
     values: list[list[float]] = rows.tolist()
-    return [_branch_signals(values[first : first + batch]) for first in range(0, len(values), batch)]
+    branches = [_branch_signals(values[first : first + batch]) for first in range(0, len(values), batch)]
+    if motion is None:
+        return branches
+    means: list[float] = motion.reshape(-1, batch).mean(axis=1).tolist()
+    return [replace(branch, motion=mean) for branch, mean in zip(branches, means, strict=True)]
 
 
 def probes_of_branches(rows: NDArray[np.generic], batch: int) -> list[Signals]:

@@ -139,6 +139,7 @@ def run_of_request(bundle: Bundle, request: SampleRequest, policy: Policy) -> Ru
         blocks=len(model.units),
         halves=model.blocks if model.halves else (),
         elements=model.latents.tokens_at(request.size) * model.width,
+        frames=model.latents.frames_at(request.size),
         lags=policy.lags,
     )
 

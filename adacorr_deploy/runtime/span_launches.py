@@ -13,7 +13,12 @@ from adacorr_deploy.core.errors import PolicyError
 from adacorr_deploy.core.specs import DType, ModelSpec
 from adacorr_deploy.engines.backend import Buffer
 from adacorr_deploy.plugins import oracle
-from adacorr_deploy.plugins.service_parts import combine_part_name, modulated_part_name, probe_part_name
+from adacorr_deploy.plugins.service_parts import (
+    MOTION_PART,
+    combine_part_name,
+    modulated_part_name,
+    probe_part_name,
+)
 from adacorr_deploy.runtime.slots import CacheSlot, Window
 
 if TYPE_CHECKING:
@@ -77,6 +82,19 @@ class SpanLaunches:
         slot.ring[slot.next_entry][0].copy_from(fresh)
         return reading
 
+    def motion(self) -> Reading:
+        """Measure how much what `keep_compared` has just stored moves from frame to frame: (R,)."""
+        result = self._row_result("motion")
+        self._space.run(
+            (MOTION_PART,),
+            lambda: {
+                "tokens": self._space.blocks.estimate,
+                "frame_positions": self._space.image.request["frame_positions"],
+                "motion": result,
+            },
+        )
+        return result.read_later()
+
     def _combine_residuals(self, index: int, window: Window, use: str, tokens_out: Buffer) -> None:
         factors = self._space.factors(window)
         span = self._spans[index]
@@ -128,7 +146,7 @@ class SpanLaunches:
 
     def probe(self, index: int) -> Reading:
         """Probe the modulated input of a span's first part: (R,)."""
-        first, result = self._spans[index].first, self._probe_result()
+        first, result = self._spans[index].first, self._row_result("probe")
         self._space.run(
             (probe_part_name(self._model, units=self._model.units[first]), index),
             lambda: {
@@ -163,8 +181,8 @@ class SpanLaunches:
         tokens = self._space.blocks.zeros
         return self._buffer("observed", tokens.shape, tokens.dtype)
 
-    def _probe_result(self) -> Buffer:
-        return self._buffer("probe", (self._space.blocks.zeros.shape[0],), DType.FLOAT32)
+    def _row_result(self, name: str) -> Buffer:
+        return self._buffer(name, (self._space.blocks.zeros.shape[0],), DType.FLOAT32)
 
     def _write_affine(self, index: int, affine: Affine | None) -> None:
         width = self._model.width
@@ -195,3 +213,9 @@ def output_change(fresh: NDArray[np.generic], before: NDArray[np.generic]) -> ND
     """Compare two outputs of the model, (B, C, H, W), as signals compare tokens: (B, 9), an image as one token."""
     images = (np.asarray(each, dtype=np.float32).reshape(len(each), 1, -1) for each in (fresh, before))
     return oracle.signals(*images)
+
+
+def output_motion(outputs: NDArray[np.generic]) -> NDArray[np.float32]:
+    """Return how much outputs of the model, (B, C, F, H, W), move from frame to frame: (B,)."""
+    frames = np.moveaxis(np.asarray(outputs, dtype=np.float32), 2, 1)
+    return oracle.motion(frames.reshape(*frames.shape[:2], -1))

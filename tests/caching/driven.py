@@ -117,9 +117,14 @@ def made(
     profile: Profile | None = None,
     halves: bool = False,
     elements: int = 64,
+    frames: int = 1,
 ) -> Controller:
     """A controller of a run."""
     run = Run(
-        steps=steps, blocks=blocks, halves=(("attention", "mlp"),) * (blocks // 2) if halves else (), elements=elements
+        steps=steps,
+        blocks=blocks,
+        halves=(("attention", "mlp"),) * (blocks // 2) if halves else (),
+        elements=elements,
+        frames=frames,
     )
     return controller_for_policy(policy, run, calibration, profile)

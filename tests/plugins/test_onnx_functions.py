@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from adacorr_deploy.core.specs import DType, ModelSpec
-from adacorr_deploy.plugins import oracle
+from adacorr_deploy.plugins import oracle, service_part_specs
+from tests.models import model_spec as any_model_spec
 from tests.plugins.service_models import PRECISIONS, model_spec, run
 
 Inputs = dict[str, Any]  # arrays of several dtypes
@@ -355,3 +357,38 @@ def test_output_error_follows_the_oracle_and_is_0_for_equal_outputs(seed: int, b
     (error,) = run(model_spec(), "output_error", predicted=predicted, fresh=fresh)
     np.testing.assert_allclose(error, oracle.output_error(predicted, fresh), rtol=1e-4, atol=1e-7)
     assert (error == 0).all() == (scale == 0)
+
+
+# --- motion ----------------------------------------------------------------------------------------------------------
+
+
+@EXAMPLES
+@given(seed=seeds, rows=rows_of_a_batch, frames=st.sampled_from([2, 5]), precision=precisions, varying=st.booleans())
+def test_motion_follows_the_oracle_frame_by_frame(
+    seed: int, rows: int, frames: int, precision: DType, varying: bool
+) -> None:
+    """Tokens stand frame by frame; a clip whose length may vary has as many frames as positions."""
+    fixed = any_model_spec(latent_shape=(1, 5 if varying else frames, 2, 3), patch=(1, 1, 1), precision=precision)
+    model = replace(fixed, latents=replace(fixed.latents, largest=(9, 2, 3), smallest=(2, 2, 3))) if varying else fixed
+    tokens = noise(seed, rows, frames * 6, model.width, precision=precision)
+    positions = np.arange(frames, dtype=np.float32)
+    (motion,) = run(model, "motion", tokens=tokens, frame_positions=positions)
+    expected = oracle.motion(tokens.reshape(rows, frames, -1))
+    np.testing.assert_allclose(motion, expected, rtol=1e-4)
+    by_row = tokens.astype(np.float64).reshape(rows, frames, -1)
+    change = np.abs(np.diff(by_row, axis=1)).sum(axis=(1, 2))
+    sizes = np.abs(by_row).sum(axis=2)
+    np.testing.assert_allclose(expected, change / (sizes[:, 1:] + sizes[:, :-1]).sum(axis=1), rtol=1e-5)
+
+
+def test_what_stands_still_does_not_move_and_what_turns_over_moves_most() -> None:
+    model = any_model_spec(latent_shape=(1, 4, 1, 1), patch=(1, 1, 1))
+    still = np.repeat(noise(0, 1, 1, model.width), 4, axis=1)
+    turning = still * np.array([1, -1, 1, -1], np.float32)[None, :, None]
+    positions = np.arange(4, dtype=np.float32)
+    found = [run(model, "motion", tokens=each, frame_positions=positions)[0][0] for each in (still, turning, 0 * still)]
+    np.testing.assert_allclose(found, [0, 1, 0], atol=1e-6)
+
+
+def test_a_model_of_images_has_no_motion() -> None:
+    assert "motion" not in service_part_specs(model_spec())

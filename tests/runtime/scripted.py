@@ -90,6 +90,8 @@ class Script:
     def observes_change(self, step: int, span: int, history: SlotHistory) -> bool:
         return False
 
+    observes_motion = False
+
     def record_change(self, step: int, span: int, signals: Sequence[Signals]) -> None:
         raise AssertionError("never asked for")
 

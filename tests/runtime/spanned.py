@@ -69,6 +69,8 @@ class SpanScript(Script):
     def observes_change(self, step: int, span: int, history: SlotHistory) -> bool:
         return self.compares and self.division[span].cache in (SpanCache.RESIDUAL, SpanCache.OUTPUT)
 
+    observes_motion = False
+
     def record_change(self, step: int, span: int, signals: Sequence[Signals]) -> None:
         self.changes[step, span] = signals
 

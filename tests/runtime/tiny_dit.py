@@ -172,6 +172,11 @@ def output_error(tensors: Tensors) -> dict[str, NDArray[np.generic]]:
     return {"error": oracle.output_error(_f32(tensors["predicted"]), _f32(tensors["fresh"]))}
 
 
+def motion(tensors: Tensors) -> dict[str, NDArray[np.generic]]:
+    tokens = _f32(tensors["tokens"])
+    return {"motion": oracle.motion(tokens.reshape(len(tokens), len(tensors["frame_positions"]), -1))}
+
+
 def predict(tensors: Tensors) -> dict[str, NDArray[np.generic]]:
     return {"tokens_out": _f32(tensors["tokens"]) + _residual(tensors)}
 
@@ -208,6 +213,7 @@ SERVICE_PARTS: Mapping[str, Part] = {  # by the first words of their names
     "probe": probe,
     "extrapolate": extrapolate,
     "output_error": output_error,
+    "motion": motion,
 }
 
 

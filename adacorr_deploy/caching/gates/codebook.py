@@ -14,6 +14,7 @@ from adacorr_deploy.caching.gates.rule import GateSettings, Lookups, Rule, reuse
 from adacorr_deploy.caching.scores import largest
 from adacorr_deploy.core.errors import PolicyError
 
+_Share = Annotated[float, Field(ge=0, le=1)]
 Entry = tuple[Annotated[float, Field(gt=0, le=1000)], Annotated[int, Field(ge=1, le=1000)]]
 
 _FAST: Final = ((0.08, 6), (0.16, 5), (0.24, 4), (0.32, 3), (0.40, 2), (1.0, 1))  # published for 30 steps
@@ -23,7 +24,11 @@ class MotionRegularisation(BaseModel):
     """AdaCache's factor on the distance for what moves, of videos.
 
     m = (motion / reference)^exponent / divisor, where motion is ‖r[1:] − r[:−1]‖₁ / (‖r[1:]‖₁ + ‖r[:−1]‖₁) between
-    frames of the residual r; the distance is multiplied by m + |gradient · (m − m_before) / rate|.
+    frames of the residual r; the distance is multiplied by m + |gradient · (m − m_before) / rate|. Outside the window m
+    is 1. The defaults are the authors'.
+
+    Attributes:
+        window: First and last step at which motion counts, as shares of all steps.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -32,16 +37,17 @@ class MotionRegularisation(BaseModel):
     exponent: Annotated[float, Field(gt=0, le=16)] = 8.0
     divisor: Annotated[float, Field(gt=0, le=100)] = 1.0
     gradient: Annotated[float, Field(ge=0, le=100)] = 10.0
+    window: tuple[_Share, _Share] = (0.1, 0.9)
 
-    def factor(self, motion: float, *, before: float, rate: int) -> tuple[float, float]:
+    def factor(self, motion: float | None, *, before: float, rate: int) -> tuple[float, float]:
         """Return what the distance is multiplied with, and m, which is `before` of the next evaluation.
 
         Args:
-            motion: Of the residual that was just evaluated, 0 … 1.
+            motion: Of the residual that was just evaluated, 0 … 1; None outside the window.
             before: m of the evaluation before; 1 at first.
             rate: Steps between the two.
         """
-        present = (motion / self.reference) ** self.exponent / self.divisor
+        present = 1.0 if motion is None else (motion / self.reference) ** self.exponent / self.divisor
         return present + abs(self.gradient * (present - before) / rate), present
 
 
@@ -55,7 +61,7 @@ class AdaCacheGate(GateSettings):
     Attributes:
         codebook: Entries (limit, steps), limits rising. The default is the published one for 30 steps.
         tolerance: Multiplies the limits.
-        motion: Needs frames, so a model of videos.
+        motion: Skips fewer steps where more moves, and where that changes; needs frames, so a model of videos.
     """
 
     signal: ClassVar[str] = "change of what is kept, per step"
@@ -69,11 +75,12 @@ class AdaCacheGate(GateSettings):
     motion: MotionRegularisation | None = None
 
     def rule(self, lookups: Lookups) -> Rule:
-        if self.motion is not None:
+        if self.motion is not None and lookups.run.frames == 1:
             raise PolicyError(
-                f"policy {lookups.policy}: gate.motion needs frames, and the bundle's model makes images. Leave it out."
+                f"policy {lookups.policy}: gate.motion is measured between frames, and this run makes images, or "
+                "clips of one frame. Leave it out."
             )
-        return AdaCacheRule(self)
+        return AdaCacheRule(self, lookups.run.steps)
 
     @model_validator(mode="after")
     def _limits_rise(self) -> AdaCacheGate:
@@ -93,8 +100,11 @@ class AdaCacheGate(GateSettings):
 class AdaCacheRule(Rule):
     """See `AdaCacheGate`."""
 
-    def __init__(self, gate: AdaCacheGate) -> None:
+    def __init__(self, gate: AdaCacheGate, steps: int) -> None:
         self._gate = gate
+        self._steps = steps
+        self.observes_motion = gate.motion is not None
+        self._motions: dict[int, float] = {}  # m of the last evaluation
         self._rates: dict[int, int] = {}
         self._distances: dict[int, float] = {}
         self._evaluated: dict[int, tuple[int, int]] = {}  # by span: step of the last evaluation, and steps up to it
@@ -114,5 +124,19 @@ class AdaCacheRule(Rule):
     def record_change(self, step: int, span: int, signals: Sequence[Signals]) -> None:
         _, apart = self._evaluated[span]  # not always the rate: guards and corrections evaluate at other steps
         distance = largest(branch.relative_l1 for branch in signals) / apart
+        if self._gate.motion is not None:
+            distance *= self._motion_factor(self._gate.motion, step, span, signals)
         self._distances[span] = distance
         self._rates[span] = self._gate.rate(distance) if math.isfinite(distance) else 1
+
+    def _motion_factor(
+        self, regularisation: MotionRegularisation, step: int, span: int, signals: Sequence[Signals]
+    ) -> float:
+        first, last = (share * self._steps for share in regularisation.window)
+        motion = largest(branch.motion for branch in signals if branch.motion is not None)
+        factor, self._motions[span] = regularisation.factor(
+            motion if first <= step <= last else None,
+            before=self._motions.get(span, 1.0),
+            rate=self._evaluated[span][1],
+        )
+        return factor

@@ -100,6 +100,7 @@ class Rule:
 
     planned: bool = False  # whether its proposals are known before the run
     observes_under_guards: bool = False  # whether it also needs the signals of steps that a guard evaluates
+    observes_motion: bool = False  # whether the comparisons of `record_change` should say how much frames move
 
     def observation(self, span: int) -> Observation | None:
         """What is watched of the span."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 from pydantic import ValidationError
 
+from adacorr_deploy.caching.decisions import Signals
 from adacorr_deploy.caching.gates.codebook import AdaCacheGate, MotionRegularisation
 from adacorr_deploy.caching.guards import Guards
 from adacorr_deploy.caching.policy import PRESETS, policy_named
 from adacorr_deploy.core.errors import PolicyError
-from tests.caching.driven import change, drive, made, steadily
+from tests.caching.driven import Driven, change, drive, made, steadily
 
 
 def test_the_first_limit_above_the_distance_gives_the_rate() -> None:
@@ -66,5 +69,37 @@ def test_motion_multiplies_the_distance_and_its_change_too() -> None:
 
 def test_motion_of_a_model_of_images_is_refused() -> None:
     policy = PRESETS["adacache"].model_copy(update={"gate": AdaCacheGate(motion=MotionRegularisation())})
-    with pytest.raises(PolicyError, match="needs frames"):
+    with pytest.raises(PolicyError, match="measured between frames, and this run makes images, or clips of one frame"):
         made(policy, steps=8)
+
+
+def moving(motions: Mapping[int, float], window: tuple[float, float]) -> Driven:
+    """Drive AdaCache on a clip whose kept entry changes by 0.1 for each step, and moves so much at each evaluation."""
+    motion = MotionRegularisation(reference=0.5, exponent=1, divisor=1, gradient=1, window=window)
+    policy = PRESETS["adacache"].model_copy(update={"gate": AdaCacheGate(motion=motion)})
+    evaluations = [0]
+
+    def changes(step: int, span: int) -> list[Signals]:
+        changed = change(0.1 * (step - evaluations[-1]))
+        evaluations.append(step)
+        return [replace(changed, motion=motions[step] / 2), replace(changed, motion=motions[step])]
+
+    return drive(made(policy, steps=20, frames=4), 20, changes=changes)
+
+
+def test_motion_multiplies_the_distance_of_every_evaluation_by_hand() -> None:
+    """Distances 0.1 × factor; the more moving branch counts; m = motion / 0.5, and before the first it is 1.
+
+    Step 1: m 1, factor 1 + |0 / 1| = 1: 0.1, rate 5. Step 6: m 2, factor 2 + |1 / 5| = 2.2: 0.22, rate 4. Step 10: m 1,
+    factor 1 + |−1 / 4| = 1.25: 0.125, rate 5. Step 15: m 0.5, factor 0.5 + |−0.5 / 5| = 0.6: 0.06, rate 6.
+    """
+    motions = {1: 0.5, 6: 1.0, 10: 0.5, 15: 0.25, 18: 0.25, 19: 0.25}
+    driven = moving(motions, (0.0, 1.0))
+    assert driven.evaluated() == [0, 1, 6, 10, 15, 18, 19]
+    assert [driven.scores()[step] for step in (2, 7, 11, 16)] == pytest.approx([0.1, 0.22, 0.125, 0.06])
+
+
+def test_outside_its_window_motion_counts_for_nothing() -> None:
+    """From step 10 on: at 1 and 6 the rate is 5. Step 11: m 2, factor 2 + |1 / 5| = 2.2: 0.22, rate 4."""
+    driven = moving({1: 1.0, 6: 1.0, 11: 1.0, 15: 0.5, 18: 0.5, 19: 0.5}, (0.5, 1.0))
+    assert driven.evaluated()[:5] == [0, 1, 6, 11, 15]
