@@ -139,7 +139,7 @@ class TensorRTCompiler:
 
     def _profile(self, spec: PartSpec) -> object:
         profile = self._builder.create_optimization_profile()
-        axes = self._options.profile.axes()
+        axes = {**self._options.profile.axes(), **{name: (least, most, most) for name, least, most in spec.ranges}}
         for tensor in spec.inputs:
             if any(isinstance(dim, str) for dim in tensor.shape):
                 profile.set_shape(tensor.name, *(_shape_at(tensor, axes, which) for which in range(3)))

@@ -49,11 +49,12 @@ class BuildOptions:
         overwrite: Replace a bundle that stands at the output, once the new one is complete.
         default_policy: Preset, with or without a target or a correction on top, for runs that name none.
         vae_tile: Latent pixels, along a side, that the decoder takes at once; a larger image is decoded in tiles.
+        vae_chunk: Frames of a clip that the decoder takes at once; None: see `LoadedVae.spec`.
         vae_precision: Of the decoder; None: see `LoadedVae.spec`.
         text_precision: Of the text encoder; None is float32.
 
     Raises:
-        RequestError: If the tile is no size.
+        RequestError: If the tile or the chunk is no size.
         PolicyError: If the default policy is no preset (a file would not travel with the bundle).
         ValueError: If halves and segments are both asked for.
     """
@@ -64,6 +65,7 @@ class BuildOptions:
     overwrite: bool = False
     default_policy: str = DEFAULT_POLICY
     vae_tile: int = DEFAULT_TILE
+    vae_chunk: int | None = None
     vae_precision: DType | None = None
     text_precision: DType | None = None
 
@@ -72,6 +74,8 @@ class BuildOptions:
             raise ValueError(f"a part is a half of a block or a segment of {self.segment}, not both")
         if not MIN_TILE <= self.vae_tile <= MAX_DECODER_SIZE:
             raise RequestError(f"vae_tile is {self.vae_tile}, allowed are {MIN_TILE} … {MAX_DECODER_SIZE}.")
+        if self.vae_chunk is not None and not 1 <= self.vae_chunk <= MAX_DECODER_SIZE:
+            raise RequestError(f"vae_chunk is {self.vae_chunk}, allowed are 1 … {MAX_DECODER_SIZE}.")
         preset, *_ = re.split(r"[@+]", self.default_policy)
         if preset not in PRESETS or not re.fullmatch(PRESET_PATTERN, self.default_policy):
             raise PolicyError(
@@ -117,7 +121,9 @@ def build_bundle(
     model = loaded.model.spec(options.precision, options.blocks_in_a_part)
     decoder = None
     if loaded.vae is not None:
-        decoder = loaded.vae.spec(model, tile=options.vae_tile, precision=options.vae_precision)
+        decoder = loaded.vae.spec(
+            model, tile=options.vae_tile, chunk=options.vae_chunk, precision=options.vae_precision
+        )
     prompt, text_encoder = model.conditions.prompt, None
     if loaded.text_encoder is not None and prompt is not None:
         text_encoder = loaded.text_encoder.spec(prompt, options.text_precision)

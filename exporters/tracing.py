@@ -16,7 +16,18 @@ from onnx_ir.passes import common
 from torch import Tensor, nn
 
 from adacorr_deploy.core.latents import LatentSpec
-from adacorr_deploy.core.shapes import BATCH, BRANCHES, FRAMES, HEIGHT, ROWS, STEPS, WIDTH
+from adacorr_deploy.core.shapes import (
+    BATCH,
+    BRANCHES,
+    CHUNK,
+    FRAMES,
+    HEIGHT,
+    ROWS,
+    STEPS,
+    TILE_HEIGHT,
+    TILE_WIDTH,
+    WIDTH,
+)
 from adacorr_deploy.core.specs import DType, PartSpec, TensorSpec
 from adacorr_deploy.exporters.fold_weight_layout_pass import FoldWeightLayoutPass
 from adacorr_deploy.exporters.part import Part
@@ -26,7 +37,7 @@ from adacorr_deploy.exporters.weights_file import TORCH_TYPES
 OPSET: Final = 20  # the first with Gelu; ONNX Runtime and TensorRT both take it
 
 # Sizes of the example inputs: all different and none 0 or 1, which tracing would take for constants.
-_EXAMPLE_SIZES: Final = {BATCH: 3, BRANCHES: 2, ROWS: 6, STEPS: 5}
+_EXAMPLE_SIZES: Final = {BATCH: 3, BRANCHES: 2, ROWS: 6, STEPS: 5, CHUNK: 9, TILE_HEIGHT: 11, TILE_WIDTH: 13}
 _EXAMPLE_PATCHES: Final = {FRAMES: 4, HEIGHT: 7, WIDTH: 8}
 _ONNX_TYPES: Final[Mapping[DType, ir.DataType]] = {
     DType.FLOAT32: ir.DataType.FLOAT,

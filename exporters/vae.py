@@ -1,21 +1,23 @@
-"""A VAE's decoder as the `decode` part: one tile of latents of one image → its pixels."""
+"""A VAE's decoder as the `decode` part: one tile of latents, of an image or of some frames of a clip → its pixels."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 from torch import Tensor, nn
 
 from adacorr_deploy.core.errors import CheckpointError, UnsupportedModelError
 from adacorr_deploy.core.specs import DECODE_PART, DecoderSpec, DType, ModelSpec, decode_spec
+from adacorr_deploy.core.untrusted import clipped
 from adacorr_deploy.exporters.config_files import json_object
 from adacorr_deploy.exporters.part import Part
-from adacorr_deploy.exporters.vae_config import VaeConfig
+from adacorr_deploy.exporters.vae_config import ANOTHER_VAE, ImageVaeConfig, TemporalVaeConfig, VaeConfig
 from adacorr_deploy.exporters.weight_files import (
     StateDict,
     checkpoint_sha256,
@@ -23,6 +25,8 @@ from adacorr_deploy.exporters.weight_files import (
     state_dict_from_files,
     weight_files,
 )
+
+_Vae: TypeAlias = AutoencoderKL | AutoencoderKLTemporalDecoder
 
 DEFAULT_TILE: Final = 64  # latent pixels: 512 of the image, the largest that many VAEs were trained on
 MIN_TILE: Final = 8  # below which an overlap is no seam's worth
@@ -40,18 +44,64 @@ _RENAMED: Final[Mapping[str, str]] = {
 class DecodePart(nn.Module):
     """Latents as the sampler leaves them → pixels, in the arithmetic of diffusers' pipelines."""
 
-    def __init__(self, vae: AutoencoderKL, *, scaling_factor: float, shift_factor: float) -> None:
+    def __init__(self, vae: _Vae, config: VaeConfig) -> None:
         super().__init__()
-        self.post_quant_conv = vae.post_quant_conv if vae.post_quant_conv is not None else nn.Identity()
         self.decoder = vae.decoder
-        self.scaling_factor = scaling_factor
-        self.shift_factor = shift_factor
+        self.scaling_factor = config.scaling_factor
+        self.shift_factor = config.shift_factor or 0.0
 
     def forward(self, latents: Tensor) -> tuple[Tensor, ...]:
-        """Return pixels, (1, 3, s·h, s·w) float32, about [−1, 1], of `latents` (1, C, h, w) float32."""
+        """Return pixels, (f, 3, s·h, s·w) float32, about [−1, 1], of `latents` (f, C, h, w) float32."""
         moved = latents / self.scaling_factor + self.shift_factor
-        pixels: Tensor = self.decoder(self.post_quant_conv(moved.to(self.decoder.conv_in.weight.dtype)))
-        return (pixels.float(),)
+        return (self.decoded(moved.to(self.decoder.conv_in.weight.dtype)).float(),)
+
+    def decoded(self, latents: Tensor) -> Tensor:
+        """Return the decoder's result, (f, 3, s·h, s·w), of `latents` (f, C, h, w), both in its precision."""
+        raise NotImplementedError
+
+
+class ImageDecodePart(DecodePart):
+    """`AutoencoderKL`: every frame is an image."""
+
+    def __init__(self, vae: _Vae, config: VaeConfig) -> None:
+        super().__init__(vae, config)
+        self.post_quant_conv = vae.post_quant_conv or nn.Identity()
+
+    def decoded(self, latents: Tensor) -> Tensor:
+        pixels: Tensor = self.decoder(self.post_quant_conv(latents))
+        return pixels
+
+
+class TemporalDecodePart(DecodePart):
+    """`AutoencoderKLTemporalDecoder`: the frames are those of one clip, in order, and each sees the others."""
+
+    def decoded(self, latents: Tensor) -> Tensor:
+        frames = latents.shape[0]
+        none_is_an_image = latents.new_zeros(1, frames)
+        pixels: Tensor = self.decoder(latents, num_frames=frames, image_only_indicator=none_is_an_image)
+        return pixels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kind:
+    """A class of VAEs: its configuration, diffusers' model, and what is made of it."""
+
+    config: type[VaeConfig]
+    model: type[_Vae]
+    part: type[DecodePart]
+
+    def empty(self, config: VaeConfig) -> _Vae:
+        """Return the model with its weights on the meta device."""
+        with torch.device("meta"):
+            return self.model(**config.model_dump(include=set(config.constructor)))
+
+
+_KINDS: Final[Mapping[str, _Kind]] = {  # by diffusers' class names
+    "AutoencoderKL": _Kind(config=ImageVaeConfig, model=AutoencoderKL, part=ImageDecodePart),
+    "AutoencoderKLTemporalDecoder": _Kind(
+        config=TemporalVaeConfig, model=AutoencoderKLTemporalDecoder, part=TemporalDecodePart
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,19 +113,29 @@ class LoadedVae:
     config: VaeConfig
     sha256: str  # of the weight files
 
-    def spec(self, model: ModelSpec, *, tile: int = DEFAULT_TILE, precision: DType | None = None) -> DecoderSpec:
+    def spec(
+        self,
+        model: ModelSpec,
+        *,
+        tile: int = DEFAULT_TILE,
+        chunk: int | None = None,
+        precision: DType | None = None,
+    ) -> DecoderSpec:
         """Return how latents of a model are decoded.
 
         Args:
             model: The model.
             tile: Latent pixels, along a side, that are decoded at once, at most.
+            chunk: Frames that are decoded at once, at most; by default as many as diffusers' pipelines do. Where the
+                VAE mixes frames, what a frame becomes depends on it.
             precision: By default the model's, but float32 instead of float16 where the VAE's config says that it
                 overflows in it (`force_upcast`).
 
         Raises:
             UnsupportedModelError: If the model's latents aren't the VAE's.
         """
-        channels, *_, height, width = model.latent_shape
+        channels = model.latent_shape[0]
+        *frames, height, width = (largest for _, _, largest in model.latents.ranges)
         if channels != self.config.latent_channels:
             raise UnsupportedModelError(
                 f"{self.where}: this VAE decodes latents of {self.config.latent_channels} channels, the model's have "
@@ -86,6 +146,7 @@ class LoadedVae:
             precision=precision or (DType.FLOAT32 if overflows else model.precision),
             tile=(min(tile, height), min(tile, width)),
             overlap=min(tile, height, width) // 4,  # as diffusers'; a request may ask for more than one tile
+            frames=min(chunk or self.config.chunk, math.prod(frames)),
             scale=self.config.scale,
             channels=self.config.out_channels,
             vae_sha256=self.sha256,
@@ -104,26 +165,36 @@ def load_vae(folder: Path) -> LoadedVae:
 
     Raises:
         CheckpointError: If weights are missing, truncated, unsafe, or don't fit the configuration.
-        UnsupportedModelError: If it is no AutoencoderKL, or one with a feature that has no compiled form.
+        UnsupportedModelError: If it is of no class of `_KINDS`, or has a feature without a compiled form.
     """
     if (folder / "model_index.json").exists() and (folder / "vae").is_dir():
         folder = folder / "vae"
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} holds no config.json. Give the folder of a VAE in diffusers' layout.")
-    config = VaeConfig.checked(json_object(folder / "config.json", CheckpointError), where=str(folder / "config.json"))
+    raw, where = json_object(folder / "config.json", CheckpointError), str(folder / "config.json")
+    kind = _kind(raw.get("_class_name"), where=where)
+    config = kind.config.checked(raw, where=where)
     files = weight_files(folder)
     state = _decoder_weights(state_dict_from_files(files))
-    vae = _empty_vae(config)
+    vae = kind.empty(config)
     expected = _decoder_weights(vae.state_dict())
-    require_tensors(state, expected, where=str(folder), model="AutoencoderKL's decoder")
+    require_tensors(state, expected, where=str(folder), model="the VAE's decoder")
     vae.load_state_dict(state, assign=True, strict=False)
-    module = DecodePart(vae, scaling_factor=config.scaling_factor, shift_factor=config.shift_factor or 0.0)
     return LoadedVae(
         where=str(folder),
-        module=module.eval().requires_grad_(False),
+        module=kind.part(vae, config).eval().requires_grad_(False),
         config=config,
         sha256=checkpoint_sha256(files),
     )
+
+
+def _kind(name: object, *, where: str) -> _Kind:
+    kind = _KINDS.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise UnsupportedModelError(
+            f"{where}: _class_name is {clipped(name)}, known are {', '.join(_KINDS)}. {ANOTHER_VAE}"
+        )
+    return kind
 
 
 def _decoder_weights(state: StateDict) -> StateDict:
@@ -140,25 +211,3 @@ def _present_name(name: str) -> str:
         for old, new in _RENAMED.items():
             name = name.replace(old, new)
     return name
-
-
-def _empty_vae(config: VaeConfig) -> AutoencoderKL:
-    """Return the model with its weights on the meta device."""
-    with torch.device("meta"):
-        return AutoencoderKL(
-            **config.model_dump(
-                include={
-                    "in_channels",
-                    "out_channels",
-                    "down_block_types",
-                    "up_block_types",
-                    "block_out_channels",
-                    "layers_per_block",
-                    "act_fn",
-                    "latent_channels",
-                    "norm_num_groups",
-                    "use_post_quant_conv",
-                    "mid_block_add_attention",
-                }
-            )
-        )

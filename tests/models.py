@@ -10,8 +10,8 @@ BLOCK = ("attention", "mlp")
 
 def model_spec(
     *,
-    latent_shape: tuple[int, int, int] = (1, 4, 4),
-    patch: tuple[int, int] = (2, 2),
+    latent_shape: tuple[int, int, int] | tuple[int, int, int, int] = (1, 4, 4),
+    patch: tuple[int, int] | tuple[int, int, int] = (2, 2),
     width: int = 8,
     units: tuple[int, ...] = (2,),
     precision: DType = DType.FLOAT32,

@@ -75,6 +75,7 @@ class Target:
     segment: int
     halves: bool
     vae_tile: int
+    vae_chunk: int | None
     vae_precision: Precision | None
     text_precision: Precision | None
     policy: str
@@ -189,6 +190,18 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
             "size, whose overlap is blended, and memory stays that of one.",
         ),
     ] = 64,
+    vae_chunk: Annotated[
+        int | None,
+        typer.Option(
+            "--vae-chunk",
+            metavar="N",
+            min=1,
+            max=4096,
+            help="Frames of a clip that are decoded at once: memory grows with them.  Default: 14, as in diffusers, of "
+            "a VAE that mixes frames, and 1 of others.",
+            show_default=False,
+        ),
+    ] = None,
     policy: Annotated[
         str | None,
         typer.Option(
@@ -359,6 +372,7 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
         segment=segment,
         halves=halves,
         vae_tile=vae_tile,
+        vae_chunk=vae_chunk,
         vae_precision=vae_precision,
         text_precision=text_precision,
         policy=_default_policy(policy, calibrated=calibrated),
@@ -450,6 +464,7 @@ def _built(source: Source, target: Target, advance: Advance) -> Bundle:
         overwrite=target.overwrite,
         default_policy=target.policy,
         vae_tile=target.vae_tile,
+        vae_chunk=target.vae_chunk,
         vae_precision=target.vae_precision.dtype if target.vae_precision is not None else None,
         text_precision=target.text_precision.dtype if target.text_precision is not None else None,
     )

@@ -61,9 +61,10 @@ def _summary(bundle: Bundle) -> list[str]:
     ]
     if (decoder := manifest.decoder) is not None:
         height, width = decoder.tile
+        chunk = "" if decoder.frames == 1 else f", {decoder.frames} frames at once"
         lines.append(
             f"decoder: {decoder.precision.value}, {height} × {width} latents to {decoder.scale * height} × "
-            f"{decoder.scale * width} pixels at once, overlap {decoder.overlap}; VAE sha256 {decoder.vae_sha256}"
+            f"{decoder.scale * width} pixels at once, overlap {decoder.overlap}{chunk}; VAE sha256 {decoder.vae_sha256}"
         )
     if (encoder := manifest.text_encoder) is not None and (prompt := manifest.model.conditions.prompt) is not None:
         lines.append(

@@ -291,12 +291,17 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
                 chosen,
                 progress=lambda step, steps, rho: advance(f"{chosen.name}, ρ {rho:.2f}, step", step, steps),
             )
-            pixels = pixels_from_latents(result.latents)
-            if outputs.directory is not None and manifest.decoder is not None:
-                pixels = pipeline.decode(result.latents, progress=advance)
-        sampled = Sampled(pixels=pixels, naming=naming)
-        title = f"{manifest.model_name}, {chosen.name}, {result.steps} steps, guidance {request.guidance:g}"
-        pictures = _pictures(outputs, manifest, sampled, title, clips)
+            decoding = outputs.directory is not None and manifest.decoder is not None
+            pixels = (
+                pipeline.decode(result.latents, progress=advance) if decoding else pixels_from_latents(result.latents)
+            )
+        pictures = _pictures(
+            outputs,
+            manifest,
+            Sampled(pixels=pixels, naming=naming),
+            f"{manifest.model_name}, {chosen.name}, {result.steps} steps, guidance {request.guidance:g}",
+            clips,
+        )
         _write(outputs, pictures, result)
     if as_json:
         show_json(

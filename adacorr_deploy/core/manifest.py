@@ -132,7 +132,7 @@ class Manifest(_Frozen):
             return self
         if part is None or part.spec != decode_spec(self.model, self.decoder):
             raise ValueError(f"decoder says what part {DECODE_PART} does, which the bundle has not, or another")
-        for length, tile in zip(self.model.latent_shape[-2:], self.decoder.tile, strict=True):
+        for (_, _, length), tile in zip(self.model.latents.ranges[-2:], self.decoder.tile, strict=True):
             if tile > length or (tile < length and self.decoder.overlap >= tile):
                 raise ValueError(
                     f"decoder has tiles of {tile} with an overlap of {self.decoder.overlap}, allowed are tiles up to "

@@ -22,5 +22,11 @@ FRAMES: Final = "frames"
 HEIGHT: Final = "height"
 WIDTH: Final = "width"
 SIZE_AXES: Final = (FRAMES, HEIGHT, WIDTH)  # of latents, after the channels; an image has no frames
+CHUNK: Final = "chunk"  # frames that are decoded at once
+TILE_HEIGHT: Final = "tile_height"
+TILE_WIDTH: Final = "tile_width"
+IMAGE_HEIGHT: Final = "image_height"  # that a tile becomes
+IMAGE_WIDTH: Final = "image_width"
+IMAGE_OF_TILE: Final = {TILE_HEIGHT: IMAGE_HEIGHT, TILE_WIDTH: IMAGE_WIDTH}
 
 MAX_BATCH: Final = 10_000  # images of one request: far beyond any machine's memory for a real model

@@ -12,11 +12,21 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from adacorr_deploy.core.latents import LatentSpec
-from adacorr_deploy.core.shapes import FRAMES, ROWS, SIZE_AXES, STEPS, Dim
+from adacorr_deploy.core.shapes import (
+    CHUNK,
+    FRAMES,
+    IMAGE_OF_TILE,
+    ROWS,
+    SIZE_AXES,
+    STEPS,
+    TILE_HEIGHT,
+    TILE_WIDTH,
+    Dim,
+)
 
 DECODE_PART: Final = "decode"
 MAX_PROMPT_SIZE: Final = 65536  # an untrusted manifest can't ask for more
-MAX_DECODER_SIZE: Final = 4096  # of a tile or a scale: an untrusted manifest can't ask for more
+MAX_DECODER_SIZE: Final = 4096  # of a tile, a chunk or a scale: an untrusted manifest can't ask for more
 HALVES: Final = 0  # as the transformer blocks in a block part: each of their units is a part of its own
 MODULATIONS_PER_UNIT: Final = 3  # shift and scale of its input, gate of its result
 SHIFT_ROW, SCALE_ROW, GATE_ROW = range(MODULATIONS_PER_UNIT)  # where they stand among a unit's rows of modulation
@@ -70,6 +80,7 @@ class PartSpec:
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    ranges: tuple[tuple[str, int, int], ...] = ()  # of named axes that are no request's batch or steps: least, most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,35 +211,52 @@ def units_of_parts(blocks: Sequence[Sequence[str]], segment: int) -> tuple[int, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderSpec:
-    """How latents become images: what the `decode` part makes of a tile, and how tiles make an image.
+    """How latents become images: what the `decode` part makes of a tile, and how tiles make an image or a clip.
 
     Raises:
         ValueError: If the sizes don't go together.
     """
 
     precision: DType  # of weights and activations inside
-    tile: tuple[int, int]  # latent pixels decoded at once, (h, w)
+    tile: tuple[int, int]  # latent pixels decoded at once, (h, w); of smaller latents, all
     overlap: int  # latent pixels that neighbouring tiles share at least
     scale: int  # image pixels per latent pixel, along an axis
     channels: int  # of an image: 1 or 3
     vae_sha256: str  # of the VAE's weight files
+    frames: int = 1  # of a clip, decoded at once: a chunk, of which the last one may have fewer
 
     def __post_init__(self) -> None:
-        sizes = (*self.tile, self.scale)
+        sizes = (*self.tile, self.scale, self.frames)
         if min(sizes) < 1 or max(sizes) > MAX_DECODER_SIZE or not self.overlap >= 0:
-            raise ValueError(f"tile, overlap and scale are {self.tile}, {self.overlap} and {self.scale}")
+            raise ValueError(
+                f"tile, overlap, scale and frames are {self.tile}, {self.overlap}, {self.scale} and {self.frames}"
+            )
         if self.channels not in (1, 3):
             raise ValueError(f"channels is {self.channels}, allowed are 1 and 3")
 
 
 def decode_spec(model: ModelSpec, decoder: DecoderSpec) -> PartSpec:
-    """Return the spec of `decode`: latents (1, C, h, w) in, images (1, 3, s·h, s·w) out, both float32."""
+    """Return the spec of `decode`: latents (f, C, h, w) in, images (f, 3, s·h, s·w) out, both float32.
+
+    f is 1, or the axis `CHUNK` where several frames of a clip are decoded at once. h and w are the tile's, or axes
+    where latents may be smaller than it.
+    """
+    (_, smallest_height, _), (_, smallest_width, _) = model.latents.ranges[-2:]
     height, width = decoder.tile
-    pixels = (1, decoder.channels, decoder.scale * height, decoder.scale * width)
+    ranges = ((CHUNK, 1, decoder.frames), (TILE_HEIGHT, smallest_height, height), (TILE_WIDTH, smallest_width, width))
+    varying = tuple(each for each in ranges if each[1] < each[2])
+    frames, *tile = (name if least < most else most for name, least, most in ranges)
+    scale = decoder.scale
+    image = [IMAGE_OF_TILE[dim] if isinstance(dim, str) else scale * dim for dim in tile]
+    enlarged = (
+        (IMAGE_OF_TILE[name], scale * least, scale * most) for name, least, most in varying if name in IMAGE_OF_TILE
+    )
+    latents, images = (frames, model.latent_shape[0], *tile), (frames, decoder.channels, *image)
     return PartSpec(
         name=DECODE_PART,
-        inputs=(TensorSpec(name="latents", dtype=DType.FLOAT32, shape=(1, model.latent_shape[0], height, width)),),
-        outputs=(TensorSpec(name="images", dtype=DType.FLOAT32, shape=pixels),),
+        inputs=(TensorSpec(name="latents", dtype=DType.FLOAT32, shape=latents),),
+        outputs=(TensorSpec(name="images", dtype=DType.FLOAT32, shape=images),),
+        ranges=(*varying, *enlarged),
     )
 
 

@@ -11,15 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adacorr_deploy.core.prompts import TEXT_ENCODER_PART, TextEncoderSpec
-from adacorr_deploy.core.specs import DECODE_PART, ModelSpec, PartSpec, PromptSpec
+from adacorr_deploy.core.specs import DECODE_PART, DecoderSpec, ModelSpec, PartSpec, PromptSpec
 from adacorr_deploy.engines.backend import Buffer
 from adacorr_deploy.plugins.service_parts import (
     MAX_EVALUATIONS,
+    MOTION_PART,
     OUTPUT_ERROR_PART,
     SIGNALS_PART,
     blend_part_name,
     combine_part_name,
     extrapolate_part_name,
+    has_frames,
     modulated_part_name,
     predict_part_name,
     probe_part_name,
@@ -87,8 +89,14 @@ def part_inputs(reference: Pipeline, request: SampleRequest) -> dict[str, Arrays
         modulation = inputs[model.block_names[block]]["modulation"]
         inputs |= _block_service_inputs(model, model.units[block], modulation, list(evaluations))
     if (decoder := reference.manifest.decoder) is not None:
-        height, width = decoder.tile
-        inputs[DECODE_PART] = {"latents": inputs["head"]["latents"][:1, :, :height, :width]}
+        inputs[DECODE_PART] = {"latents": _decoder_tile(inputs["head"]["latents"][0], decoder)}
+    if has_frames(model):
+        last = next(iter(studied.values()))[-1]
+        frames = model.latents.frames_at(request.size)
+        inputs[MOTION_PART] = {
+            "tokens": _residual(last),
+            "frame_positions": np.arange(frames, dtype=np.float32),
+        }
     encoder, prompt = reference.manifest.text_encoder, model.conditions.prompt
     if encoder is not None and prompt is not None:
         inputs[TEXT_ENCODER_PART] = _text_encoder_inputs(encoder, prompt)
@@ -106,6 +114,13 @@ def _text_encoder_inputs(encoder: TextEncoderSpec, prompt: PromptSpec) -> Arrays
 def _named(space: Workspace, spec: PartSpec) -> Arrays:
     """Return what a part takes by name, of the request and of what the condition part made."""
     return {each.name: space.named[each.name].read() for each in spec.inputs if each.name in space.named}
+
+
+def _decoder_tile(latents: NDArray[np.generic], decoder: DecoderSpec) -> NDArray[np.generic]:
+    """Return a tile's first chunk of an image's latents (C, H, W) or a clip's (C, F, H, W): (f, C, h, w)."""
+    frames = latents[None] if latents.ndim == len("CHW") else latents.swapaxes(0, 1)
+    height, width = decoder.tile
+    return frames[: decoder.frames, :, :height, :width]
 
 
 def _evaluation(space: Workspace, step: int, block: int, units: Buffer) -> _Evaluation:

@@ -18,7 +18,7 @@ from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator
 from polygraphy.logger import G_LOGGER
 
-from adacorr_deploy.core.shapes import BATCH, BRANCHES, ROWS
+from adacorr_deploy.core.shapes import BATCH, BRANCHES, IMAGE_OF_TILE, ROWS
 from adacorr_deploy.core.specs import DType, PartSpec
 from adacorr_deploy.engines.backend import Backend, Session
 from adacorr_deploy.plugins import oracle
@@ -86,6 +86,10 @@ class SessionRunner(PartRunner):
         }
         # An axis that no input of the part carries: the rows that embed makes of branches × images.
         sizes.setdefault(ROWS, sizes.get(BRANCHES, 1) * sizes.get(BATCH, 1))
+        largest = {name: most for name, _, most in spec.ranges}
+        for tile, image in IMAGE_OF_TILE.items():  # a decoder's outputs are larger than its inputs by one factor
+            if image in largest:
+                sizes[image] = sizes[tile] * largest[image] // largest[tile]
         tensors = (*spec.inputs, *spec.outputs)
         buffers = {tensor.name: self._backend.allocate(tensor.resolved(sizes), tensor.dtype) for tensor in tensors}
         for tensor in spec.inputs:
@@ -117,6 +121,10 @@ def _extrapolate(
     return oracle.extrapolate(**tensors, sampler_row=coefficients[step[0]])
 
 
+def _motion(*, tokens: NDArray[np.float32], frame_positions: NDArray[np.float32]) -> NDArray[np.float32]:
+    return oracle.motion(tokens.reshape(len(tokens), len(frame_positions), -1))
+
+
 # By the first words of the parts' names.
 _ORACLES: Final[Mapping[str, Callable[..., NDArray[np.generic] | tuple[NDArray[np.generic], ...]]]] = {
     "signals": oracle.signals,
@@ -127,6 +135,7 @@ _ORACLES: Final[Mapping[str, Callable[..., NDArray[np.generic] | tuple[NDArray[n
     "probe": oracle.probe,
     "extrapolate_": _extrapolate,
     "output_error": oracle.output_error,
+    "motion": _motion,
 }
 
 

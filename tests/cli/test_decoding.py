@@ -84,6 +84,7 @@ def test_inspect_shows_the_decoder(command: Command, decoding: Path) -> None:
         "scale": 2,
         "channels": 3,
         "vae_sha256": manifest.decoder.vae_sha256,
+        "frames": 1,
     }
     shown = command("build", "--inspect", decoding).stdout
     assert "decoder: float32, 8 × 8 latents to 16 × 16 pixels at once, overlap 2; VAE sha256" in shown
@@ -111,7 +112,8 @@ def test_bad_vaes_are_one_line(command: Command, latent_model: Path, tmp_path: P
     vae = write_vae(tmp_path / "vae", random_vae(latent_channels=3))
     assert "decodes latents of 3 channels, the model's have 4" in command(*build, "--vae", vae).error
     edit_json(vae / "config.json", _class_name="VQModel")
-    assert "Input should be 'AutoencoderKL'" in command(*build, "--vae", vae).error
+    assert "known are AutoencoderKL, AutoencoderKLTemporalDecoder" in command(*build, "--vae", vae).error
     assert "it names a VAE, and --no-vae leaves it out" in command(*build, "--vae", vae, "--no-vae").error
     assert "Invalid value for '--vae-tile'" in command(*build, "--vae-tile", 7).error
+    assert "Invalid value for '--vae-chunk'" in command(*build, "--vae-chunk", 0).error
     assert not (tmp_path / "made.bundle").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from adacorr_deploy.core.bundle import Bundle, open_bundle
 from adacorr_deploy.core.engine_build import CompilerOptions, Profile, WeightLayout
 from adacorr_deploy.core.errors import BundleError, EngineError
 from adacorr_deploy.core.progress import Progress
+from adacorr_deploy.core.shapes import CHUNK, TILE_HEIGHT
 from adacorr_deploy.core.specs import HALVES, DType, PartSpec
 from adacorr_deploy.engines.onnxruntime_cpu import OnnxRuntimeBackend
 from adacorr_deploy.engines.tensorrt_backend import TensorRTBackend
@@ -27,7 +29,7 @@ from adacorr_deploy.exporters.vae import load_vae
 from adacorr_deploy.plugins.service_parts import service_part_specs
 from adacorr_deploy.runtime import Pipeline
 from tests.exporters.conftest import Exported, loaded
-from tests.exporters.random_vae import write_vae
+from tests.exporters.random_vae import random_temporal_vae, write_vae
 from tests.models import model_spec
 
 if TYPE_CHECKING:
@@ -175,3 +177,23 @@ def test_a_vaes_decoder_compiles(precision: DType, weights: WeightLayout, tmp_pa
     assert artefact.path.name == "decode.engine"
     assert artefact.path.stat().st_size > 0
     assert (artefact.weights is None) == (weights is WeightLayout.BAKED)
+
+
+@pytest.mark.parametrize(
+    ("precision", "weights"),
+    [
+        (DType.FLOAT16, WeightLayout.INPUTS),
+        pytest.param(DType.FLOAT32, WeightLayout.BAKED, marks=pytest.mark.slow),
+        pytest.param(DType.BFLOAT16, WeightLayout.INPUTS, marks=pytest.mark.slow),
+    ],
+)
+def test_a_decoder_that_mixes_frames_compiles(precision: DType, weights: WeightLayout, tmp_path: Path) -> None:
+    """Its chunks have any number of frames up to the decoder's own, and any size up to its tile's."""
+    vae = load_vae(write_vae(tmp_path / "vae", random_temporal_vae()))
+    fixed = model_spec(latent_shape=(4, 5, 8, 8), patch=(1, 1, 1), precision=precision)
+    model = replace(fixed, latents=replace(fixed.latents, smallest=(1, 4, 8), largest=(5, 8, 8)))
+    spec = export_decoder(vae, model, vae.spec(model, chunk=3, precision=precision), tmp_path)
+    assert spec.inputs[0].shape == (CHUNK, 4, TILE_HEIGHT, 8)
+    options = CompilerOptions(profile=PROFILE, targets=TARGETS, weights=weights)
+    artefact = TensorRTBackend(TENSORRT_RTX, options).build(tmp_path / "decode.onnx", spec, tmp_path / "engines")
+    assert artefact.path.stat().st_size > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,19 @@ def test_the_part_decodes_as_diffusers_does(config: dict[str, object], tmp_path:
     expected = in_diffusers(vae, latents)
     assert 0.1 < np.abs(expected).mean() < 0.99  # neither grey nor clipped everywhere
     assert relative_error(decoded(loaded, model, decoder, tmp_path, latents), expected) < 1e-4
+
+
+def test_latents_of_any_size_up_to_a_tile_are_decoded_as_diffusers_does(tmp_path: Path) -> None:
+    """One part for all of them: its graph takes sizes other than the one that it was traced with."""
+    vae = random_vae()
+    loaded, fixed = load_vae(write_vae(tmp_path / "vae", vae)), model_of(8, 8)
+    model = replace(fixed, latents=replace(fixed.latents, smallest=(4, 6), largest=(16, 12)))
+    decoder = loaded.spec(model)
+    assert decoder.tile == (16, 12)
+    for size in ((8, 8), (4, 6), (16, 12), (5, 12)):
+        latents = normal(1, 4, *size)
+        found = decoded(loaded, model, decoder, tmp_path, latents)
+        assert relative_error(found, in_diffusers(vae, latents)) < 1e-4
 
 
 def test_in_half_precision_it_is_near_enough(tmp_path: Path) -> None:
@@ -160,7 +174,7 @@ def test_only_the_decoders_weights_are_needed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"_class_name": "AutoencoderTiny"}, "_class_name: Input should be 'AutoencoderKL'.* --no-vae"),
+        ({"_class_name": "AutoencoderTiny"}, "_class_name is 'AutoencoderTiny', known are AutoencoderKL, .* --no-vae"),
         ({"up_block_types": ["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]}, "up_block_types"),
         ({"block_out_channels": [8]}, "have .* entries, allowed is one number for all"),
         ({"block_out_channels": [8, 18]}, "norm_num_groups 4 doesn't divide block_out_channels 18"),

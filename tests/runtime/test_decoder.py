@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 from adacorr_deploy.core.bundle import open_bundle
 from adacorr_deploy.core.errors import BundleError, EngineError, RequestError, SamplingCancelledError
 from adacorr_deploy.core.manifest import MANIFEST_NAME, PartRecord, file_record
+from adacorr_deploy.core.shapes import IMAGE_HEIGHT, TILE_HEIGHT
 from adacorr_deploy.core.specs import DECODE_PART, DecoderSpec, DType, decode_spec
 from adacorr_deploy.runtime import Pipeline
 from adacorr_deploy.runtime.decoder import Decoder
@@ -21,9 +24,15 @@ from tests.runtime.tiny_dit import TinyDiT
 Array = NDArray[np.float32]
 
 
-def decoder_spec(tile: tuple[int, int], overlap: int = 1, scale: int = 2) -> DecoderSpec:
+def decoder_spec(tile: tuple[int, int], overlap: int = 1, scale: int = 2, frames: int = 1) -> DecoderSpec:
     return DecoderSpec(
-        precision=DType.FLOAT32, tile=tile, overlap=overlap, scale=scale, channels=3, vae_sha256="0" * 64
+        precision=DType.FLOAT32,
+        tile=tile,
+        overlap=overlap,
+        scale=scale,
+        channels=3,
+        vae_sha256="0" * 64,
+        frames=frames,
     )
 
 
@@ -78,6 +87,54 @@ def test_it_stops_between_two_tiles(model: TinyDiT) -> None:
     with pytest.raises(SamplingCancelledError, match="Cancelled at tile 6 of 9"):
         made.images(np.zeros((1, 1, 4, 4), np.float32), cancelled=lambda: session.launches == 5)
     assert session.launches == 5
+
+
+@pytest.mark.parametrize(("frames", "sizes"), [(1, [1, 1, 1, 1, 1]), (2, [2, 2, 1]), (5, [5])])
+def test_chunks_make_a_clip_and_no_clip_shares_one(model: TinyDiT, frames: int, sizes: list[int]) -> None:
+    """The decoder here tells what it was given together: every pixel is the mean over its chunk."""
+    spec, backend, seen = decoder_spec((2, 4), frames=frames), FakeBackend({}), []
+
+    def mixed(tensors: Mapping[str, Array]) -> dict[str, Array]:
+        seen.append(len(tensors["latents"]))
+        pixels = enlarged(tensors["latents"])
+        return {"images": np.broadcast_to(pixels.mean(axis=0), pixels.shape)}
+
+    session = FakeSession(decode_spec(model.spec, spec), mixed, backend)  # type: ignore[arg-type]
+    latents = np.random.default_rng(0).standard_normal((2, 1, 5, 4, 4), np.float32)
+    told: list[int] = []
+    clips = Decoder(spec, session, backend).images(latents, progress=lambda what, done, total: told.append(total))
+    assert clips.shape == (2, 5, 3, 8, 8)
+    tiles = 3  # two rows of 4, that share one at least
+    assert seen == [size for _ in latents for size in sizes for _ in range(tiles)]
+    assert told == [2 * tiles * len(sizes)] * (2 * tiles * len(sizes) + 1)
+    for clip, of_clip in zip(clips, latents, strict=True):
+        single = enlarged(of_clip.swapaxes(0, 1))
+        chunks = np.split(single, np.cumsum(sizes)[:-1])
+        expected = np.concatenate([np.broadcast_to(chunk.mean(axis=0), chunk.shape) for chunk in chunks])
+        np.testing.assert_allclose(clip, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_latents_smaller_than_a_tile_are_decoded_whole_and_larger_ones_in_tiles(model: TinyDiT) -> None:
+    varying = replace(model.spec, latents=replace(model.spec.latents, smallest=(2, 4), largest=(12, 12)))
+    spec, backend = decoder_spec((4, 4)), FakeBackend({})
+    decode = decode_spec(varying, spec)
+    assert decode.inputs[0].shape == (1, 1, TILE_HEIGHT, 4)
+    assert decode.ranges == ((TILE_HEIGHT, 2, 4), (IMAGE_HEIGHT, 4, 8))
+    session = FakeSession(decode, lambda tensors: {"images": enlarged(np.asarray(tensors["latents"]))}, backend)
+    made = Decoder(spec, session, backend)
+    launches = {(2, 4): 1, (4, 4): 1, (8, 4): 3, (2, 12): 4}
+    for (height, width), expected in launches.items():
+        latents = np.random.default_rng(height).standard_normal((1, 1, height, width), np.float32)
+        before = session.launches
+        np.testing.assert_allclose(made.images(latents), enlarged(latents), rtol=1e-5, atol=1e-6)
+        assert session.launches - before == expected
+
+
+def test_it_stops_between_two_chunks(model: TinyDiT) -> None:
+    made, session = decoder(model, decoder_spec((4, 4), frames=2))
+    with pytest.raises(SamplingCancelledError, match="Cancelled at tile 3 of 3"):
+        made.images(np.zeros((1, 1, 5, 4, 4), np.float32), cancelled=lambda: session.launches == 2)
+    assert session.launches == 2
 
 
 # --- In a pipeline -----------------------------------------------------------------------------------------------
