@@ -153,7 +153,7 @@ class LoadedTextEncoder:
 
 
 @contextmanager
-def _computing_in_float32(module: nn.Module) -> Iterator[None]:
+def _computing_in_float32(module: TextEncoderPart) -> Iterator[None]:
     """Let a module of any precision compute in float32, with one layer's weights in it at a time."""
     stored: dict[nn.Module, list[Tensor]] = {}
 
@@ -167,6 +167,7 @@ def _computing_in_float32(module: nn.Module) -> Iterator[None]:
             weight.data = data
 
     layers = [each for each in module.modules() if any(True for _ in each.parameters(recurse=False))]
+    layers += [block.layer[-1] for block in module.blocks]  # whose own code asks for the type of a layer to come
     hooks = [each.register_forward_pre_hook(widen) for each in layers]
     hooks += [each.register_forward_hook(restore) for each in layers]
     try:

@@ -103,6 +103,17 @@ def test_weights_are_read_in_the_type_that_they_are_stored_in(tmp_path: Path) ->
     assert relative_error(found.embeddings, expected.embeddings) < 1e-4
 
 
+def test_the_null_prompt_is_what_float32_makes_of_an_empty_text(tmp_path: Path) -> None:
+    """Of weights in bfloat16 too, which stay as they are: a layer's at a time are widened."""
+    model = random_t5().to(torch.bfloat16)
+    loaded = load_text_encoder(write_text_encoder(tmp_path, model))
+    embeddings, mask = loaded.null_prompt(PROMPT)
+    expected = in_transformers(model.float(), tmp_path / "tokenizer", ("",))
+    np.testing.assert_array_equal(mask, expected.mask[0])
+    assert relative_error(embeddings, expected.embeddings[0]) < 1e-5
+    assert {weight.dtype for weight in loaded.encoder.parameters()} == {torch.bfloat16}
+
+
 def test_the_table_of_tokens_may_stand_under_either_name_and_a_decoder_beside_it(tmp_path: Path) -> None:
     folder = write_text_encoder(tmp_path)
     state = load_file(folder / WEIGHTS)
