@@ -14,6 +14,7 @@ from adacorr_deploy.core.schedules import Schedule
 from adacorr_deploy.core.specs import DType, ModelSpec
 from adacorr_deploy.exporters.dit_adapter import DiTAdapter
 from adacorr_deploy.exporters.part import Part
+from adacorr_deploy.exporters.pixart_adapter import PixArtAdapter
 from adacorr_deploy.exporters.stdit_adapter import STDiTAdapter
 from adacorr_deploy.exporters.weight_files import StateDict
 
@@ -73,8 +74,17 @@ class ModelAdapter(Protocol):
     @property
     def family(self) -> str: ...
 
-    def from_config(self, config: Mapping[str, object], state: StateDict, *, where: str) -> ExportableModel:
-        """Build the model from its diffusers configuration and weights; `where` is for the messages."""
+    def from_config(
+        self, config: Mapping[str, object], state: StateDict, *, where: str, pipeline: str | None = None
+    ) -> ExportableModel:
+        """Build the model from its diffusers configuration and weights.
+
+        Args:
+            config: The transformer's `config.json`.
+            state: The weights, by diffusers' names.
+            where: For the messages.
+            pipeline: Class of the pipeline, where the transformer belongs to one: several may share a transformer.
+        """
         ...
 
     def is_original(self, state: StateDict) -> bool:
@@ -87,6 +97,7 @@ class ModelAdapter(Protocol):
 # By diffusers' class names, or, where it has no class, by the original's.
 EXPORTERS: Final[Mapping[str, ModelAdapter]] = {
     "DiTTransformer2DModel": DiTAdapter(),
+    "PixArtTransformer2DModel": PixArtAdapter(),
     "STDiT3": STDiTAdapter(),
 }
 

@@ -105,7 +105,7 @@ def _loaded_model(path: Path, scheduler: Path | None, heads: int | None) -> Load
     if (path / "model_index.json").exists():
         return _from_pipeline(path, scheduler)
     if (path / "config.json").exists():
-        return _from_transformer(path, name=path.resolve().name, scheduler=scheduler, class_names=None)
+        return _from_transformer(path, name=path.resolve().name, scheduler=scheduler)
     raise CheckpointError(
         f"{path} is no diffusers folder: it holds neither model_index.json (a pipeline) nor config.json "
         "(a transformer). Give one of these, or a .pt or .safetensors checkpoint."
@@ -113,7 +113,7 @@ def _loaded_model(path: Path, scheduler: Path | None, heads: int | None) -> Load
 
 
 def _from_original(path: Path, scheduler: Path | None, heads: int | None) -> LoadedModel:
-    state = state_dict_from_files([path])
+    state = state_dict_from_files([path], as_stored=True)
     adapter = next((adapter for adapter in EXPORTERS.values() if adapter.is_original(state)), None)
     if adapter is None:
         raise CheckpointError(
@@ -138,6 +138,7 @@ def _from_pipeline(path: Path, scheduler: Path | None) -> LoadedModel:
         raise UnsupportedModelError(
             f"{path}: the pipeline {index.get('_class_name')!r} has no transformer. Known: {', '.join(EXPORTERS)}."
         )
+    pipeline = index.get("_class_name")
     adapter_for({"_class_name": entry[1], "norm_type": "ada_norm_zero"}, where=str(path / "model_index.json"))
     own = path / "scheduler"
     return _from_transformer(
@@ -145,11 +146,17 @@ def _from_pipeline(path: Path, scheduler: Path | None) -> LoadedModel:
         name=path.resolve().name,
         scheduler=scheduler or (own if own.exists() else None),
         class_names=_class_names(index.get("id2label"), where=str(path / "model_index.json")),
+        pipeline=pipeline if isinstance(pipeline, str) else None,
     )
 
 
 def _from_transformer(
-    path: Path, *, name: str, scheduler: Path | None, class_names: tuple[str, ...] | None
+    path: Path,
+    *,
+    name: str,
+    scheduler: Path | None,
+    class_names: tuple[str, ...] | None = None,
+    pipeline: str | None = None,
 ) -> LoadedModel:
     config = json_object(path / "config.json", CheckpointError)
     adapter = adapter_for(config, where=str(path / "config.json"))
@@ -158,7 +165,9 @@ def _from_transformer(
             f"{path} comes without a scheduler. Give a scheduler_config.json or its folder with --scheduler."
         )
     files = weight_files(path)
-    model = adapter.from_config(config, state_dict_from_files(files), where=str(path))
+    model = adapter.from_config(
+        config, state_dict_from_files(files, as_stored=True), where=str(path), pipeline=pipeline
+    )
     return LoadedModel(
         name=name,
         model=model,

@@ -24,7 +24,9 @@ class DiTAdapter:
 
     family = "dit"
 
-    def from_config(self, config: Mapping[str, object], state: StateDict, *, where: str) -> DiTModel:
+    def from_config(
+        self, config: Mapping[str, object], state: StateDict, *, where: str, pipeline: str | None = None
+    ) -> DiTModel:
         model = empty_dit(DiTConfig.checked(config, where=where))
         require_tensors(state, model.state_dict(), where=where, model="DiTTransformer2DModel")
         model.load_state_dict(state, assign=True, strict=True)

@@ -13,7 +13,15 @@ from adacorr_deploy.exporters.sampler_update import sampler_update
 class HeadPart(nn.Module):
     """Tokens → the next latents, of images or clips."""
 
-    def __init__(self, norm: nn.Module, projection: nn.Linear, *, patch: Sequence[int], channels: int) -> None:
+    def __init__(
+        self,
+        norm: nn.Module,
+        projection: nn.Linear,
+        *,
+        patch: Sequence[int],
+        channels: int,
+        uses_variance: bool = True,
+    ) -> None:
         """Take a model's final layer.
 
         Args:
@@ -22,12 +30,14 @@ class HeadPart(nn.Module):
             patch: (p, p), or (1, p, p) of a clip: as `LatentSpec.patch`.
             channels: C of the latents. The projection has as many channels, or more: then a learned variance follows
                 in as many, and what comes after is not used.
+            uses_variance: Whether samplers are given a learned variance, or there may as well be none.
         """
         super().__init__()
         self.norm_out = norm
         self.proj_out = projection
         self.patch = tuple(patch)
         self.channels = channels
+        self.uses_variance = uses_variance
         self.out_channels = projection.out_features // math.prod(patch)
 
     def forward(
@@ -60,7 +70,7 @@ class HeadPart(nn.Module):
         weights = guidance[(..., *(None for _ in (self.out_channels, *size)))]
         guided = (weights * output[:, :, : self.channels]).sum(dim=0)
         # The variance is that of the conditional rows, which come first.
-        learned = self.out_channels > self.channels
+        learned = self.uses_variance and self.out_channels > self.channels
         variance = output[0, :, self.channels : 2 * self.channels] if learned else None
         row = coefficients.index_select(0, step)
         latents_out, carried_out = sampler_update(row, latents, guided, noise, carried, variance)

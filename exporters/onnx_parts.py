@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
 import onnx
-from torch import nn
+from torch import Tensor, nn
 
 from adacorr_deploy.core.errors import OutputError
 from adacorr_deploy.core.progress import Progress
 from adacorr_deploy.core.prompts import TextEncoderSpec
 from adacorr_deploy.core.specs import DecoderSpec, DType, ModelSpec, PartSpec, PromptSpec
 from adacorr_deploy.exporters.checkpoints import LoadedModel
+from adacorr_deploy.exporters.mapped_file import release_pages
 from adacorr_deploy.exporters.part import Part
+from adacorr_deploy.exporters.streamed_module import StreamedModule
 from adacorr_deploy.exporters.text_encoder import LoadedTextEncoder
 from adacorr_deploy.exporters.tracing import TracedPart, trace_part, weights_of
 from adacorr_deploy.exporters.vae import LoadedVae
@@ -108,24 +110,32 @@ def monolithic_step_onnx(
 
 
 def reference_modules(loaded: LoadedModel, segment: int = 1) -> dict[str, nn.Module]:
-    """Return the parts as PyTorch modules in float32 that share the model's weights.
+    """Return the parts as PyTorch modules that compute in float32 from the model's own weights.
 
     Each takes the tensors of its contract by name and returns a tuple of the outputs in the contract's order.
     """
-    return {part.spec.name: part.module for part in loaded.model.parts(DType.FLOAT32, segment)}
+    return {part.spec.name: StreamedModule(part.module) for part in loaded.model.parts(DType.FLOAT32, segment)}
 
 
 def _write_part(part: Part, traced: TracedPart, directory: Path, precision: DType) -> None:
     name, weights = part.spec.name, weights_of(part.module)
     header, stored = layout_of(_stored_shapes(traced), precision)
-    tensors = ((key, traced.recipes[key].compute(weights)) for key in stored)
     graph = _with_external_weights(traced.graph, stored, f"{name}.safetensors", precision)
     graph.graph.name = name
     try:
-        write_weights(directory / f"{name}.safetensors", header, tensors, precision)
+        write_weights(directory / f"{name}.safetensors", header, _computed(traced, stored, weights), precision)
         (directory / f"{name}.onnx").write_bytes(graph.SerializeToString(deterministic=True))
     except OSError as error:
         raise OutputError(f"{directory} can't be written: {error}. Free some space or choose another.") from error
+
+
+def _computed(
+    traced: TracedPart, stored: Mapping[str, StoredTensor], weights: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the stored weights, each made when it is asked for; what it was read from leaves memory after it."""
+    for key in stored:
+        yield key, traced.recipes[key].compute(weights)
+        release_pages()
 
 
 def _stored_shapes(traced: TracedPart) -> dict[str, tuple[int, ...]]:

@@ -31,7 +31,9 @@ class STDiTAdapter:
 
     family = "stdit"
 
-    def from_config(self, config: Mapping[str, object], state: StateDict, *, where: str) -> STDiTModel:
+    def from_config(
+        self, config: Mapping[str, object], state: StateDict, *, where: str, pipeline: str | None = None
+    ) -> STDiTModel:
         raise UnsupportedModelError(f"{where}: diffusers has no STDiT. Give the weights' file of Open-Sora itself.")
 
     def is_original(self, state: StateDict) -> bool:

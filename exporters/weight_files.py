@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adacorr_deploy.core.errors import CheckpointError
+from adacorr_deploy.exporters.mapped_file import release_pages, tensors_from_safetensors
 
 StateDict = dict[str, Tensor]
 
@@ -112,6 +113,7 @@ def require_tensors(state: Mapping[str, Tensor], expected: Mapping[str, Tensor],
             )
         if not torch.isfinite(state[key]).all():
             raise CheckpointError(f"{where}: {key} holds NaN or infinity. Save it again from its training.")
+        release_pages()
 
 
 def _named(keys: Sequence[str]) -> str:
@@ -121,8 +123,8 @@ def _named(keys: Sequence[str]) -> str:
 
 def _read_safetensors(path: Path) -> StateDict:
     try:
-        with safe_open(path, framework="pt") as file:
-            return _tensors_only({key: file.get_tensor(key) for key in file.keys()}.items(), path)  # noqa: SIM118
+        with safe_open(path, framework="pt"):  # checks the header: sizes, order, and that the file is whole
+            return _tensors_only(tensors_from_safetensors(path).items(), path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or no safetensors file ({error}). Copy it again.") from error
 

@@ -18,6 +18,7 @@ from adacorr_deploy.core.schedules import Schedule
 from adacorr_deploy.core.specs import DECODE_PART, DType
 from adacorr_deploy.engines import Artefact
 from adacorr_deploy.engines.torch_reference import TorchBackend
+from adacorr_deploy.exporters.streamed_module import StreamedModule
 from adacorr_deploy.quality.diffusers_schedulers import scheduler_for_run, step_options
 from adacorr_deploy.runtime import Pipeline, SampleRequest
 from adacorr_deploy.runtime.buffers import RunSize
@@ -47,8 +48,7 @@ def reference_of_bundle(bundle: Bundle, loaded: LoadedModel) -> Pipeline:
         parts[DECODE_PART] = loaded.vae.part(model, decoder)
     if (prompt := model.conditions.prompt) is not None and loaded.text_encoder is not None:
         parts[TEXT_ENCODER_PART] = loaded.text_encoder.part(prompt)
-        parts[TEXT_ENCODER_PART].module.float()
-    backend = TorchBackend({name: part.module for name, part in parts.items()})
+    backend = TorchBackend({name: StreamedModule(part.module) for name, part in parts.items()})
     manifest = bundle.manifest.model_copy(update={"model": model, "backend": backend.name, "parts": {}})
     with ExitStack() as resources:
         sessions = {}
@@ -138,6 +138,7 @@ def diffusers_latents(loaded: LoadedModel, schedule: Schedule, request: SampleRe
     conditions = {name: torch.from_numpy(values) for name, values in rows_of.items()}
     keeps_variance = scheduler.config.get("variance_type") == "learned_range"
     sample = torch.from_numpy(latents)
+    loaded.model.module.float()  # it may have been stored in less
     with torch.inference_mode():
         for timestep in scheduler.timesteps:
             rows = torch.cat([sample] * request.branches)

@@ -57,6 +57,19 @@ def test_both_measure_a_tiny_model_and_their_arithmetic_holds(tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", ["DiT-tiny", "PixArt-tiny"])
+def test_the_memory_of_a_build_is_measured_beside_its_weights_and_held_to_a_limit(model: str) -> None:
+    memory = json.loads(run_script("build_memory.py", model, "--limit", 100_000, "--json"))
+    weights = min(memory["checkpoint"], memory["bundle"])
+    assert 0 < weights < memory["baseline"] < memory["peak"]  # of so small a model, the imports are all there is
+    assert memory["ratio"] == memory["peak"] / weights
+    command = [sys.executable, str(BENCHMARKS / "build_memory.py"), model, "--limit", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "times the weights, allowed is 1." in done.stderr
+
+
+@pytest.mark.slow
 def test_spans_and_halves_of_a_tiny_model_are_measured_on_the_same_numbers() -> None:
     report = json.loads(run_script("spans.py", "--size", "tiny", "--batch", 2, "--rounds", 1, "--json"))
     assert report["halves_max_abs_difference"] < 1e-4

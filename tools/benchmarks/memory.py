@@ -201,10 +201,11 @@ def _scalars(steps: int, rows: int, batch: int, branches: int) -> int:
 
 def weight_bytes(bundle: Bundle) -> int:
     """Return the bytes of all weights, as the headers of the safetensors files say."""
-    return sum(_tensor_bytes(bundle.file(name)) for name in bundle.manifest.files if name.endswith(".safetensors"))
+    return sum(tensor_bytes(bundle.file(name)) for name in bundle.manifest.files if name.endswith(".safetensors"))
 
 
-def _tensor_bytes(path: Path) -> int:
+def tensor_bytes(path: Path) -> int:
+    """Return the bytes of a safetensors file's tensors, as its header says."""
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     tensors = (entry for name, entry in header.items() if name != "__metadata__")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -10,8 +11,8 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from diffusers import DiTTransformer2DModel
-from sizes import shape_and_patch
+from diffusers import DDIMScheduler, DiTTransformer2DModel, DPMSolverMultistepScheduler, PixArtTransformer2DModel
+from sizes import SHAPES, shape_and_patch
 
 import adacorr_deploy
 from adacorr_deploy.caching.controllers import Run, StaticController
@@ -19,6 +20,7 @@ from adacorr_deploy.caching.guards import Guards
 from adacorr_deploy.caching.policy import Policy, ScheduleGate
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
 from adacorr_deploy.core.bundle import Bundle
+from adacorr_deploy.core.errors import AdaCorrError
 from adacorr_deploy.core.specs import PartSpec
 from adacorr_deploy.engines import Backend, Buffer, Launch, Session
 from adacorr_deploy.engines.bundle_sessions import open_part
@@ -73,6 +75,52 @@ def random_dit(
         block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
         torch.nn.init.normal_(block.norm1.linear.weight, std=0.02)  # shifts, scales and gates, which start as zero
     return model.eval().requires_grad_(False)
+
+
+def random_pixart(width: int, blocks: int, heads: int, side: int, *, caption: int) -> PixArtTransformer2DModel:
+    """Return a PixArt whose prompts are so wide; diffusers draws its tables at random, so all blocks do something."""
+    torch.manual_seed(0)
+    model = PixArtTransformer2DModel(
+        num_attention_heads=heads,
+        attention_head_dim=width // heads,
+        cross_attention_dim=width,
+        num_layers=blocks,
+        sample_size=side,
+        caption_channels=caption,
+        use_additional_conditions=False,
+    )
+    return model.eval().requires_grad_(False)
+
+
+def write_random_pipeline(name: str, folder: Path) -> Path:
+    """Write a random model, say `DiT-XL/2` or `PixArt-XL`, as diffusers writes pipelines, and return the folder.
+
+    Raises:
+        AdaCorrError: If the name is of no known size.
+    """
+    family, _, size = name.partition("-")
+    (width, blocks, heads, side), patch = shape_and_patch(size)
+    scheduler: DDIMScheduler | DPMSolverMultistepScheduler
+    if family == "DiT":
+        model: DiTTransformer2DModel | PixArtTransformer2DModel = random_dit(width, blocks, heads, side, patch=patch)
+        pipeline = "DiTPipeline"
+        scheduler = DDIMScheduler(clip_sample=False)
+    elif family == "PixArt":
+        model, pipeline = random_pixart(width, blocks, heads, 2 * side, caption=4096), "PixArtAlphaPipeline"
+        scheduler = DPMSolverMultistepScheduler()
+    else:
+        raise AdaCorrError(
+            f"{name!r} is no random model. Allowed are DiT-… and PixArt-… of these sizes: {', '.join(SHAPES)}."
+        )
+    model.save_pretrained(folder / "transformer", max_shard_size="100GB")
+    scheduler.save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": pipeline,
+        "transformer": ["diffusers", type(model).__name__],
+        "scheduler": ["diffusers", type(scheduler).__name__],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    return folder
 
 
 # --- Sessions that pipelines share -----------------------------------------------------------------------------------
