@@ -13,6 +13,7 @@ from adacorr_deploy.core.errors import UnsupportedModelError
 from adacorr_deploy.core.schedules import Schedule
 from adacorr_deploy.core.specs import DType, ModelSpec
 from adacorr_deploy.exporters.dit_adapter import DiTAdapter
+from adacorr_deploy.exporters.latte_adapter import LatteAdapter
 from adacorr_deploy.exporters.part import Part
 from adacorr_deploy.exporters.pixart_adapter import PixArtAdapter
 from adacorr_deploy.exporters.stdit_adapter import STDiTAdapter
@@ -97,6 +98,7 @@ class ModelAdapter(Protocol):
 # By diffusers' class names, or, where it has no class, by the original's.
 EXPORTERS: Final[Mapping[str, ModelAdapter]] = {
     "DiTTransformer2DModel": DiTAdapter(),
+    "LatteTransformer3DModel": LatteAdapter(),
     "PixArtTransformer2DModel": PixArtAdapter(),
     "STDiT3": STDiTAdapter(),
 }

@@ -21,6 +21,7 @@ from adacorr_deploy.exporters.units import Unit
 if TYPE_CHECKING:
     from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.attention_processor import Attention
+    from diffusers.models.embeddings import PatchEmbed
 
 UNITS: Final = ("attention", "cross_attention", "mlp")  # of a block
 CONTEXT: Final = ("context", "context_bias")  # what cross-attention is given
@@ -35,7 +36,7 @@ class Embed(nn.Module):
 
     def __init__(self, model: PixArtTransformer2DModel) -> None:
         super().__init__()
-        self.tokens = PatchTokens(model)
+        self.tokens = PatchTokens(model.pos_embed)
 
     def forward(self, latents: Tensor, branches: Tensor) -> tuple[Tensor, ...]:
         """Return tokens (R, N, D) of `latents` (B, C, H, W) and `branches` (K,) of ones."""
@@ -45,13 +46,13 @@ class Embed(nn.Module):
 class PatchTokens(nn.Module):
     """Latents of any size to tokens with positions, which are made for that size as diffusers makes them."""
 
-    def __init__(self, model: PixArtTransformer2DModel) -> None:
+    def __init__(self, embed: PatchEmbed) -> None:
         super().__init__()
-        embed = model.pos_embed
         self.proj = embed.proj
         self.patch = embed.patch_size
         self.extent = embed.base_size / embed.interpolation_scale  # positions go from 0 up to this, at any size
-        waves = torch.arange(model.inner_dim // 4, dtype=torch.float64) / (model.inner_dim // 4)
+        quarter = embed.proj.out_channels // 4
+        waves = torch.arange(quarter, dtype=torch.float64) / quarter
         self.frequencies = (1.0 / _PERIOD**waves).tolist()  # no buffer: float32 in any precision
 
     def forward(self, latents: Tensor) -> Tensor:
