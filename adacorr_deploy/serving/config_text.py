@@ -32,6 +32,7 @@ class ModelChoice:
     machine: Machine
     backend: str  # engines; empty for those that the bundle was built for
     inputs: tuple[TensorField, ...] = INPUTS  # that its requests may have
+    outputs: tuple[TensorField, ...] = OUTPUTS
 
 
 def sampling_config(choice: ModelChoice) -> str:
@@ -40,28 +41,32 @@ def sampling_config(choice: ModelChoice) -> str:
     Raises:
         BackendUnavailableError: If tritonclient is not installed.
     """
-    config = _python_model(choice.name, choice.machine, choice.inputs)
+    config = _python_model(choice.name, choice.machine, choice.inputs, choice.outputs)
     config.parameters["backend"].string_value = choice.backend
     return _text(config)
 
 
-def stream_config(model: str, inputs: tuple[TensorField, ...] = INPUTS) -> str:
+def stream_config(
+    model: str, inputs: tuple[TensorField, ...] = INPUTS, outputs: tuple[TensorField, ...] = OUTPUTS
+) -> str:
     """Return the config.pbtxt of the model that streams what `model` samples.
 
     Raises:
         BackendUnavailableError: If tritonclient is not installed.
     """
-    config = _python_model(f"{model}{STREAM_SUFFIX}", Machine.CPU, inputs)
+    config = _python_model(f"{model}{STREAM_SUFFIX}", Machine.CPU, inputs, outputs)
     config.model_transaction_policy.decoupled = True
     config.parameters["model"].string_value = model
     return _text(config)
 
 
-def _python_model(name: str, machine: Machine, inputs: Sequence[TensorField]) -> ModelConfig:
+def _python_model(
+    name: str, machine: Machine, inputs: Sequence[TensorField], outputs: Sequence[TensorField]
+) -> ModelConfig:
     with _tritonclient():
         from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
     config = ModelConfig(name=name, backend="python", max_batch_size=0)  # requests share launches inside the model
-    _add_tensors(config, inputs, OUTPUTS)
+    _add_tensors(config, inputs, outputs)
     group = config.instance_group.add(count=1)  # one engine: a second would hold everything twice
     if machine is Machine.GPU:
         group.kind = ModelInstanceGroup.KIND_GPU

@@ -42,7 +42,7 @@ from adacorr_deploy.serving.settings import (
     RunDefaults,
     ServingSettings,
 )
-from adacorr_deploy.serving.tensors import inputs_for
+from adacorr_deploy.serving.tensors import inputs_for, outputs_for
 
 ABOUT_NAME: Final = "adacorr-repository.json"
 REPOSITORY: Final = FolderKind(
@@ -191,16 +191,16 @@ def _shipped(files: tuple[Path, ...]) -> dict[str, str]:
 
 def configs(model: str, manifest: Manifest) -> dict[str, str]:
     """Return the configurations by their places: the plain one for a GPU, and one for the CPU."""
-    inputs = inputs_for(manifest)
+    inputs, outputs = inputs_for(manifest), outputs_for(manifest)
     on_gpu = "onnxruntime-cuda" if manifest.backend == CPU_BACKEND else manifest.backend
     return {
         f"{model}/config.pbtxt": sampling_config(
-            ModelChoice(name=model, machine=Machine.GPU, backend=on_gpu, inputs=inputs)
+            ModelChoice(name=model, machine=Machine.GPU, backend=on_gpu, inputs=inputs, outputs=outputs)
         ),
         f"{model}/configs/cpu.pbtxt": sampling_config(
-            ModelChoice(name=model, machine=Machine.CPU, backend=CPU_BACKEND, inputs=inputs)
+            ModelChoice(name=model, machine=Machine.CPU, backend=CPU_BACKEND, inputs=inputs, outputs=outputs)
         ),
-        f"{model}{STREAM_SUFFIX}/config.pbtxt": stream_config(model, inputs),
+        f"{model}{STREAM_SUFFIX}/config.pbtxt": stream_config(model, inputs, outputs),
     }
 
 

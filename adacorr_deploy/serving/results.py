@@ -13,7 +13,9 @@ from adacorr_deploy.runtime import SampleResult
 from adacorr_deploy.runtime.images import levels_from_pixels, picture_from_pixels, png_from_picture
 from adacorr_deploy.serving.tensors import Tensor, text_tensor
 
-ImagesOfLatents = Callable[[NDArray[np.float32]], NDArray[np.float32]]  # (B, C, H, W) → pixels in [−1, 1]
+ImagesOfLatents = Callable[
+    [NDArray[np.float32]], NDArray[np.float32]
+]  # latents → pixels in [−1, 1]: (B, C, H, W), or (B, F, C, H, W)
 JsonValue = str | int | float | bool | None
 
 
@@ -37,7 +39,10 @@ def result_tensors(
 
 
 def image_tensors(latents: NDArray[np.float32], outputs: Sequence[str], images: ImagesOfLatents) -> dict[str, Tensor]:
-    """Return latents (B, C, H, W) in the forms of `outputs`, names of `tensors.IMAGES`; decoded only if need be."""
+    """Return latents, (B, C, H, W) or (B, C, F, H, W), in the forms of `outputs`, names of `tensors.IMAGES`.
+
+    They are decoded only if need be. Pixels and files of clips have an axis of frames after the batch's.
+    """
     tensors: dict[str, Tensor] = {}
     if "latents" in outputs:
         tensors["latents"] = latents
@@ -47,11 +52,13 @@ def image_tensors(latents: NDArray[np.float32], outputs: Sequence[str], images: 
     if "pixels" in outputs:
         tensors["pixels"] = levels_from_pixels(pixels)
     if "png" in outputs or "png_base64" in outputs:
-        files = [png_from_picture(picture_from_pixels(image)) for image in pixels]
+        *batch, channels, height, width = pixels.shape  # (B,), or (B, F) of clips
+        images_or_frames = pixels.reshape(-1, channels, height, width)
+        files = [png_from_picture(picture_from_pixels(image)) for image in images_or_frames]
         if "png" in outputs:
-            tensors["png"] = text_tensor(files)
+            tensors["png"] = text_tensor(files).reshape(batch)
         if "png_base64" in outputs:
-            tensors["png_base64"] = text_tensor(base64.b64encode(file) for file in files)
+            tensors["png_base64"] = text_tensor(base64.b64encode(file) for file in files).reshape(batch)
     return tensors
 
 

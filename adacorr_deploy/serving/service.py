@@ -17,12 +17,10 @@ from functools import partial
 from types import TracebackType
 from typing import Final
 
-import numpy as np
-from numpy.typing import NDArray
-
 from adacorr_deploy.core.errors import AdaCorrError, EngineError, RequestError
 from adacorr_deploy.core.untrusted import clipped
 from adacorr_deploy.runtime import SampleResult
+from adacorr_deploy.runtime.images import pixels_from_latents
 from adacorr_deploy.serving.engine import Engine, Finished, Ticket
 from adacorr_deploy.serving.logs import JsonLog, Level
 from adacorr_deploy.serving.metrics import (
@@ -100,7 +98,7 @@ class SamplingService:
             tracing: Takes the spans of each request; None for nowhere.
         """
         self._engine = engine
-        self._images = images or _as_they_are
+        self._images = images or pixels_from_latents
         self._tracing = tracing or NoTracing()
         self._book = book
         self._recorder = recorder
@@ -393,10 +391,6 @@ class SamplingService:
             "outcome": outcome.value,
         }
         self._log.write(level, "request", {**about, **values})
-
-
-def _as_they_are(latents: NDArray[np.float32]) -> NDArray[np.float32]:
-    return latents
 
 
 def _check_parameters(parameters: Mapping[str, str | int | float | bool]) -> None:

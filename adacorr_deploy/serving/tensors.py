@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -105,7 +105,20 @@ def inputs_for(manifest: Manifest) -> tuple[TensorField, ...]:
         "frames": FRAMES in varying,
         "frame_rate": model.conditions.frame_rate,
     }
-    return tuple(field for field in INPUTS if taken.get(field.name, True))
+    clips = FRAMES in model.latents.axes
+    return tuple(_of_clips(field) if clips else field for field in INPUTS if taken.get(field.name, True))
+
+
+def outputs_for(manifest: Manifest) -> tuple[TensorField, ...]:
+    """Return the outputs of a bundle's model: those of clips have an axis of frames, after the batch's in what is seen.
+
+    `png` is (B, F), `pixels` (B, F, H, W, C) and `latents` (B, C, F, H, W).
+    """
+    return tuple(_of_clips(field) for field in OUTPUTS) if FRAMES in manifest.model.latents.axes else OUTPUTS
+
+
+def _of_clips(field: TensorField) -> TensorField:
+    return replace(field, dims=(*field.dims, ANY)) if field.name in IMAGE_NAMES else field
 
 
 def fields_from_tensors(tensors: Tensors) -> dict[str, Field]:

@@ -106,7 +106,12 @@ def main() -> None:
         fields.get("prompts", [])
     )
     for index, (label, png) in enumerate(zip(labels, result.as_numpy("png"), strict=True)):
-        (output / f"{index:02d}_{label}.png").write_bytes(png)
+        frames = {f"{index:02d}_{label}.png": png}
+        if not isinstance(png, bytes):  # of a clip: its frames' files
+            (output / f"{index:02d}_{label}").mkdir(exist_ok=True)
+            frames = {f"{index:02d}_{label}/frame_{frame:03d}.png": file for frame, file in enumerate(png)}
+        for name, file in frames.items():
+            (output / name).write_bytes(file)
     rho, launches, steps, seconds, waited, policy = (result.as_numpy(name)[0] for name in FACTS)
     print(
         f"{index + 1} images in {output}: policy {policy.decode()}, {steps} steps, rho {rho:.2f}, {launches} launches, "
