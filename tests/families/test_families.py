@@ -144,21 +144,27 @@ def test_in_half_precision_parts_are_within_its_tolerance(name: str, built: Buil
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT for RTX is not installed")
+@pytest.mark.parametrize(
+    ("precision", "weights"), [(DType.FLOAT16, WeightLayout.INPUTS), (DType.BFLOAT16, WeightLayout.BAKED)]
+)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_part_compiles_with_tensorrt_for_rtx(name: str, family: Loaded, tmp_path: Path) -> None:
+def test_every_part_compiles_with_tensorrt_for_rtx(
+    name: str, precision: DType, weights: WeightLayout, family: Loaded, tmp_path: Path
+) -> None:
     from adacorr_deploy.engines.tensorrt_backend import TensorRTBackend
     from adacorr_deploy.engines.tensorrt_modules import TENSORRT_RTX
 
     loaded = family(name)
-    latents = loaded.model.spec(DType.FLOAT16, 1).latents
+    latents = loaded.model.spec(precision, 1).latents
     sizes = {
         axis: (low, size, min(high, 2 * size))
         for (axis, low, high), size in zip(latents.ranges, latents.shape[1:], strict=True)
         if axis in latents.varying
     }
     profile = Profile(batch=(1, 2, 4), steps=(1, 20, 50), sizes=sizes)
-    options = CompilerOptions(profile=profile, targets=("sm_89",), weights=WeightLayout.INPUTS)
-    bundle = build_bundle(loaded, tmp_path / "bundle", TensorRTBackend(TENSORRT_RTX, options), FLOAT16)
+    options = CompilerOptions(profile=profile, targets=("sm_89",), weights=weights)
+    build_options = replace(FLOAT16, precision=precision)
+    bundle = build_bundle(loaded, tmp_path / "bundle", TensorRTBackend(TENSORRT_RTX, options), build_options)
     build = bundle.manifest.engine_build
     assert build is not None
     assert build.profile.sizes.keys() == ({*latents.varying, "tokens"} if latents.varying else set())
