@@ -181,17 +181,17 @@ def extrapolate(
     noise: Floats,
     carried: Floats,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-    """Return the next latents, the predicted model output and what the next step is given, (B, C, H, W) each.
+    """Return the next latents, the predicted model output and what the next step is given, as large as the latents.
 
     Args:
-        latents: (B, C, H, W).
-        history: The model's last outputs, (T, 1, B, C, H, W).
+        latents: (B, C, H, W), or (B, C, F, H, W) of clips, as all that follow.
+        history: The model's last outputs, (T, 1, B, C, …).
         factors: (T,), their weights.
         sampler_row: (8,), the step's row of the sampler's table.
-        noise: (B, C, H, W).
-        carried: (B, C, H, W), from the step before.
+        noise: Standard normals.
+        carried: From the step before.
     """
-    output = np.einsum("t,tubchw->bchw", factors.astype(np.float64), history.astype(np.float64))
+    output = np.einsum("t,tub...->b...", factors.astype(np.float64), history.astype(np.float64))
     of = dict(zip(COLUMNS, sampler_row.astype(np.float64).tolist(), strict=True))
     wide = latents.astype(np.float64)
     mean = of["latents"] * wide + of["output"] * output + of["carried"] * carried

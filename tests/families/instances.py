@@ -13,7 +13,7 @@ from adacorr_deploy.exporters.latte_adapter import LatteModel
 from adacorr_deploy.exporters.stdit_adapter import STDiTModel
 from tests.exporters.conftest import random_dit
 from tests.exporters.random_pixart import ALPHA_1024, adapted, random_pixart
-from tests.exporters.test_latte import random_latte
+from tests.exporters.test_latte import FRAMES, random_latte
 from tests.exporters.test_stdit import random_stdit
 from tests.families.text_to_image import random_text_to_image
 
@@ -33,7 +33,7 @@ class Family:
 
 FAMILIES: Final[Mapping[str, Family]] = {
     "dit": Family(make=lambda: DiTModel(random_dit())),
-    "latte": Family(make=lambda: LatteModel(random_latte()), sizes=((2, 4, 6),)),
+    "latte": Family(make=lambda: LatteModel(random_latte()), sizes=((FRAMES, 4, 6),)),
     "pixart": Family(make=lambda: adapted(random_pixart(ALPHA_1024)), sizes=((4, 12),)),
     "stdit": Family(make=lambda: STDiTModel(random_stdit(), default_size=(3, 4, 6)), sizes=((2, 6, 4), (1, 8, 8))),
     "text-to-image": Family(make=random_text_to_image, sizes=((4, 12),)),
