@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 from adacorr_deploy.core.errors import RequestError
 from adacorr_deploy.core.latents import LatentSize
 from adacorr_deploy.core.manifest import Manifest
 from adacorr_deploy.core.shapes import FRAMES, HEIGHT, WIDTH
 from adacorr_deploy.core.untrusted import clipped
-
-_TILE_SIDES: Final = {HEIGHT: 0, WIDTH: 1}  # where they stand in a decoder's tile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,15 +30,12 @@ class SideRange:
 def image_ranges(manifest: Manifest) -> dict[str, SideRange]:
     """Return what requests may ask for, by axis: width and height in pixels, and frames where there are some.
 
-    A bundle without a decoder gives latents, so pixels are theirs. A side that is shorter than the decoder's tile can't
-    be decoded.
+    A bundle without a decoder gives latents, so pixels are theirs.
     """
-    latents, decoder = manifest.model.latents, manifest.decoder
-    scale = decoder.scale if decoder is not None else 1
+    latents = manifest.model.latents
+    scale = manifest.decoder.scale if manifest.decoder is not None else 1
     found = {}
     for (axis, low, high), patch, default in zip(latents.ranges, latents.patch, latents.shape[1:], strict=True):
-        if decoder is not None and axis in _TILE_SIDES and low < high:
-            low = max(low, -(-decoder.tile[_TILE_SIDES[axis]] // patch) * patch)  # noqa: PLW2901  a higher one
         pixels = 1 if axis == FRAMES else scale
         found[axis] = SideRange(
             smallest=pixels * low, largest=pixels * high, multiple=pixels * patch, default=pixels * default

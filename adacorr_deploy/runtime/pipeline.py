@@ -23,7 +23,7 @@ from adacorr_deploy.core.manifest import Manifest
 from adacorr_deploy.core.null_prompt import null_prompt_bytes, null_prompt_from_content
 from adacorr_deploy.core.progress import Progress as CoreProgress
 from adacorr_deploy.core.prompts import MAX_TOKENIZER_BYTES, TEXT_ENCODER_PART, TOKENIZER_FILE
-from adacorr_deploy.core.specs import DECODE_PART, DecoderSpec
+from adacorr_deploy.core.specs import DECODE_PART
 from adacorr_deploy.core.tokenizer import PromptTokenizer
 from adacorr_deploy.engines import backend_by_name
 from adacorr_deploy.engines.backend import Backend, Session
@@ -223,7 +223,6 @@ class Pipeline:
                 size = tuple(np.shape(latents)[2:])
                 check_latent_size(size, model.latents)
             check_latents(latents, (len(latents), *model.latents.shape_at(size)))
-            _check_tiles(latents.shape[-2:], self.manifest.decoder)
             return decoder.images(latents, progress=progress, cancelled=cancelled)
 
     def encode(
@@ -366,14 +365,6 @@ class Pipeline:
 
 def _none(span: int) -> int:
     return 0
-
-
-def _check_tiles(size: tuple[int, ...], decoder: DecoderSpec | None) -> None:
-    if decoder is not None and any(length < tile for length, tile in zip(size, decoder.tile, strict=True)):
-        raise RequestError(
-            f"latents are {size[0]} × {size[1]} latent pixels, smaller than the decoder's tiles of {decoder.tile[0]} × "
-            f"{decoder.tile[1]}. Rebuild the bundle with a smaller --vae-tile, or keep the latents."
-        )
 
 
 def _null_prompt(bundle: Bundle) -> Prompts | None:
