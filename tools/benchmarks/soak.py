@@ -31,6 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Final
 
 from machine import cpu_model, say
@@ -200,10 +201,16 @@ def _fits(ending: Ending, outcomes: Sequence[str]) -> bool:
 
 
 def growth(looks: Sequence[tuple[int, Memory]], total: int) -> dict[str, float]:
-    """Return each process's memory at the end over that after the warm-up."""
+    """Return each process's memory at the end over that after the warm-up, medians of ten looks each.
+
+    Single looks at Triton's own process differ by some percent from one to the next.
+    """
     warm_up = min(max(WARM_UP * total, LEAST_WARM_UP), 0.9 * total)
     warm = [sizes for begun, sizes in looks if begun >= warm_up] or [looks[-1][1]]
-    return {name: round(warm[-1][name] / warm[0][name], 4) for name in warm[0]}
+    return {
+        name: round(median(each[name] for each in warm[-10:]) / median(each[name] for each in warm[:10]), 4)
+        for name in warm[0]
+    }
 
 
 def resident_bytes(process_id: int) -> int:
