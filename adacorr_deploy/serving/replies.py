@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Protocol
 
+from adacorr_deploy.caching.calibration import CalibrationKey
+from adacorr_deploy.caching.policy import UNCALIBRATED
 from adacorr_deploy.core.errors import (
     AdaCorrError,
     CalibrationError,
@@ -17,6 +19,7 @@ from adacorr_deploy.core.errors import (
     RequestError,
     SamplingCancelledError,
 )
+from adacorr_deploy.runtime import SampleRequest
 from adacorr_deploy.serving.metrics import Outcome
 from adacorr_deploy.serving.tensors import Tensors
 
@@ -83,6 +86,17 @@ def outcome_of(error: AdaCorrError) -> Outcome:
             return Outcome.TIMED_OUT
         case _:
             return Outcome.FAILED
+
+
+def for_a_client(policy: str, request: SampleRequest, runs: Sequence[CalibrationKey]) -> str:
+    """Return what a client is told whose policy needs a calibration that the server doesn't hold, and what it may ask."""
+    held = dict.fromkeys(f"{run.sampler} with {run.steps} steps and guidance {run.guidance:g}" for run in runs)
+    instead = f"Ask for a run that it is calibrated for ({'; '.join(held)}), or" if held else "It holds none. Ask"
+    return (
+        f"policy {policy} needs a calibration that this server doesn't hold for {request.sampler.value} with "
+        f"{request.steps} steps and guidance {request.guidance:g}. {instead} for a policy that needs none: "
+        f"{UNCALIBRATED}, or quality exact."
+    )
 
 
 def status_of(outcome: Outcome) -> Status:

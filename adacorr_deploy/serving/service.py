@@ -11,13 +11,14 @@ import secrets
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import Final
 
-from adacorr_deploy.core.errors import AdaCorrError, EngineError, RequestError
+from adacorr_deploy.caching.calibration import CalibrationKey
+from adacorr_deploy.core.errors import AdaCorrError, CalibrationError, EngineError, RequestError
 from adacorr_deploy.core.untrusted import clipped
 from adacorr_deploy.runtime import SampleResult
 from adacorr_deploy.runtime.images import pixels_from_latents
@@ -34,7 +35,7 @@ from adacorr_deploy.serving.metrics import (
     Recorder,
 )
 from adacorr_deploy.serving.orders import Order, OrderBook
-from adacorr_deploy.serving.replies import Incoming, Reply, Status, outcome_of, status_of
+from adacorr_deploy.serving.replies import Incoming, Reply, Status, for_a_client, outcome_of, status_of
 from adacorr_deploy.serving.results import ImagesOfLatents, JsonValue, event_tensor, result_tensors
 from adacorr_deploy.serving.streams import Stream
 from adacorr_deploy.serving.telemetry import TRACEPARENT, NoTracing, Timeline, Tracing, trace_id
@@ -86,6 +87,7 @@ class SamplingService:
         *,
         images: ImagesOfLatents | None = None,
         tracing: Tracing | None = None,
+        runs: Sequence[CalibrationKey] = (),
     ) -> None:
         """Make a service; nothing runs before it is entered.
 
@@ -96,10 +98,12 @@ class SamplingService:
             log: Takes a line for each request.
             images: Decodes latents, and is called from one thread; None where latents are the images.
             tracing: Takes the spans of each request; None for nowhere.
+            runs: That the bundle is calibrated for: a client who asks for another is told of them.
         """
         self._engine = engine
         self._images = images or pixels_from_latents
         self._tracing = tracing or NoTracing()
+        self._runs = tuple(runs)
         self._book = book
         self._recorder = recorder
         self._log = log
@@ -210,6 +214,9 @@ class SamplingService:
                 preview_every=order.preview_every if stream is not None else 0,
                 on_preview=stream.previewed if stream is not None else None,
             )
+        except CalibrationError as error:  # its text has the command for whoever built the bundle: for the log
+            self._forget(pending)
+            raise CalibrationError(for_a_client(order.policy.name, order.request, self._runs)) from error
         except BaseException:
             self._forget(pending)
             raise
@@ -307,7 +314,8 @@ class SamplingService:
 
     def _refuse(self, incoming: Incoming, reply: Reply, error: AdaCorrError) -> None:
         outcome = outcome_of(error)
-        values = {"message": str(error)}
+        of_operator = error.__cause__ if isinstance(error.__cause__, AdaCorrError) else error
+        values = {"message": str(of_operator)}
         self._report(incoming, outcome, values)
         reply.fail(status_of(outcome), str(error))
         self._trace(incoming, Timeline(), outcome, values)

@@ -24,6 +24,7 @@ from adacorr_deploy.engines.backend import Backend
 from adacorr_deploy.runtime import Pipeline, SampleRequest, sample_with_policy
 from adacorr_deploy.runtime.batching import BatchingEngine
 from adacorr_deploy.runtime.example_requests import example_request
+from adacorr_deploy.runtime.measurements import calibrations
 from adacorr_deploy.runtime.self_test import self_test
 from adacorr_deploy.serving.engine import Engine
 from adacorr_deploy.serving.logs import JsonLog, Level
@@ -89,7 +90,15 @@ class TritonPythonModel:
             if obstacle:
                 log.write(Level.WARNING, "tracing", {"message": obstacle})
             resources.callback(tracing.close)  # once the last request is answered
-            service = SamplingService(engine, book, Recorder(TritonMetrics()), log, images=decoder, tracing=tracing)
+            service = SamplingService(
+                engine,
+                book,
+                Recorder(TritonMetrics()),
+                log,
+                images=decoder,
+                tracing=tracing,
+                runs=[each.key for each in calibrations(pipeline.bundle).values()],
+            )
             self._service = resources.enter_context(service)
             self._log = log
             self._resources = resources.pop_all()

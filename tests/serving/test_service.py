@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from adacorr_deploy.caching.policy import UNCALIBRATED
+from adacorr_deploy.core.bundle import Bundle
 from adacorr_deploy.core.errors import (
     AdaCorrError,
     CalibrationError,
@@ -21,6 +23,7 @@ from adacorr_deploy.core.errors import (
     QueueFullError,
     SamplingCancelledError,
 )
+from adacorr_deploy.runtime.measurements import calibrations
 from adacorr_deploy.serving.logs import JsonLog
 from adacorr_deploy.serving.metrics import (
     GUARD_TRIPS,
@@ -91,6 +94,28 @@ def bench(book: OrderBook) -> Iterator[Bench]:
     made = Bench(book)
     with made.service:
         yield made
+
+
+def test_a_client_is_told_what_to_ask_in_place_of_an_uncalibrated_run_and_the_log_the_command(
+    book: OrderBook, served_bundle: Bundle
+) -> None:
+    bench = Bench(book)
+    held = [each.key for each in calibrations(served_bundle).values()]
+    command = "policy robust needs a calibration. Make one with: adacorr-calibrate /srv/secret.bundle --steps 9"
+    bench.engine.refusal = CalibrationError(command)
+    bench.service = SamplingService(
+        bench.engine, book, Recorder(bench.sink), JsonLog("tiny", bench.lines), runs=[*held, *held]
+    )
+    with bench.service:
+        client = bench.ask({"class_labels": np.array([1]), "steps": np.array([9])})
+    status, text = client.failure
+    assert status is Status.INVALID
+    assert text == (
+        "policy robust needs a calibration that this server doesn't hold for ddim with 9 steps and guidance 4. "
+        "Ask for a run that it is calibrated for (ddim with 8 steps and guidance 4), or for a policy that needs none: "
+        f"{UNCALIBRATED}, or quality exact."
+    )
+    assert [line["message"] for line in bench.log] == [command]
 
 
 def command(name: str, stream: str | None = None) -> Tensors:

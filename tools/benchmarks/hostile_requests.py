@@ -200,8 +200,8 @@ def _values(model: str) -> list[HostileCall]:
         case("eta", single("eta", "FP64", struct.pack("<d", float("-inf"))), "eta: Input should be a finite number"),
         case("timeout", single("timeout_ms", "INT64", whole_numbers(2**63 - 1)), "timeout_ms: Input should be less"),
         case("latents of NaN", latents(np.nan, 1, 1, 12, 12), "latents holds 144 values that are NaN or infinite."),
-        case("latents' shape", latents(0, 1, 1, 12, 13), "latents has shape (1, 1, 12, 13), this model and 1 labels"),
-        case("no latents", latents(0, 0, 1, 12, 12), "latents has shape (0, 1, 12, 12), this model and 1 labels"),
+        case("latents' shape", latents(0, 1, 1, 12, 13), "latents has shape (1, 1, 12, 13), this model and 1 images"),
+        case("no latents", latents(0, 0, 1, 12, 12), "latents has shape (0, 1, 12, 12), this model and 1 images"),
         case("outputs", single("outputs", "BYTES", text(b"jpeg")), "outputs holds 'jpeg', allowed are png"),
         case("many outputs", formats, "outputs: List should have at most 4 items after validation, not 5000"),
         case(

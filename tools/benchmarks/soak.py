@@ -136,7 +136,9 @@ class Soak:
         with self._lock:
             self.endings[request.id] = ending
             self._ended[ending.name] += 1
-            self.faults += [ending.fault] if ending.fault else []
+            if ending.fault:
+                self.faults.append(ending.fault)
+                say(ending.fault)
 
     def _look(self, begun: int) -> None:
         self.memory.append((begun, self.resident()))
