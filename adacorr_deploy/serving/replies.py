@@ -89,7 +89,7 @@ def outcome_of(error: AdaCorrError) -> Outcome:
 
 
 def for_a_client(policy: str, request: SampleRequest, runs: Sequence[CalibrationKey]) -> str:
-    """Return what a client is told whose policy needs a calibration that the server doesn't hold, and what it may ask."""
+    """Return what a client is told whose policy needs a calibration that the server doesn't hold: what it may ask."""
     held = dict.fromkeys(f"{run.sampler} with {run.steps} steps and guidance {run.guidance:g}" for run in runs)
     instead = f"Ask for a run that it is calibrated for ({'; '.join(held)}), or" if held else "It holds none. Ask"
     return (
