@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from adacorr_deploy.core.manifest import Manifest
 
 DEFAULT_FRAME_RATE: Final = 8.0  # frames per second, as those that Latte's pipelines are shown with
+MIN_FRAME_RATE: Final = 0.01
 MAX_FRAME_RATE: Final = 240.0
 
 _FASTEST_GIF: Final = 50.0  # two ticks of its clock a frame: browsers slow down what has shorter ones
+_LONGEST_GIF: Final = 655.0  # seconds: a frame's time has 16 bits, and equal frames are written as one
 _CLIP_AXES: Final = 4  # of latents: channels, frames, height, width
 _FRAME_FILE: Final = "frame_{:0{}d}.png"
 
@@ -39,7 +41,7 @@ class ClipOptions:
         video: The file that plays, beside the frames; None: frames alone.
 
     Raises:
-        RequestError: If the format can't play so fast, or the package that writes it is missing.
+        RequestError: If the format can't play so fast or so slowly, or the package that writes it is missing.
     """
 
     frames: int
@@ -47,11 +49,13 @@ class ClipOptions:
     video: VideoFormat | None = None
 
     def __post_init__(self) -> None:
-        fastest = _FASTEST_GIF if self.video is VideoFormat.GIF else MAX_FRAME_RATE
-        if not 0 < self.frame_rate <= fastest:
-            other = ", or --video mp4" if self.video is VideoFormat.GIF else ""
+        gif = self.video is VideoFormat.GIF
+        slowest = max(MIN_FRAME_RATE, self.frames / _LONGEST_GIF) if gif else MIN_FRAME_RATE
+        fastest = _FASTEST_GIF if gif else MAX_FRAME_RATE
+        if not slowest <= self.frame_rate <= fastest:
+            other = ", or --video mp4" if gif else ""
             raise RequestError(
-                f"The frame rate is {self.frame_rate:g} per second, allowed is more than 0, at most {fastest:g}. Give "
+                f"The frame rate is {self.frame_rate:g} per second, allowed are {slowest:.2g} … {fastest:g}. Give "
                 f"another --fps{other}."
             )
         if self.video is VideoFormat.MP4:
@@ -80,7 +84,8 @@ def clip_options(
     """
     shape = manifest.model.latents.shape_at(size)
     if len(shape) == _CLIP_AXES:
-        return ClipOptions(frames=shape[1], frame_rate=frame_rate or DEFAULT_FRAME_RATE, video=video)
+        rate = DEFAULT_FRAME_RATE if frame_rate is None else frame_rate
+        return ClipOptions(frames=shape[1], frame_rate=rate, video=video)
     if video is not None or frame_rate is not None:
         raise RequestError(f"{manifest.model_name} makes images, which have no frames. Leave --video and --fps out.")
     return None

@@ -43,13 +43,14 @@ class Asked:
         return bool(self.prompts or self.negative or self.embeddings)
 
 
-def prompts_asked_for(pipeline: Pipeline, asked: Asked, *, labels: bool) -> Prompts | None:
+def prompts_asked_for(pipeline: Pipeline, asked: Asked, *, labels: bool, guidance: float) -> Prompts | None:
     """Return what a run's images are to show, encoded; None of a model that takes class labels.
 
     Args:
         pipeline: Encodes.
         asked: Prompts, or embeddings.
         labels: Whether class labels were given.
+        guidance: 1 has no use for negative prompts.
 
     Raises:
         RequestError: If the model takes none of this, or needs it and lacks it.
@@ -68,10 +69,16 @@ def prompts_asked_for(pipeline: Pipeline, asked: Asked, *, labels: bool) -> Prom
             f"{manifest.model_name} takes no class labels but prompts. Give --prompt TEXT or --embeddings "
             f"FILE{EMBEDDINGS_SUFFIX}."
         )
+    if asked.negative and guidance == 1.0:
+        raise RequestError("--negative-prompt is given, and guidance 1 leads away from nothing. Leave one of them out.")
     if asked.prompts and asked.embeddings is not None:
         raise RequestError("--prompt and --embeddings both say what the images show. Give one of them.")
     if asked.embeddings is not None:
         found = prompts_from_embeddings(asked.embeddings, prompt)
+        if asked.negative and found.negative is not None:
+            raise RequestError(
+                f"--negative-prompt is given, and {asked.embeddings} holds {_NEGATIVE_EMBEDDINGS}, too. Leave one out."
+            )
         return replace(found, negative=pipeline.encode(asked.negative)) if asked.negative else found
     if not asked.prompts:
         raise RequestError(
@@ -138,6 +145,8 @@ def prompts_from_embeddings(path: Path, prompt: PromptSpec) -> Prompts:
         raise RequestError(f"{path} holds a tensor {clipped(unknown[0])}, allowed are {', '.join(_KNOWN)}.")
     found = Prompts(embeddings=_floats(path, tensors, _EMBEDDINGS), mask=_whole_numbers(path, tensors, _MASK))
     check_prompts(found, prompt, name=str(path))
+    if len(found) > MAX_IMAGES:
+        raise RequestError(f"{path} holds {len(found)} prompts, allowed are {MAX_IMAGES}. Take several files.")
     if tensors.keys() & {_NEGATIVE_EMBEDDINGS, _NEGATIVE_MASK}:
         negative = Prompts(
             embeddings=_floats(path, tensors, _NEGATIVE_EMBEDDINGS),
@@ -160,8 +169,10 @@ def _tensors(path: Path, prompt: PromptSpec) -> Mapping[str, NDArray[np.generic]
     of_prompt = prompt.tokens * (prompt.width + 1) * np.dtype(np.float64).itemsize
     try:
         return load(bounded_file(path, limit_bytes=2 * MAX_IMAGES * of_prompt + _SLACK_BYTES))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:  # KeyError: a type that NumPy has not
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
+        if isinstance(error, KeyError):
+            reason = f"NumPy has no {clipped(error.args[0])[1:-1]}, allowed are F32, F16 and F64"
         raise RequestError(
             f"{path} can't be read as embeddings: {reason}. Give a safetensors file with {_EMBEDDINGS} and {_MASK}."
         ) from error
@@ -177,7 +188,8 @@ def _floats(path: Path, tensors: Mapping[str, NDArray[np.generic]], name: str) -
     tensor = _tensor(path, tensors, name)
     if tensor.dtype not in _FLOATS:
         raise RequestError(f"{path}: {name} is {tensor.dtype}, allowed are float32, float16 and float64.")
-    return tensor.astype(np.float32)
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, which the check of the numbers refuses
+        return tensor.astype(np.float32)
 
 
 def _whole_numbers(path: Path, tensors: Mapping[str, NDArray[np.generic]], name: str) -> NDArray[np.int64]:

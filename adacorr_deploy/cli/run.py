@@ -256,7 +256,7 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
         _check_pixels(manifest, outputs)
         asked = Asked(prompts=prompt or (), negative=negative_prompt or (), embeddings=embeddings)
         shown = latent_size(manifest, pixels=pixels_from_text(size), frames=frames)
-        prompts = prompts_asked_for(pipeline, asked, labels=bool(class_labels))
+        prompts = prompts_asked_for(pipeline, asked, labels=bool(class_labels), guidance=guidance)
         labels = (
             labels_from_text(
                 class_labels or [], num_classes=manifest.model.num_classes, class_names=manifest.class_names

@@ -26,6 +26,8 @@ from adacorr_deploy.core.shapes import (
 
 DECODE_PART: Final = "decode"
 MAX_PROMPT_SIZE: Final = 65536  # an untrusted manifest can't ask for more
+MAX_WIDTH: Final = 65536  # nor for more of D
+MAX_CLASSES: Final = 1 << 20  # nor for more of these
 MAX_DECODER_SIZE: Final = 4096  # of a tile, a chunk or a scale: an untrusted manifest can't ask for more
 HALVES: Final = 0  # as the transformer blocks in a block part: each of their units is a part of its own
 MODULATIONS_PER_UNIT: Final = 3  # shift and scale of its input, gate of its result
@@ -105,7 +107,7 @@ class ConditionSpec:
     """What a request must say of its images.
 
     Raises:
-        ValueError: If the number of classes is negative.
+        ValueError: If the number of classes is out of range.
     """
 
     num_classes: int = 0  # labels 0 … num_classes − 1; the null label of guidance is num_classes. 0: it takes no labels
@@ -113,8 +115,8 @@ class ConditionSpec:
     frame_rate: bool = False  # whether it takes the frames per second of a clip
 
     def __post_init__(self) -> None:
-        if self.num_classes < 0:
-            raise ValueError(f"num_classes is {self.num_classes}, allowed are 0 and more")
+        if not 0 <= self.num_classes <= MAX_CLASSES:
+            raise ValueError(f"num_classes is {self.num_classes}, allowed are 0 … {MAX_CLASSES}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +124,7 @@ class ModelSpec:
     """What the runtime must know of an exported model, whatever its family.
 
     Raises:
-        ValueError: If `units` doesn't divide the blocks into whole ones, or into units.
+        ValueError: If the width is out of range, or `units` doesn't divide the blocks into whole ones, or into units.
     """
 
     family: str  # key of the exporter's table, e.g. "dit"
@@ -136,6 +138,11 @@ class ModelSpec:
     norm_epsilon: float = 1e-6  # of the norm before a block's attention
 
     def __post_init__(self) -> None:
+        if not 1 <= self.width <= MAX_WIDTH or not 0 < self.norm_epsilon <= 1:
+            raise ValueError(
+                f"width and norm_epsilon are {self.width} and {self.norm_epsilon}, allowed are 1 … {MAX_WIDTH} and "
+                "more than 0, at most 1"
+            )
         if not self.blocks or not all(self.blocks) or min(self.units, default=0) < 1:
             raise ValueError(f"there are units {self.units} of blocks {self.blocks}, allowed is no empty one")
         ends = set(itertools.accumulate(len(block) for block in self.blocks))

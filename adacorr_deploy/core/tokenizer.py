@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
@@ -25,6 +26,8 @@ _ALLOWED: Final[Mapping[str, frozenset[str]]] = {
     "model": frozenset({"Unigram"}),
 }
 _KNOWN_PATTERNS: Final = (" {2,}",)  # the regular expressions that transformers writes into them
+_MAX_STEPS: Final = 16  # of a normaliser
+_MAX_REPLACEMENT_BYTES: Final = 64  # of a character by a charsmap; T5's longest has 33
 _MAX_SPECIAL: Final = 8  # tokens that are added to every prompt
 
 
@@ -114,9 +117,7 @@ def _faults(raw: object) -> Iterator[str]:
         for kind in _values_of("type", raw.get(key)):
             if kind not in allowed:
                 yield f"{key} has a {clipped(kind)}, allowed are {', '.join(sorted(allowed))}"
-    for pattern in _values_of("Regex", raw.get("normalizer")):
-        if pattern not in _KNOWN_PATTERNS:
-            yield f"normalizer has the regular expression {clipped(pattern)}, allowed is {_KNOWN_PATTERNS[0]!r}"
+    yield from _faults_of_normalizer(raw.get("normalizer"))
     model = raw.get("model")
     vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
     if not isinstance(vocabulary, list) or not 1 <= len(vocabulary) <= MAX_VOCABULARY:
@@ -124,6 +125,51 @@ def _faults(raw: object) -> Iterator[str]:
     processor = raw.get("post_processor")
     if isinstance(processor, Mapping) and len(list(_values_of("id", processor.get("single")))) > _MAX_SPECIAL:
         yield f"post_processor adds more than {_MAX_SPECIAL} tokens"
+
+
+def _faults_of_normalizer(raw: object) -> Iterator[str]:
+    """Yield what would take long, or make a prompt longer: repeated a few times, that fills any memory."""
+    for pattern in _values_of("Regex", raw):
+        if pattern not in _KNOWN_PATTERNS:
+            yield f"normalizer has the regular expression {clipped(pattern)}, allowed is {_KNOWN_PATTERNS[0]!r}"
+    steps = list(_steps(raw))
+    if any("type" not in step for step in steps):  # the library would guess, and so apply what was not checked
+        yield "normalizer has a step without a type"
+    maps = [step for step in steps if step.get("type") == "Precompiled"]
+    if len(steps) > _MAX_STEPS or len(maps) > 1:
+        yield f"normalizer has {len(steps)} steps and {len(maps)} charsmaps, allowed are {_MAX_STEPS} and 1"
+    for step in steps:
+        if step.get("type") == "Replace" and _grows(step.get("pattern"), step.get("content")):
+            yield f"normalizer replaces {clipped(step.get('pattern'))} by a longer {clipped(step.get('content'))}"
+    for step in maps:
+        longest = _longest_replacement(str(step.get("precompiled_charsmap")))
+        if longest > _MAX_REPLACEMENT_BYTES:
+            yield (
+                f"normalizer has a charsmap that replaces a character by {longest} bytes, allowed are "
+                f"{_MAX_REPLACEMENT_BYTES}"
+            )
+
+
+def _steps(raw: object) -> Iterator[Mapping[str, object]]:
+    """Yield a normaliser, or each of a sequence's, sequences included."""
+    if isinstance(raw, Mapping):
+        yield raw
+        inner = raw.get("normalizers")
+        for step in inner if isinstance(inner, list) else ():
+            yield from _steps(step)
+
+
+def _grows(pattern: object, content: object) -> bool:
+    kinds = pattern if isinstance(pattern, Mapping) else {}
+    shortest = 2 if "Regex" in kinds else len(str(kinds.get("String", "")))  # _KNOWN_PATTERNS matches two at least
+    return len(str(content)) > shortest
+
+
+def _longest_replacement(charsmap: str) -> int:
+    """Return bytes: a charsmap is the length of its trie, the trie, and the replacements, each ended by a zero."""
+    content = base64.b64decode(charsmap)
+    start = 4 + int.from_bytes(content[:4], "little")
+    return max(map(len, content[start:].split(b"\0")))
 
 
 def _values_of(key: str, raw: object) -> Iterator[object]:

@@ -379,7 +379,8 @@ def _null_prompt(bundle: Bundle) -> Prompts | None:
         if prompts is not None:
             check_prompts(prompts, spec, name="null_prompt")
     except (ValueError, RequestError) as error:
-        raise BundleError(f"{bundle.file(name)}: {error}. Rebuild the bundle with adacorr-build.") from error
+        fault = str(error).rstrip(".")
+        raise BundleError(f"{bundle.file(name)}: {fault}. Rebuild the bundle with adacorr-build.") from error
     return prompts
 
 

@@ -6,6 +6,8 @@ import io
 import sys
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -13,10 +15,18 @@ from numpy.typing import NDArray
 from PIL import Image, ImageSequence
 
 from adacorr_deploy.cli.clip_files import clip_files, gif_from_levels, mp4_from_levels
-from adacorr_deploy.cli.clip_options import ClipOptions, VideoFormat, check_frame_folders
+from adacorr_deploy.cli.clip_options import (
+    DEFAULT_FRAME_RATE,
+    ClipOptions,
+    VideoFormat,
+    check_frame_folders,
+    clip_options,
+)
 from adacorr_deploy.cli.image_files import Naming, Sampled
 from adacorr_deploy.core.errors import OutputError, RequestError
+from adacorr_deploy.core.manifest import Manifest
 from adacorr_deploy.runtime.images import levels_from_pixels
+from tests.models import model_spec
 
 Levels = NDArray[np.uint8]
 
@@ -116,6 +126,17 @@ def test_equal_frames_are_one_that_lasts_as_long() -> None:
     assert durations == [500, 120]
 
 
+def test_the_slowest_gif_of_equal_frames_can_be_written() -> None:
+    frames = 40
+    slowest = frames / 655.0
+    assert ClipOptions(frames=frames, frame_rate=slowest, video=VideoFormat.GIF).frame_rate == slowest
+    still = np.repeat(levels(1, 8, 8), frames, axis=0)
+    found, _ = frames_of_gif(gif_from_levels(still, slowest))
+    assert len(found) == 1
+    with pytest.raises(RequestError, match=r"allowed are 0.061 … 50"):
+        ClipOptions(frames=frames, frame_rate=slowest * 0.99, video=VideoFormat.GIF)
+
+
 # --- MP4 ---------------------------------------------------------------------------------------------------------
 
 
@@ -171,12 +192,24 @@ def test_without_its_package_an_mp4_is_refused_before_anything_is_sampled(monkey
 @pytest.mark.parametrize(
     ("frame_rate", "video", "message"),
     [
-        (0.0, None, "allowed is more than 0, at most 240"),
+        (0.0, None, "allowed are 0.01 … 240"),
+        (1e-300, VideoFormat.MP4, "allowed are 0.01 … 240"),
+        (0.002, VideoFormat.GIF, "allowed are 0.01 … 50"),
         (float("nan"), None, "nan per second"),
-        (51.0, VideoFormat.GIF, "at most 50. Give another --fps, or --video mp4"),
-        (241.0, None, "at most 240"),
+        (51.0, VideoFormat.GIF, "… 50. Give another --fps, or --video mp4"),
+        (241.0, None, "… 240"),
     ],
 )
 def test_a_speed_that_can_not_be_played_is_refused(frame_rate: float, video: VideoFormat | None, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         ClipOptions(frames=2, frame_rate=frame_rate, video=video)
+
+
+def test_a_frame_rate_of_none_is_the_default_and_of_zero_is_refused() -> None:
+    model = model_spec(latent_shape=(3, 4, 8, 8), patch=(1, 2, 2))
+    manifest_of_clips = cast("Manifest", SimpleNamespace(model=model))
+    found = clip_options(manifest_of_clips, None, video=None, frame_rate=None)
+    assert found is not None
+    assert found.frame_rate == DEFAULT_FRAME_RATE
+    with pytest.raises(RequestError, match="The frame rate is 0 per second"):
+        clip_options(manifest_of_clips, None, video=None, frame_rate=0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable
 
@@ -105,6 +106,12 @@ def _set(*path: str, value: object) -> Callable[[dict[str, object]], None]:
 
 
 _PRECOMPILED = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+_TRIE = (4).to_bytes(4, "little") + b"\0" * 4
+_LONG_CHARSMAP = {
+    "type": "Precompiled",
+    "precompiled_charsmap": base64.b64encode(_TRIE + b"x" * 65 + b"\0").decode(),
+}
+_DOUBLING = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
 _SPLIT = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
 
 
@@ -119,6 +126,16 @@ _SPLIT = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated
         (_set("normalizer", "pattern", value={"Regex": "(a+)+$"}), "the regular expression '.*', allowed is ' .2,.'"),
         (_set("normalizer", value=_PRECOMPILED), "no T5 tokenizer"),
         (_set("normalizer", value={"type": "Sequence", "normalizers": [{"type": "BertNormalizer"}]}), "BertNormalizer"),
+        (_set("normalizer", value={"type": "Sequence", "normalizers": [_DOUBLING] * 40}), "41 steps"),
+        (_set("normalizer", value=_DOUBLING), "replaces {'String': 'a'} by a longer 'aa'"),
+        (_set("normalizer", "content", value="   "), "replaces {'Regex': .*} by a longer '   '"),
+        (_set("normalizer", value={"type": "Sequence", "normalizers": [{"type": "NFKC"}] * 16}), "17 steps .* are 16"),
+        (_set("normalizer", value={"normalizers": [_DOUBLING]}), "normalizer has a step without a type"),
+        (_set("normalizer", value=_LONG_CHARSMAP), "replaces a character by 65 bytes, allowed are 64"),
+        (
+            _set("normalizer", value={"type": "Sequence", "normalizers": [_LONG_CHARSMAP] * 2}),
+            "3 steps and 2 charsmaps, allowed are 16 and 1",
+        ),
         (_set("pre_tokenizer", value=_SPLIT), "pre_tokenizer has a 'Split'"),
         (_set("post_processor", "single", value=[_END] * 1000), "post_processor adds more than 8 tokens"),
         (_set("post_processor", "special_tokens", value={}), "no T5 tokenizer"),
