@@ -9,29 +9,22 @@ from diffusers import PixArtTransformer2DModel
 from diffusers.models.embeddings import PatchEmbed
 from pydantic import Field
 
-from adacorr_deploy.exporters.model_config import Activation, ModelConfig, Size
+from adacorr_deploy.exporters.model_config import Epsilon, PatchTransformerConfig, Side, Size
 
 _CONDITIONED_SIZE = 128  # diffusers gives models of this sample_size the image's size, unless the config says otherwise
 
 
-class PixArtConfig(ModelConfig):
+class PixArtConfig(PatchTransformerConfig):
     """The fields that shape the model, and those of the older class `Transformer2DModel` that must stay at rest."""
 
-    num_attention_heads: Annotated[int, Field(ge=1, le=256, strict=True)] = 16
-    attention_head_dim: Annotated[int, Field(ge=1, le=1024, strict=True)] = 72
-    in_channels: Annotated[int, Field(ge=1, le=1024, strict=True)] = 4
     out_channels: Size | None = 8
-    num_layers: Annotated[int, Field(ge=1, le=512, strict=True)] = 28
     cross_attention_dim: Size = 1152
-    attention_bias: bool = True
-    sample_size: Annotated[int, Field(ge=1, le=4096, strict=True)] = 128
-    patch_size: Annotated[int, Field(ge=1, le=64, strict=True)] = 2
-    activation_fn: Activation = "gelu-approximate"
+    sample_size: Side = 128
     num_embeds_ada_norm: Annotated[int, Field(ge=1, le=1_000_000, strict=True)] = 1000
     upcast_attention: Literal[False] = False
     norm_type: Literal["ada_norm_single"] = "ada_norm_single"
     norm_elementwise_affine: Literal[False] = False
-    norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-6
+    norm_eps: Epsilon = 1e-6
     interpolation_scale: Annotated[float, Field(gt=0, le=1024)] | None = None
     use_additional_conditions: bool | None = None
     caption_channels: Size | None = None
@@ -41,15 +34,6 @@ class PixArtConfig(ModelConfig):
     num_vector_embeds: None = None
 
     @property
-    def width(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
-
-    @property
-    def prompt_width(self) -> int:
-        """Features of a prompt's embeddings, E."""
-        return self.caption_channels or self.cross_attention_dim
-
-    @property
     def sized(self) -> bool:
         """Whether the model is told the image's size and aspect ratio."""
         if self.use_additional_conditions is None:
@@ -57,16 +41,8 @@ class PixArtConfig(ModelConfig):
         return self.use_additional_conditions
 
     def refusal(self) -> str | None:
-        """Return why these fields don't go together, or None."""
-        if self.sample_size % self.patch_size:
-            return f"patch_size {self.patch_size} doesn't divide sample_size {self.sample_size}"
-        if self.out_channels not in (None, self.in_channels, 2 * self.in_channels):
-            return (
-                f"out_channels {self.out_channels} is neither in_channels {self.in_channels} (noise) "
-                "nor twice that (noise and variance)"
-            )
-        if self.width % 4:
-            return f"width {self.width} isn't a multiple of 4, as the position embedding needs"
+        if reason := super().refusal():
+            return reason
         if self.caption_channels is not None and self.cross_attention_dim != self.width:
             return f"cross_attention_dim {self.cross_attention_dim} isn't the width {self.width} of projected captions"
         if self.sized and self.width % 3:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, ClassVar, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field
 
-from adacorr_deploy.core.errors import UnsupportedModelError
-from adacorr_deploy.core.untrusted import first_fault
+from adacorr_deploy.exporters.model_config import Count, ModelConfig
 
 _Width = Annotated[int, Field(ge=1, le=8192, strict=True)]
 _Levels = Field(min_length=1, max_length=8)
 ANOTHER_VAE: Final = "Give another decoder with --vae PATH, or build with --no-vae and keep latents."
 
 
-class VaeConfig(BaseModel):
+class VaeConfig(ModelConfig):
     """The fields that shape a decoder; others of a config.json (the encoder's, training's) change nothing in it."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    otherwise: ClassVar[str] = ANOTHER_VAE
 
     chunk: ClassVar[int]  # frames that are decoded at once, at most, where nothing else is asked for
     constructor: ClassVar[frozenset[str]]  # fields that diffusers' class takes
@@ -30,40 +28,27 @@ class VaeConfig(BaseModel):
     )
     block_out_channels: Annotated[tuple[_Width, ...], _Levels] = (64,)
     layers_per_block: Annotated[int, Field(ge=1, le=16, strict=True)] = 1
-    latent_channels: Annotated[int, Field(ge=1, le=1024, strict=True)] = 4
-    norm_num_groups: Annotated[int, Field(ge=1, le=1024, strict=True)] = 32
+    latent_channels: Count = 4
+    norm_num_groups: Count = 32
     scaling_factor: Annotated[float, Field(gt=0, le=1e4, allow_inf_nan=False)] = 0.18215
     shift_factor: Annotated[float, Field(ge=-1e4, le=1e4, allow_inf_nan=False)] | None = None
     force_upcast: bool = False  # of the file alone: diffusers' default, true, is about training in half precision
-
-    @classmethod
-    def checked(cls, raw: Mapping[str, object], *, where: str) -> VaeConfig:
-        """Validate a config.
-
-        Raises:
-            UnsupportedModelError: Naming the first field that has no compiled form, and what is allowed.
-        """
-        try:
-            return cls.model_validate(raw)
-        except ValidationError as error:
-            raise UnsupportedModelError(f"{where}: {first_fault(error)}. {ANOTHER_VAE}") from error
 
     @property
     def scale(self) -> int:
         """Image pixels per latent pixel, along an axis: every level but the last doubles it."""
         return int(2 ** (len(self.block_out_channels) - 1))
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> VaeConfig:
+    def refusal(self) -> str | None:
         levels = {len(types) for types in self._levels()}
         if len(levels) > 1:
-            raise ValueError(
+            return (
                 f"down_block_types, up_block_types and block_out_channels have {sorted(levels)} entries, allowed is "
                 "one number for all"
             )
         if odd := [width for width in self.block_out_channels if width % self.norm_num_groups]:
-            raise ValueError(f"norm_num_groups {self.norm_num_groups} doesn't divide block_out_channels {odd[0]}")
-        return self
+            return f"norm_num_groups {self.norm_num_groups} doesn't divide block_out_channels {odd[0]}"
+        return None
 
     def _levels(self) -> tuple[tuple[object, ...], ...]:
         """Return the fields that have an entry for each level."""

@@ -267,12 +267,12 @@ def test_an_unknown_class_lists_the_known_ones(pipeline: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"norm_type": "ada_norm"}, r"norm_type = 'ada_norm' is not supported: .*'ada_norm_zero'"),
-        ({"upcast_attention": True}, "upcast_attention = True is not supported"),
-        ({"num_layers": 10**9}, "num_layers = 1000000000 is not supported"),
+        ({"norm_type": "ada_norm"}, r"norm_type: .*'ada_norm_zero'.*, got 'ada_norm'"),
+        ({"upcast_attention": True}, "upcast_attention: .*, got True"),
+        ({"num_layers": 10**9}, "num_layers: .*, got 1000000000"),
         ({"patch_size": 3}, "patch_size 3 doesn't divide sample_size 8"),
         ({"out_channels": 5}, "out_channels 5 is neither in_channels 4"),
-        ({"activation_fn": "eval"}, "activation_fn = 'eval' is not supported"),
+        ({"activation_fn": "eval"}, "activation_fn: .*, got 'eval'"),
     ],
 )
 def test_an_unsupported_configuration_says_which_field(pipeline: Path, change: dict[str, object], message: str) -> None:

@@ -147,10 +147,10 @@ def test_a_checkpoint_loads_as_diffusers_loads_it(latte: LatteTransformer3DModel
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"norm_type": "ada_norm_zero"}, "norm_type = 'ada_norm_zero' is not supported"),
-        ({"video_length": 1}, "video_length = 1 is not supported"),
+        ({"norm_type": "ada_norm_zero"}, "norm_type: .*, got 'ada_norm_zero'"),
+        ({"video_length": 1}, "video_length: .*, got 1"),
         ({"cross_attention_dim": 16}, "cross_attention_dim 16 isn't the width 32 of projected captions"),
-        ({"caption_channels": None}, "caption_channels = None is not supported"),
+        ({"caption_channels": None}, "caption_channels: .*, got None"),
         ({"sample_size": 9}, "patch_size 2 doesn't divide sample_size 9"),
         ({"out_channels": 6}, "out_channels 6 is neither in_channels 4"),
     ],
