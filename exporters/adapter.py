@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Final, Protocol
 
 import numpy as np
@@ -13,15 +13,15 @@ from adacorr_deploy.core.errors import UnsupportedModelError
 from adacorr_deploy.core.schedules import Schedule
 from adacorr_deploy.core.specs import DType, ModelSpec
 from adacorr_deploy.exporters.dit_adapter import DiTAdapter
+from adacorr_deploy.exporters.family_parts import FamilyModules
 from adacorr_deploy.exporters.latte_adapter import LatteAdapter
-from adacorr_deploy.exporters.part import Part
 from adacorr_deploy.exporters.pixart_adapter import PixArtAdapter
 from adacorr_deploy.exporters.stdit_adapter import STDiTAdapter
 from adacorr_deploy.exporters.weight_files import StateDict
 
 
 class ExportableModel(Protocol):
-    """A model with its weights, cut into parts on demand."""
+    """A model with its weights."""
 
     @property
     def module(self) -> nn.Module:
@@ -53,14 +53,17 @@ class ExportableModel(Protocol):
         """The schedule that checkpoints in the family's original layout were trained with."""
         ...
 
-    def spec(self, precision: DType, segment: int) -> ModelSpec: ...
+    def spec(self, precision: DType, segment: int) -> ModelSpec:
+        """Return what the runtime must know of it.
 
-    def parts(self, precision: DType, segment: int) -> Iterator[Part]:
-        """Yield every part, with so many transformer blocks in a block part: 0 (`HALVES`) makes a part of each unit."""
+        Args:
+            precision: Of weights and of activations between parts.
+            segment: Transformer blocks in a block part; `core.specs.HALVES` makes a part of each of their units.
+        """
         ...
 
-    def step_part(self, precision: DType, segment: int) -> Part:
-        """Return one whole denoising step as a single part, with the inputs and outputs of the chain."""
+    def modules(self, precision: DType) -> FamilyModules:
+        """Return what the parts are made of; their contracts are in `precision`, as those of `spec`."""
         ...
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -14,6 +15,8 @@ from adacorr_deploy.core.specs import DType
 from adacorr_deploy.core.untrusted import clipped
 from adacorr_deploy.exporters.adapter import EXPORTERS, ExportableModel, adapter_for
 from adacorr_deploy.exporters.config_files import json_object
+from adacorr_deploy.exporters.family_parts import family_parts, family_step_part
+from adacorr_deploy.exporters.part import Part
 from adacorr_deploy.exporters.text_encoder import LoadedTextEncoder, load_text_encoder
 from adacorr_deploy.exporters.vae import LoadedVae, load_vae
 from adacorr_deploy.exporters.weight_files import checkpoint_sha256, state_dict_from_files, weight_files
@@ -44,6 +47,14 @@ class LoadedModel:
                 f"{self.name}: there are {len(self.class_names)} class names, but the model has {classes} classes. "
                 "Correct id2label in model_index.json, or remove it."
             )
+
+    def parts(self, precision: DType, segment: int) -> Iterator[Part]:
+        """Yield embed, condition, every block part and head; arguments as those of `ExportableModel.spec`."""
+        return family_parts(self.model.modules(precision), self.model.spec(precision, segment))
+
+    def step_part(self, precision: DType, segment: int) -> Part:
+        """Return embed, blocks and head as one part, with the same inputs as the chain and no units."""
+        return family_step_part(self.model.modules(precision), self.model.spec(precision, segment))
 
 
 def load_checkpoint(

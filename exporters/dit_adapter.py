@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from diffusers import DiTTransformer2DModel
@@ -14,8 +14,7 @@ from adacorr_deploy.core.specs import ConditionSpec, DType, ModelSpec, units_of_
 from adacorr_deploy.exporters.dit import modules_of_dit
 from adacorr_deploy.exporters.dit_config import DiTConfig, empty_dit
 from adacorr_deploy.exporters.dit_original import diffusers_from_original, is_original_dit, original_schedule
-from adacorr_deploy.exporters.family_parts import family_parts, family_step_part
-from adacorr_deploy.exporters.part import Part
+from adacorr_deploy.exporters.family_parts import FamilyModules
 from adacorr_deploy.exporters.weight_files import StateDict, require_tensors
 
 
@@ -78,10 +77,6 @@ class DiTModel:
             learned_variance=self.learned_variance,
         )
 
-    def parts(self, precision: DType, segment: int) -> Iterator[Part]:
-        """Yield embed, condition, every block part and head."""
-        return family_parts(modules_of_dit(self.module), self.spec(precision, segment))
-
-    def step_part(self, precision: DType, segment: int) -> Part:
-        """Return embed, blocks and head as one part, with the same inputs as the chain and no units."""
-        return family_step_part(modules_of_dit(self.module), self.spec(precision, segment))
+    def modules(self, precision: DType) -> FamilyModules:
+        del precision  # that of the weights
+        return modules_of_dit(self.module)

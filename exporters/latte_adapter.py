@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from diffusers import LatteTransformer3DModel
@@ -13,10 +13,9 @@ from adacorr_deploy.core.latents import LatentSpec
 from adacorr_deploy.core.schedules import NoiseSchedule
 from adacorr_deploy.core.specs import ConditionSpec, DType, ModelSpec, PromptSpec, units_of_parts
 from adacorr_deploy.exporters.dit_original import original_schedule
-from adacorr_deploy.exporters.family_parts import FamilyModules, family_parts, family_step_part
+from adacorr_deploy.exporters.family_parts import FamilyModules
 from adacorr_deploy.exporters.latte import MASKED, PROMPT_TOKENS, modules_of_latte
 from adacorr_deploy.exporters.latte_config import LatteConfig, empty_latte
-from adacorr_deploy.exporters.part import Part
 from adacorr_deploy.exporters.weight_files import StateDict, require_tensors
 
 
@@ -72,7 +71,7 @@ class LatteModel:
         return original_schedule(learned_variance=self.learned_variance)
 
     def spec(self, precision: DType, segment: int) -> ModelSpec:
-        config, modules = self.module.config, self._modules(precision)
+        config, modules = self.module.config, self.modules(precision)
         channels, frames, side = config.in_channels, config.video_length, config.sample_size
         return ModelSpec(
             family=LatteAdapter.family,
@@ -93,13 +92,5 @@ class LatteModel:
             norm_epsilon=config.norm_eps,
         )
 
-    def parts(self, precision: DType, segment: int) -> Iterator[Part]:
-        """Yield embed, condition, every block part and head."""
-        return family_parts(self._modules(precision), self.spec(precision, segment))
-
-    def step_part(self, precision: DType, segment: int) -> Part:
-        """Return embed, blocks and head as one part, with the same inputs as the chain and no units."""
-        return family_step_part(self._modules(precision), self.spec(precision, segment))
-
-    def _modules(self, precision: DType) -> FamilyModules:
+    def modules(self, precision: DType) -> FamilyModules:
         return modules_of_latte(self.module, precision)

@@ -53,7 +53,7 @@ def export_parts(
     total = len(model.units) + 3
     specs: dict[str, PartSpec] = {}
     traced: dict[str, TracedPart] = {}
-    for part in loaded.model.parts(precision, segment):
+    for part in loaded.parts(precision, segment):
         if progress is not None:
             progress(part.spec.name, len(specs), total)
         if part.structure not in traced:
@@ -103,7 +103,7 @@ def monolithic_step_onnx(
         UnsupportedModelError: If a weight overflows `precision`.
         OutputError: If a file can't be written.
     """
-    part = loaded.model.step_part(precision, segment)
+    part = loaded.step_part(precision, segment)
     latents = loaded.model.spec(precision, segment).latents
     _write_part(part, trace_part(part, precision, latents), directory, precision)
     return part.spec
@@ -114,7 +114,7 @@ def reference_modules(loaded: LoadedModel, segment: int = 1) -> dict[str, nn.Mod
 
     Each takes the tensors of its contract by name and returns a tuple of the outputs in the contract's order.
     """
-    return {part.spec.name: StreamedModule(part.module) for part in loaded.model.parts(DType.FLOAT32, segment)}
+    return {part.spec.name: StreamedModule(part.module) for part in loaded.parts(DType.FLOAT32, segment)}
 
 
 def _write_part(part: Part, traced: TracedPart, directory: Path, precision: DType) -> None:

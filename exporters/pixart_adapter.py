@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
@@ -15,8 +15,7 @@ from adacorr_deploy.core.latents import LatentSpec
 from adacorr_deploy.core.schedules import NoiseSchedule
 from adacorr_deploy.core.specs import ConditionSpec, DType, ModelSpec, PromptSpec, units_of_parts
 from adacorr_deploy.exporters.dit_original import original_schedule
-from adacorr_deploy.exporters.family_parts import FamilyModules, family_parts, family_step_part
-from adacorr_deploy.exporters.part import Part
+from adacorr_deploy.exporters.family_parts import FamilyModules
 from adacorr_deploy.exporters.pixart import PIXELS_PER_LATENT, UNITS, modules_of_pixart
 from adacorr_deploy.exporters.pixart_config import PixArtConfig, empty_pixart
 from adacorr_deploy.exporters.weight_files import StateDict, require_tensors
@@ -102,15 +101,7 @@ class PixArtModel:
             norm_epsilon=config.norm_eps,
         )
 
-    def parts(self, precision: DType, segment: int) -> Iterator[Part]:
-        """Yield embed, condition, every block part and head."""
-        return family_parts(self._modules(precision), self.spec(precision, segment))
-
-    def step_part(self, precision: DType, segment: int) -> Part:
-        """Return embed, blocks and head as one part, with the same inputs as the chain and no units."""
-        return family_step_part(self._modules(precision), self.spec(precision, segment))
-
-    def _modules(self, precision: DType) -> FamilyModules:
+    def modules(self, precision: DType) -> FamilyModules:
         return modules_of_pixart(self.module, precision=precision, prompt_tokens=self.prompt_tokens)
 
     @property

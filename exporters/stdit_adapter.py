@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,8 +14,7 @@ from adacorr_deploy.core.errors import UnsupportedModelError
 from adacorr_deploy.core.latents import LatentSpec
 from adacorr_deploy.core.schedules import FlowSchedule
 from adacorr_deploy.core.specs import ConditionSpec, DType, ModelSpec, PromptSpec, units_of_parts
-from adacorr_deploy.exporters.family_parts import FamilyModules, family_parts, family_step_part
-from adacorr_deploy.exporters.part import Part
+from adacorr_deploy.exporters.family_parts import FamilyModules
 from adacorr_deploy.exporters.stdit import NORM_EPSILON, STDiT
 from adacorr_deploy.exporters.stdit_original import is_original_stdit, original_schedule, stdit_from_original
 from adacorr_deploy.exporters.stdit_parts import modules_of_stdit
@@ -70,7 +69,7 @@ class STDiTModel:
         return original_schedule(self.module)
 
     def spec(self, precision: DType, segment: int) -> ModelSpec:
-        size, modules = self.module.size, self._modules(precision)
+        size, modules = self.module.size, self.modules(precision)
         return ModelSpec(
             family=STDiTAdapter.family,
             precision=precision,
@@ -89,15 +88,7 @@ class STDiTModel:
             norm_epsilon=NORM_EPSILON,
         )
 
-    def parts(self, precision: DType, segment: int) -> Iterator[Part]:
-        """Yield embed, condition, every block part and head."""
-        return family_parts(self._modules(precision), self.spec(precision, segment))
-
-    def step_part(self, precision: DType, segment: int) -> Part:
-        """Return embed, blocks and head as one part, with the same inputs as the chain and no units."""
-        return family_step_part(self._modules(precision), self.spec(precision, segment))
-
-    def _modules(self, precision: DType) -> FamilyModules:
+    def modules(self, precision: DType) -> FamilyModules:
         return modules_of_stdit(self.module, precision)
 
 

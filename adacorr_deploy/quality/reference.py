@@ -43,7 +43,7 @@ def reference_of_bundle(bundle: Bundle, loaded: LoadedModel) -> Pipeline:
     _check_same_model(bundle, loaded)
     segment, decoder = bundle.manifest.model.segment, bundle.manifest.decoder
     model = loaded.model.spec(DType.FLOAT32, segment)
-    parts = {part.spec.name: part for part in loaded.model.parts(DType.FLOAT32, segment)}
+    parts = {part.spec.name: part for part in loaded.parts(DType.FLOAT32, segment)}
     if decoder is not None and loaded.vae is not None:
         parts[DECODE_PART] = loaded.vae.part(model, decoder)
     if (prompt := model.conditions.prompt) is not None and loaded.text_encoder is not None:

@@ -10,14 +10,16 @@ from torch import Tensor
 from adacorr_deploy.core.sampler_rows import COLUMNS
 from adacorr_deploy.core.specs import DType
 from adacorr_deploy.exporters.adapter import ExportableModel
+from adacorr_deploy.exporters.family_parts import family_parts
 
 
 class Chain:
     """The parts of a model; `blocks` says which block parts to run, all by default."""
 
     def __init__(self, model: ExportableModel, segment: int, blocks: Sequence[int] | None = None) -> None:
-        self.parts = {part.spec.name: part for part in model.parts(DType.FLOAT32, segment)}
-        names = model.spec(DType.FLOAT32, segment).block_names
+        spec = model.spec(DType.FLOAT32, segment)
+        self.parts = {part.spec.name: part for part in family_parts(model.modules(DType.FLOAT32), spec)}
+        names = spec.block_names
         self.blocks = dict(enumerate(names)) if blocks is None else {index: names[index] for index in blocks}
 
     def model_output(

@@ -149,7 +149,7 @@ def test_a_reused_units_sum_is_the_blocks_residual(exported: Export) -> None:
 
 def test_without_learned_variance_the_noise_column_is_the_standard_deviation() -> None:
     head = reference_modules(loaded(random_dit(learned_variance=False)))["head"]
-    spec = next(part.spec for part in loaded(random_dit()).model.parts(DType.FLOAT32, 1) if part.spec.name == "head")
+    spec = next(part.spec for part in loaded(random_dit()).parts(DType.FLOAT32, 1) if part.spec.name == "head")
     inputs = random_inputs(spec, batch=2, branches=1, steps=2)
     results = in_torch(head, inputs, spec)
     of_latents, of_output, of_noise, _, _, of_carried, _, _ = inputs["coefficients"][1]

@@ -58,7 +58,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Export:
     def export(variant: str, precision: DType = DType.FLOAT32, segment: int = 1) -> Exported:
         model = loaded_pixart(random_pixart(VARIANTS[variant]))
         if variant != "alpha-1024":
-            specs = {part.spec.name: part.spec for part in model.model.parts(precision, segment)}
+            specs = {part.spec.name: part.spec for part in model.parts(precision, segment)}
             return InPyTorch(Path(variant), specs)
         folder = tmp_path_factory.mktemp("pixart")
         specs = export_parts(model, folder, precision, segment)

@@ -7,7 +7,7 @@ context of two tensors, height and width that requests choose, and a null prompt
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,9 +20,8 @@ from adacorr_deploy.core.latents import LatentSpec
 from adacorr_deploy.core.schedules import NoiseSchedule
 from adacorr_deploy.core.shapes import ROWS
 from adacorr_deploy.core.specs import ConditionSpec, DType, ModelSpec, PromptSpec, TensorSpec, units_of_parts
-from adacorr_deploy.exporters.family_parts import FamilyModules, family_parts, family_step_part, repeated
+from adacorr_deploy.exporters.family_parts import FamilyModules, repeated
 from adacorr_deploy.exporters.head import HeadPart
-from adacorr_deploy.exporters.part import Part
 from adacorr_deploy.exporters.units import Unit
 
 CHANNELS, PATCH, WIDTH, HEADS, DEPTH, SIDE = 3, 2, 16, 2, 3, 8
@@ -195,13 +194,7 @@ class TextToImageModel:
             learned_variance=False,
         )
 
-    def parts(self, precision: DType, segment: int) -> Iterator[Part]:
-        return family_parts(self._modules(precision), self.spec(precision, segment))
-
-    def step_part(self, precision: DType, segment: int) -> Part:
-        return family_step_part(self._modules(precision), self.spec(precision, segment))
-
-    def _modules(self, precision: DType) -> FamilyModules:
+    def modules(self, precision: DType) -> FamilyModules:
         model = self.module
         context = TensorSpec(name="context", dtype=precision, shape=(ROWS, PROMPT.tokens, WIDTH))
         bias = TensorSpec(name="context_bias", dtype=precision, shape=(ROWS, PROMPT.tokens))

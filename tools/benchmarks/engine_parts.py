@@ -52,9 +52,9 @@ def exported_parts(loaded: LoadedModel, precision: DType, folder: Path) -> Parts
     """
     model, finished = loaded.model.spec(precision, 1), folder / "exported"
     services = service_parts(model)
-    specs = {part.spec.name: part.spec for part in loaded.model.parts(precision, 1)}
+    specs = {part.spec.name: part.spec for part in loaded.parts(precision, 1)}
     specs |= {name: spec for name, (spec, _) in services.items()}
-    specs[STEP_PART] = loaded.model.step_part(precision, 1).spec
+    specs[STEP_PART] = loaded.step_part(precision, 1).spec
     if not finished.exists():
         say("  exporting to ONNX")
         export_parts(loaded, folder, precision)
