@@ -12,9 +12,10 @@ from adacorr_deploy.core.errors import UnsupportedModelError
 from adacorr_deploy.core.latents import LatentSpec
 from adacorr_deploy.core.schedules import NoiseSchedule
 from adacorr_deploy.core.specs import ConditionSpec, DType, ModelSpec, PromptSpec, units_of_parts
+from adacorr_deploy.exporters.adaln_single import context_bias
 from adacorr_deploy.exporters.dit_original import original_schedule
 from adacorr_deploy.exporters.family_parts import FamilyModules
-from adacorr_deploy.exporters.latte import MASKED, PROMPT_TOKENS, modules_of_latte
+from adacorr_deploy.exporters.latte import PROMPT_TOKENS, modules_of_latte
 from adacorr_deploy.exporters.latte_config import LatteConfig, empty_latte
 from adacorr_deploy.exporters.weight_files import StateDict, require_tensors
 
@@ -53,7 +54,7 @@ class LatteModel:
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         """Return diffusers' own output, (R, C or 2C, F, H, W)."""
-        padding = (1 - conditions["prompt_mask"].to(latents.dtype)) * MASKED
+        padding = context_bias(conditions["prompt_mask"], latents.dtype)
         output: Tensor = self.module(
             latents,
             timestep=timesteps,

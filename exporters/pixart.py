@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING, Final
 import torch
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
-from torch.nn import functional
 
-from adacorr_deploy.core.shapes import ROWS
-from adacorr_deploy.core.specs import DType, TensorSpec
-from adacorr_deploy.exporters.adaln_single import modulation_of_block
+from adacorr_deploy.core.specs import DType
+from adacorr_deploy.exporters.adaln_single import CONTEXT, AdaLNSingleCondition, context_specs
 from adacorr_deploy.exporters.dit import SelfAttention
 from adacorr_deploy.exporters.family_parts import FamilyModules, repeated
 from adacorr_deploy.exporters.fused_attention import fused_cross_attention
@@ -24,10 +22,7 @@ if TYPE_CHECKING:
     from diffusers.models.embeddings import PatchEmbed
 
 UNITS: Final = ("attention", "cross_attention", "mlp")  # of a block
-CONTEXT: Final = ("context", "context_bias")  # what cross-attention is given
 PIXELS_PER_LATENT: Final = 8  # of an image's side, by the VAE that every PixArt was trained with
-MASKED: Final = -10000.0  # what diffusers adds to the scores of padding
-_TABLE_ROWS: Final = 6  # shift, scale, gate of the attention, then of the MLP
 _PERIOD: Final = 10000  # of the slowest position wave, over 2π
 
 
@@ -71,59 +66,18 @@ class PatchTokens(nn.Module):
         return torch.cat([phases.sin(), phases.cos()], dim=-1)
 
 
-class Condition(nn.Module):
-    """Timesteps and prompts to the modulation of all steps, and the context of cross-attention."""
-
-    def __init__(self, model: PixArtTransformer2DModel) -> None:
-        super().__init__()
-        self.embedder = model.adaln_single.emb
-        self.linear = model.adaln_single.linear
-        self.tables = nn.ParameterList([block.scale_shift_table for block in model.transformer_blocks])
-        self.head_table = model.scale_shift_table
-        self.projection = nn.Identity() if model.caption_projection is None else model.caption_projection
-
-    def forward(self, timesteps: Tensor, prompt_embeddings: Tensor, prompt_mask: Tensor) -> tuple[Tensor, ...]:
-        """Return (S, R, 9, D) per block, (S, R, 2, D) of the head, the context (R, T, D) and its bias (R, T).
-
-        Args:
-            timesteps: (S,) float32, in training steps.
-            prompt_embeddings: (R, T, E) float32.
-            prompt_mask: (R, T) int64: 1 where the prompt is, 0 where it is padded.
-        """
-        return self._outputs(self._timesteps(timesteps), prompt_embeddings, prompt_mask)
-
-    def _timesteps(self, timesteps: Tensor) -> Tensor:
-        return self._embedded(self.embedder.timestep_embedder, timesteps)[:, None]
-
-    def _outputs(self, condition: Tensor, prompt_embeddings: Tensor, prompt_mask: Tensor) -> tuple[Tensor, ...]:
-        """Return what `forward` does of the condition (S, 1, D)."""
-        condition = condition.expand(-1, prompt_embeddings.shape[0], -1)
-        shared = self.linear(functional.silu(condition)).unflatten(-1, (_TABLE_ROWS, -1))
-        of_blocks = [modulation_of_block(shared, table, UNITS) for table in self.tables]
-        head = condition[:, :, None] + self.head_table
-        context = self.projection(prompt_embeddings.to(shared.dtype))
-        return (*of_blocks, head, context, (1 - prompt_mask.to(shared.dtype)) * MASKED)
-
-    def _embedded(self, embedder: nn.Module, values: Tensor) -> Tensor:
-        """Return (M, …) of values (M,), embedded as timesteps are."""
-        # The sinusoid stays float32: at timestep 999 a float16 phase would be off by half a radian.
-        waves: Tensor = self.embedder.time_proj(values.float())
-        result: Tensor = embedder(waves.to(self.linear.weight.dtype))
-        return result
-
-
-class SizedCondition(Condition):
+class SizedCondition(AdaLNSingleCondition):
     """The condition of models that are also told the image's size."""
 
     def forward(  # type: ignore[override]  # the contract is made of the arguments' names
         self, timesteps: Tensor, latent_size: Tensor, prompt_embeddings: Tensor, prompt_mask: Tensor
     ) -> tuple[Tensor, ...]:
-        """Return what `Condition` does; `latent_size` (3,) float32: frames (1), height and width of the latents."""
+        """Return what the base does; `latent_size` (3,) float32: frames (1), height and width of the latents."""
         height, width = (latent_size[1:] * PIXELS_PER_LATENT).chunk(2)
-        resolution = self._embedded(self.embedder.resolution_embedder, torch.cat([height, width])).flatten()
-        aspect = self._embedded(self.embedder.aspect_ratio_embedder, height / width).flatten()
-        condition = self._timesteps(timesteps) + torch.cat([resolution, aspect])
-        return self._outputs(condition, prompt_embeddings, prompt_mask)
+        resolution = self.embedded(self.embedder.resolution_embedder, torch.cat([height, width])).flatten()
+        aspect = self.embedded(self.embedder.aspect_ratio_embedder, height / width).flatten()
+        condition = self.of_timesteps(timesteps) + torch.cat([resolution, aspect])
+        return self.outputs(condition, prompt_embeddings, prompt_mask)
 
 
 class CrossAttention(nn.Module):
@@ -154,9 +108,10 @@ def units_of_block(block: BasicTransformerBlock) -> tuple[Unit, ...]:
 def modules_of_pixart(model: PixArtTransformer2DModel, *, prompt_tokens: int, precision: DType) -> FamilyModules:
     """Return what the parts of diffusers' model are made of, for prompts of so many tokens."""
     config = model.config
+    condition = SizedCondition if model.use_additional_conditions else AdaLNSingleCondition
     return FamilyModules(
         embed=Embed(model),
-        condition=SizedCondition(model) if model.use_additional_conditions else Condition(model),
+        condition=condition(model, model.transformer_blocks, [UNITS] * len(model.transformer_blocks)),
         blocks=[units_of_block(block) for block in model.transformer_blocks],
         head=HeadPart(
             model.norm_out,
@@ -165,8 +120,5 @@ def modules_of_pixart(model: PixArtTransformer2DModel, *, prompt_tokens: int, pr
             channels=config.in_channels,
             uses_variance=False,
         ),
-        context=(
-            TensorSpec(name="context", dtype=precision, shape=(ROWS, prompt_tokens, config.cross_attention_dim)),
-            TensorSpec(name="context_bias", dtype=precision, shape=(ROWS, prompt_tokens)),
-        ),
+        context=context_specs(tokens=prompt_tokens, width=config.cross_attention_dim, precision=precision),
     )

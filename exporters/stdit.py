@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from adacorr_deploy.exporters.adaln_single import context_bias
+
 NORM_EPSILON: Final = 1e-6  # of every norm
 PIXELS_PER_LATENT: Final = 8  # along an axis of a frame: Open-Sora's VAE
-MASKED: Final = -1e4  # added to the scores of what a mask leaves out: far below any score, and a float16
 _WAVES: Final = 256  # features of the sinusoid that embeds a timestep or a frame rate
 
 
@@ -246,7 +247,7 @@ class STDiT(nn.Module):
         tokens = (tokens + grid_positions(*grid, self.size, self.base_side)).flatten(1, 2)
         condition = self.t_embedder(timesteps) + self.fps_embedder(frame_rate)
         modulation = self.t_block(condition).unflatten(-1, (6, -1))
-        context, bias = self.y_embedder(prompt_embeddings), (1 - prompt_mask.to(latents.dtype)) * MASKED
+        context, bias = self.y_embedder(prompt_embeddings), context_bias(prompt_mask, latents.dtype)
         angles = torch.arange(frames).float()[:, None] * self.rope.freqs
         for spatial, temporal in self.pairs():
             tokens = spatial(tokens.unflatten(1, (frames, -1)), modulation, context, bias).flatten(1, 2)

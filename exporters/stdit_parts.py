@@ -11,13 +11,12 @@ from typing import Final
 
 from torch import Tensor, nn
 
-from adacorr_deploy.core.shapes import ROWS
-from adacorr_deploy.core.specs import DType, TensorSpec
-from adacorr_deploy.exporters.adaln_single import modulation_of_block
+from adacorr_deploy.core.specs import DType
+from adacorr_deploy.exporters.adaln_single import CONTEXT, context_bias, context_specs, modulation_of_block
 from adacorr_deploy.exporters.clip_attention import SpatialAttention, TemporalAttention
 from adacorr_deploy.exporters.family_parts import FamilyModules, repeated
 from adacorr_deploy.exporters.head import HeadPart
-from adacorr_deploy.exporters.stdit import MASKED, Block, STDiT, grid_positions
+from adacorr_deploy.exporters.stdit import Block, STDiT, grid_positions
 from adacorr_deploy.exporters.units import Unit
 
 UNITS_OF_BLOCK: Final = ("attention", "cross_attention", "mlp")  # of a spatial one
@@ -71,7 +70,7 @@ class ConditionModule(nn.Module):
         shared = self.shared(condition).unflatten(-1, (6, -1))
         of_blocks = [modulation_of_block(shared, table, UNITS_OF_BLOCK) for table in self.tables]  # the same of both
         context = self.projection(prompt_embeddings.to(condition.dtype))
-        bias = (1 - prompt_mask.to(condition.dtype)) * MASKED
+        bias = context_bias(prompt_mask, condition.dtype)
         return (*of_blocks, condition[:, :, None] + self.head_table, context, bias)
 
 
@@ -81,7 +80,7 @@ def units_of_blocks(spatial: Block, temporal: Block, frequencies: Sequence[float
     return [
         (
             Unit(names[0], block.norm1, attention, ("frame_positions",)),
-            Unit(names[1], nn.Identity(), block.cross_attn, ("context", "context_bias")),
+            Unit(names[1], nn.Identity(), block.cross_attn, CONTEXT),
             Unit(names[2], block.norm2, block.mlp),
         )
         for block, attention, names in zip(
@@ -116,8 +115,5 @@ def modules_of_stdit(model: STDiT, precision: DType) -> FamilyModules:
             patch=(1, size.patch, size.patch),
             channels=size.channels,
         ),
-        context=(
-            TensorSpec(name="context", dtype=precision, shape=(ROWS, size.prompt_tokens, size.width)),
-            TensorSpec(name="context_bias", dtype=precision, shape=(ROWS, size.prompt_tokens)),
-        ),
+        context=context_specs(tokens=size.prompt_tokens, width=size.width, precision=precision),
     )

@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from adacorr_deploy.core.latents import LatentSpec
 from adacorr_deploy.core.schedules import NoiseSchedule
-from adacorr_deploy.core.shapes import ROWS
-from adacorr_deploy.core.specs import ConditionSpec, DType, ModelSpec, PromptSpec, TensorSpec, units_of_parts
+from adacorr_deploy.core.specs import ConditionSpec, DType, ModelSpec, PromptSpec, units_of_parts
+from adacorr_deploy.exporters.adaln_single import CONTEXT, context_specs
 from adacorr_deploy.exporters.family_parts import FamilyModules, repeated
 from adacorr_deploy.exporters.head import HeadPart
 from adacorr_deploy.exporters.units import Unit
@@ -196,21 +196,19 @@ class TextToImageModel:
 
     def modules(self, precision: DType) -> FamilyModules:
         model = self.module
-        context = TensorSpec(name="context", dtype=precision, shape=(ROWS, PROMPT.tokens, WIDTH))
-        bias = TensorSpec(name="context_bias", dtype=precision, shape=(ROWS, PROMPT.tokens))
         return FamilyModules(
             embed=Embed(model.patches),
             condition=Condition(model),
             blocks=[
                 (
                     Unit("attention", block.norm1, block.attention),
-                    Unit("cross_attention", nn.Identity(), CrossAttention(block.cross), (context.name, bias.name)),
+                    Unit("cross_attention", nn.Identity(), CrossAttention(block.cross), CONTEXT),
                     Unit("mlp", block.norm2, block.mlp),
                 )
                 for block in map(_block, model.blocks)
             ],
             head=HeadPart(model.norm, model.out, patch=(PATCH, PATCH), channels=CHANNELS),
-            context=(context, bias),
+            context=context_specs(tokens=PROMPT.tokens, width=WIDTH, precision=precision),
         )
 
 
