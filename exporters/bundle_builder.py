@@ -27,7 +27,7 @@ from adacorr_deploy.core.null_prompt import NULL_PROMPT_FILE, content_of_null_pr
 from adacorr_deploy.core.output_folder import check_output_folder, output_folder
 from adacorr_deploy.core.progress import Progress
 from adacorr_deploy.core.prompts import TEXT_ENCODER_PART, TOKENIZER_FILE
-from adacorr_deploy.core.specs import DECODE_PART, HALVES, MAX_DECODER_SIZE, DType, ModelSpec, PartSpec
+from adacorr_deploy.core.specs import DECODE_PART, MAX_DECODER_SIZE, DType, ModelSpec, PartSpec
 from adacorr_deploy.engines.backend import Backend
 from adacorr_deploy.engines.bundle_sessions import check_precision
 from adacorr_deploy.exporters.checkpoints import LoadedModel
@@ -44,8 +44,8 @@ class BuildOptions:
 
     Attributes:
         precision: Of weights and of activations between parts.
-        segment: Transformer blocks in a block part; caching decides over whole parts.
-        halves: Make a part of each unit of a transformer block (of a DiT's: attention and MLP), reused by itself.
+        segment: Transformer blocks in a block part; caching decides over whole parts. `HALVES` makes a part of each
+            unit of a transformer block (of a DiT's: attention and MLP), reused by itself.
         overwrite: Replace a bundle that stands at the output, once the new one is complete.
         default_policy: Preset, with or without a target or a correction on top, for runs that name none.
         vae_tile: Latent pixels, along a side, that the decoder takes at once; a larger image is decoded in tiles.
@@ -56,12 +56,10 @@ class BuildOptions:
     Raises:
         RequestError: If the tile or the chunk is no size.
         PolicyError: If the default policy is no preset (a file would not travel with the bundle).
-        ValueError: If halves and segments are both asked for.
     """
 
     precision: DType = DType.FLOAT32
     segment: int = 1
-    halves: bool = False
     overwrite: bool = False
     default_policy: str = DEFAULT_POLICY
     vae_tile: int = DEFAULT_TILE
@@ -70,8 +68,6 @@ class BuildOptions:
     text_precision: DType | None = None
 
     def __post_init__(self) -> None:
-        if self.halves and self.segment != 1:
-            raise ValueError(f"a part is a half of a block or a segment of {self.segment}, not both")
         if not MIN_TILE <= self.vae_tile <= MAX_DECODER_SIZE:
             raise RequestError(f"vae_tile is {self.vae_tile}, allowed are {MIN_TILE} … {MAX_DECODER_SIZE}.")
         if self.vae_chunk is not None and not 1 <= self.vae_chunk <= MAX_DECODER_SIZE:
@@ -83,11 +79,6 @@ class BuildOptions:
                 "give a policy file to adacorr-run instead."
             )
         policy_named(self.default_policy)
-
-    @property
-    def blocks_in_a_part(self) -> int:
-        """Transformer blocks in a block part, or `HALVES`."""
-        return HALVES if self.halves else self.segment
 
 
 def build_bundle(
@@ -118,7 +109,7 @@ def build_bundle(
         RequestError: If the engines are to be compiled for sizes that the model's latents can't have.
         EngineError: If the backend doesn't run this precision, or a part can't be compiled.
     """
-    model = loaded.model.spec(options.precision, options.blocks_in_a_part)
+    model = loaded.model.spec(options.precision, options.segment)
     decoder = None
     if loaded.vae is not None:
         decoder = loaded.vae.spec(
@@ -133,7 +124,7 @@ def build_bundle(
     with output_folder(output, overwrite=options.overwrite) as folder:
         parts_dir = folder / PARTS_DIR
         started = time.perf_counter()
-        specs = export_parts(loaded, parts_dir, options.precision, options.blocks_in_a_part, progress)
+        specs = export_parts(loaded, parts_dir, options.precision, options.segment, progress)
         specs |= _write_service_parts(model, parts_dir)
         if loaded.vae is not None and decoder is not None:
             specs[DECODE_PART] = export_decoder(loaded.vae, model, decoder, parts_dir)

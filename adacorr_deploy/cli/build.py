@@ -29,10 +29,11 @@ from adacorr_deploy.cli.options import (
 )
 from adacorr_deploy.core.engine_build import CompilerOptions, WeightLayout
 from adacorr_deploy.core.errors import EngineError, PolicyError
-from adacorr_deploy.core.specs import DType
+from adacorr_deploy.core.specs import HALVES, DType
 
 if TYPE_CHECKING:
     from adacorr_deploy.core.bundle import Bundle
+    from adacorr_deploy.exporters.bundle_builder import BuildOptions
 
 _COMPILED: Final = "Compiled engines (tensorrt-rtx, tensorrt)"
 
@@ -71,15 +72,7 @@ class Target:
     bundle: Path
     backend: str
     compiler: CompilerOptions | None
-    precision: Precision
-    segment: int
-    halves: bool
-    vae_tile: int
-    vae_chunk: int | None
-    vae_precision: Precision | None
-    text_precision: Precision | None
-    policy: str
-    overwrite: bool
+    options: BuildOptions
     calibrated: bool
 
 
@@ -356,31 +349,30 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
     if halves and segment != 1:
         raise typer.BadParameter("an engine holds a half of a block, or a --segment of them.", param_hint="--halves")
     calibrated = model == DEMO and precision is not Precision.BF16 if calibrate is None else calibrate
-    target = Target(
-        bundle=output,
-        backend=backend,
-        compiler=compiler_options(
-            gpu,
-            batch,
-            max_steps,
-            weights,
-            version_compatible,
-            timing_cache,
-            {"frames": frames, "height": height, "width": width},
-        ),
-        precision=precision,
-        segment=segment,
-        halves=halves,
-        vae_tile=vae_tile,
-        vae_chunk=vae_chunk,
-        vae_precision=vae_precision,
-        text_precision=text_precision,
-        policy=_default_policy(policy, calibrated=calibrated),
-        overwrite=overwrite,
-        calibrated=calibrated,
+    compiler = compiler_options(
+        gpu,
+        batch,
+        max_steps,
+        weights,
+        version_compatible,
+        timing_cache,
+        {"frames": frames, "height": height, "width": width},
     )
+    default_policy = _default_policy(policy, calibrated=calibrated)
     started = time.perf_counter()
     with needs_build_packages("adacorr-build"), progress_bar() as advance:
+        from adacorr_deploy.exporters.bundle_builder import BuildOptions
+
+        options = BuildOptions(
+            precision=precision.dtype,
+            segment=HALVES if halves else segment,
+            overwrite=overwrite,
+            default_policy=default_policy,
+            vae_tile=vae_tile,
+            vae_chunk=vae_chunk,
+            vae_precision=vae_precision.dtype if vae_precision is not None else None,
+            text_precision=text_precision.dtype if text_precision is not None else None,
+        )
         source = Source(
             model=model,
             scheduler=scheduler,
@@ -390,6 +382,7 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
             text_encoder=text_encoder,
             with_text_encoder=not no_text_encoder,
         )
+        target = Target(bundle=output, backend=backend, compiler=compiler, options=options, calibrated=calibrated)
         bundle = _built(source, target, advance)
     seconds = time.perf_counter() - started
     parts = len(bundle.manifest.parts)
@@ -420,10 +413,11 @@ def _next_steps(bundle: Bundle, target: Target) -> list[str]:
 
     shown = bundle.manifest.decoder is not None or bundle.manifest.model.latent_shape[0] in PIXEL_CHANNELS
     output = "-o images" if shown else "--save-latents latents.npy"  # which become images through a VAE elsewhere
-    if target.calibrated or not policy_named(target.policy).looks_up:
+    policy = target.options.default_policy
+    if target.calibrated or not policy_named(policy).looks_up:
         return [f"Sample from it with: adacorr-run {bundle.path} {output}"]
     return [
-        f"Policy {target.policy} needs a calibration first: adacorr-calibrate {bundle.path}",
+        f"Policy {policy} needs a calibration first: adacorr-calibrate {bundle.path}",
         f"Sample without reuse meanwhile: adacorr-run {bundle.path} --policy none {output}",
     ]
 
@@ -454,26 +448,16 @@ def _built(source: Source, target: Target, advance: Advance) -> Bundle:
     from adacorr_deploy.engines import backend_by_name
     from adacorr_deploy.engines.bundle_sessions import check_precision
     from adacorr_deploy.exporters import load_checkpoint
-    from adacorr_deploy.exporters.bundle_builder import BuildOptions, build_bundle, check_output
+    from adacorr_deploy.exporters.bundle_builder import build_bundle, check_output
     from adacorr_deploy.quality.golden import store_golden_sample
 
-    options = BuildOptions(
-        precision=target.precision.dtype,
-        segment=target.segment,
-        halves=target.halves,
-        overwrite=target.overwrite,
-        default_policy=target.policy,
-        vae_tile=target.vae_tile,
-        vae_chunk=target.vae_chunk,
-        vae_precision=target.vae_precision.dtype if target.vae_precision is not None else None,
-        text_precision=target.text_precision.dtype if target.text_precision is not None else None,
-    )
+    options = target.options
     backend = backend_by_name(target.backend, target.compiler)
     check_precision(options.precision, backend)
     calibrating = backend if backend.is_available() else backend_by_name("onnxruntime")
     if target.calibrated and options.precision not in calibrating.precisions:
         raise EngineError(
-            f"A {target.precision.value} model can't be calibrated without a GPU for {backend.name}. Build it without "
+            f"A {options.precision.value} model can't be calibrated without a GPU for {backend.name}. Build it without "
             "--calibrate, and run adacorr-calibrate on a machine that has one."
         )
     model = path_from_model(source.model)
@@ -515,11 +499,11 @@ def _calibration(target: Target, backend: str, advance: Advance) -> Callable[[Pa
     from adacorr_deploy.caching.policy import policy_named
     from adacorr_deploy.quality.calibrate import CalibrationOptions
 
-    options, policy = CalibrationOptions(), policy_named(target.policy)
+    options, name = CalibrationOptions(), target.options.default_policy
 
     def finish(folder: Path) -> None:
-        if policy.looks_up:
-            calibrate_for_policies(folder, [target.policy], options, advance, backend=backend)
+        if policy_named(name).looks_up:
+            calibrate_for_policies(folder, [name], options, advance, backend=backend)
         else:  # for those that runs name themselves
             calibrate_bundle(folder, options, advance, backend=backend)
 

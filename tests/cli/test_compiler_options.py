@@ -77,7 +77,7 @@ class TestTensorRTForRTX:
         monkeypatch.setattr("adacorr_deploy.engines.tensorrt_backend.TensorRTBackend.is_available", lambda self: False)
         options = ["--backend", "tensorrt-rtx", "--precision", "bf16", "--calibrate"]
         error = command("build", model, "-o", tmp_path / "out", *options).error
-        assert "bf16 model can't be calibrated without a GPU" in error
+        assert "bfloat16 model can't be calibrated without a GPU" in error
         assert "Build it without --calibrate, and run adacorr-calibrate on a machine that has one" in error
         assert list(tmp_path.iterdir()) == []
 

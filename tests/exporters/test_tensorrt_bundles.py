@@ -71,7 +71,7 @@ def built(
                 loaded(dit),
                 tmp_path_factory.mktemp("bundles") / "bundle",
                 TensorRTBackend(TENSORRT_RTX, options),
-                BuildOptions(precision=precision, halves=halves),
+                BuildOptions(precision=precision, segment=HALVES if halves else 1),
             )
 
     return build

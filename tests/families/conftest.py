@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from adacorr_deploy.core import specs
 from adacorr_deploy.core.specs import DType
 from adacorr_deploy.engines.onnxruntime_cpu import OnnxRuntimeBackend
 from adacorr_deploy.exporters import LoadedModel
@@ -22,7 +23,7 @@ Opened = Callable[[str, BuildOptions], Pipeline]
 
 WHOLE = BuildOptions(default_policy="none")
 SEGMENTS = BuildOptions(default_policy="none", segment=2)
-HALVES = BuildOptions(default_policy="none", halves=True)
+HALVES = BuildOptions(default_policy="none", segment=specs.HALVES)
 FLOAT16 = BuildOptions(default_policy="none", precision=DType.FLOAT16)
 
 

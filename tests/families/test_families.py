@@ -84,7 +84,7 @@ def test_a_trajectory_of_another_size_is_the_original_modules(
 def test_however_blocks_are_cut_the_latents_are_the_same(name: str, options: BuildOptions, opened: Opened) -> None:
     whole, cut = opened(name, WHOLE), opened(name, options)
     blocks = whole.manifest.model.blocks
-    parts = sum(map(len, blocks)) if options.halves else -(-len(blocks) // options.segment)
+    parts = sum(map(len, blocks)) if options is HALVES else -(-len(blocks) // options.segment)
     assert len(cut.manifest.model.units) == parts
     request = asked(whole)
     expected = sample_with_policy(whole, request, PRESETS["none"]).latents

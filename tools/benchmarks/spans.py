@@ -29,6 +29,7 @@ from adacorr_deploy.caching.controllers import Run
 from adacorr_deploy.caching.decisions import Observed, Prediction
 from adacorr_deploy.caching.predictors import PredictorKind
 from adacorr_deploy.core.errors import AdaCorrError
+from adacorr_deploy.core.specs import HALVES
 from adacorr_deploy.engines import Backend, backend_by_name
 from adacorr_deploy.exporters import LoadedModel
 from adacorr_deploy.exporters.bundle_builder import BuildOptions, build_bundle
@@ -141,8 +142,8 @@ def measure(args: argparse.Namespace, folder: Path) -> Report:
     rounds: list[Times] = []
     with ExitStack() as resources:
         blocks, halves = (
-            _pipeline(loaded, backend, folder / name, BuildOptions(halves=name == "halves"), resources)
-            for name in ("blocks", "halves")
+            _pipeline(loaded, backend, folder / name, BuildOptions(segment=segment), resources)
+            for name, segment in (("blocks", 1), ("halves", HALVES))
         )
         model = blocks.manifest.model
         labels = tuple(index % model.num_classes for index in range(args.batch))
