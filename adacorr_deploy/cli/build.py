@@ -96,8 +96,8 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="demo (the model that comes with the package), a diffusers pipeline or transformer folder, or a DiT "
-            "checkpoint in the original layout (.pt, .safetensors).",
+            help="demo (the model that comes with the package), a diffusers pipeline or transformer folder, or a "
+            "checkpoint of DiT's or Open-Sora's own code (.pt, .safetensors).",
             show_default=False,
         ),
     ] = None,

@@ -61,10 +61,6 @@ class SamplerTable:
         return tuple(bool(amount != 0.0) for amount in self.coefficients[:, COLUMNS.index("noise")])
 
     @property
-    def needs_noise(self) -> bool:
-        return any(self.noisy_steps)
-
-    @property
     def needs_variance(self) -> bool:
         """Say whether the noise is as strong as the model's own variance output says."""
         return bool(self.coefficients[:, COLUMNS.index("log_variance_min") : COLUMNS.index("carried")].any())

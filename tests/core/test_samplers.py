@@ -92,7 +92,7 @@ def test_ddim_follows_diffusers(prediction: str, spacing: str, steps: int) -> No
             timestep = int(scheduler.timesteps[step])
             expected = scheduler.step(output, timestep, latents, eta=eta, variance_noise=noise).prev_sample
             assert_close(applied(table, step, latents, output, noise), expected)
-        assert table.needs_noise == (eta > 0 and bool(table.coefficients[:, 2].any()))
+        assert any(table.noisy_steps) == (eta > 0 and bool(table.coefficients[:, 2].any()))
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
@@ -157,7 +157,7 @@ def check_dpmpp(steps: int, algorithm: str, **config: object) -> None:
         assert_close(found, expected)
         carried = row["carried_of_latents"] * latents + row["carried_of_output"] * output
         latents = expected
-    assert table.needs_noise == (sampler is Sampler.DPMPP_2M_SDE and (steps > 1 or bool(table.coefficients[0, 2])))
+    assert any(table.noisy_steps) == (sampler is Sampler.DPMPP_2M_SDE and (steps > 1 or bool(table.coefficients[0, 2])))
     assert not table.needs_variance
 
 
@@ -203,7 +203,7 @@ def check_flow(steps: int, *, tokens: int = 256, **config: object) -> None:
         latents, output, noise = draws(step, 3)
         expected = scheduler.step(output, scheduler.timesteps[step], latents).prev_sample
         assert_close(applied(table, step, latents, output, noise), expected)
-    assert not table.needs_noise
+    assert not any(table.noisy_steps)
 
 
 @pytest.mark.parametrize("kind", [DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler])
@@ -339,10 +339,11 @@ def test_a_schedule_names_its_own_sampler_and_one_without_noise(
 ) -> None:
     assert default_sampler(schedule) is own
     assert quiet_samplers(schedule)[0] is quiet
-    assert not sampler_table(schedule, quiet, 10).needs_noise
+    assert not any(sampler_table(schedule, quiet, 10).noisy_steps)
     for sampler in allowed_samplers(schedule):
         for eta in (0.0, 0.5) if sampler is Sampler.DDIM else (0.0,):
-            assert sampler_table(schedule, sampler, 10, eta=eta).needs_noise == sampler.adds_noise(eta)
+            table = sampler_table(schedule, sampler, 10, eta=eta)
+            assert any(table.noisy_steps) == sampler.adds_noise(eta)
 
 
 @pytest.mark.parametrize(
