@@ -85,7 +85,7 @@ def show_tuned(tuned: Tuned, files: Sequence[Path], *, as_json: bool) -> None:
     if as_json:
         show_json(tuned_document(tuned))
         return
-    rows = [_row(tuned, point) for point in sorted(tuned.points, key=lambda point: -point.speedup)]
+    rows = [_row(tuned, point) for point in sorted(tuned.table, key=lambda point: -point.speedup)]
     show_table(_COLUMNS, [[row[name] for name in _COLUMNS] for row in rows])
     chosen = tuned.chosen
     verdict = "meets the target best" if tuned.meets_target else "comes nearest; none meets the target"
@@ -98,7 +98,7 @@ def tuned_document(tuned: Tuned) -> dict[str, object]:
         "chosen": tuned.chosen.policy.name,
         "meets_target": tuned.meets_target,
         "policy": json.loads(tuned.chosen.policy.model_dump_json(by_alias=True)),
-        "rows": [_row(tuned, point) for point in tuned.points],
+        "rows": [_row(tuned, point) for point in tuned.table],
     }
 
 

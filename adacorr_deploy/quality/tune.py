@@ -113,6 +113,12 @@ class Tuned:
     front: tuple[TunedPoint, ...]
     points: tuple[TunedPoint, ...]
 
+    @property
+    def table(self) -> tuple[TunedPoint, ...]:
+        """The points, and those of the front that were aimed at by the clock alone."""
+        policies = {point.policy for point in self.points}
+        return (*self.points, *(point for point in self.front if point.policy not in policies))
+
 
 def families_that_fit(pipeline: Pipeline, request: SampleRequest) -> tuple[str, ...]:
     """Return the presets that have a knob and whose spans the bundle has, whether it is calibrated for them or not."""

@@ -155,7 +155,9 @@ def test_the_cheap_corrector_reuses_the_attention_half_and_evaluates_the_mlp() -
 
 @pytest.mark.parametrize("base", BASES)
 def test_on_every_base_an_easy_request_is_evaluated_less_than_a_hard_one(base: str) -> None:
-    policy = policy_named(f"{base}+adacorrection@2")
+    policy = policy_named(
+        f"{base}+adacorrection@1.5"
+    )  # a guard at one step of age allows no more than half to be reused
     guards = policy.guards.model_copy(update={"warmup_steps": 2})  # some warm up for most of so short a run
     policy = policy.model_copy(update={"guards": guards})
     easy, hard = (run(policy, error=error, blocks=PARTS) for error in (0.001, 10.0))

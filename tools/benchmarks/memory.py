@@ -31,7 +31,7 @@ from adacorr_deploy.caching.policy import PRESETS
 from adacorr_deploy.core.bundle import Bundle, open_bundle
 from adacorr_deploy.core.manifest import Manifest
 from adacorr_deploy.core.sampler_rows import COLUMNS
-from adacorr_deploy.core.shapes import BATCH, BRANCHES, ROWS, STEPS
+from adacorr_deploy.core.shapes import BATCH, BRANCHES, ROWS, SIZE_AXES, STEPS
 from adacorr_deploy.core.specs import MODULATIONS_PER_UNIT, DType, ModelSpec
 from adacorr_deploy.engines.host_memory import HostBuffer
 from adacorr_deploy.engines.onnxruntime_cpu import OnnxRuntimeBackend
@@ -194,7 +194,7 @@ def buffer_terms(model: ModelSpec, size: RunSize, references: int) -> list[Term]
 def _scalars(steps: int, rows: int, batch: int, branches: int) -> int:
     """Bytes of the buffers that hold a few numbers: 4 each, 8 for labels, steps and the keys of noise."""
     counts = sum(range(1, MAX_HISTORY + 1))  # of factors for 1 … MAX_HISTORY evaluations
-    image = batch + counts + branches + branches * batch + steps + steps * len(COLUMNS)
+    image = batch + counts + branches + branches * batch + steps + steps * len(COLUMNS) + len(SIZE_AXES)
     block = rows * SIGNAL_COUNT + (counts + 1) + 3 + 2 * rows
     return 4 * (image + block) + 8 * (rows + 1 + 2 * batch + 1 + counts + 1)
 
