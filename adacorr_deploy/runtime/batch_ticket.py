@@ -79,34 +79,40 @@ class Listeners:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Ticket:
-    """A request in the engine's hands."""
+class Stoppable:
+    """A request that can be cancelled, or be too late. Times are on `time.monotonic()`'s clock."""
 
-    run: PlannedRun
-    asked_steps: int  # by the caller; `fewer-steps` takes fewer
     deadline: float | None
-    listeners: Listeners
     submitted: float = field(default_factory=time.monotonic)
     started: float | None = None
-    _cancelled: bool = False
-
-    @property
-    def rows(self) -> int:
-        return self.run.size.rows
+    was_cancelled: bool = False
 
     def cancel(self) -> None:
         """End the request within one block launch, unless it has ended; `on_done` is called all the same."""
-        self._cancelled = True
+        self.was_cancelled = True
 
     def reason_to_stop(self) -> AdaCorrError | None:
         """Return why the request must not go on now, or None."""
-        if self._cancelled:
+        if self.was_cancelled:
             return SamplingCancelledError("The request was cancelled; nothing of it was kept.")
         if self.deadline is not None and time.monotonic() >= self.deadline:
             waited = "while it waited" if self.started is None else "while it ran"
             late = f"{time.monotonic() - self.submitted:.3f} s after it was submitted, {waited}"
             return DeadlineExceededError(f"The request's deadline passed {late}. Allow more time, or try again later.")
         return None
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Ticket(Stoppable):
+    """A request in the engine's hands."""
+
+    run: PlannedRun
+    asked_steps: int  # by the caller; `fewer-steps` takes fewer
+    listeners: Listeners
+
+    @property
+    def rows(self) -> int:
+        return self.run.size.rows
 
     def end(self, result: SampleResult | None, error: AdaCorrError | None) -> Outcome:
         """Return the outcome at this moment."""

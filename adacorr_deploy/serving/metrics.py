@@ -153,8 +153,8 @@ class Recorder:
 
     observe = count
 
-    def flush(self, stats: EngineStats) -> None:
-        """Hand on what was gathered, and the engine's own numbers."""
+    def flush(self, stats: EngineStats, *, waiting: int = 0) -> None:
+        """Hand on what was gathered, and the engine's own numbers; so many requests wait elsewhere, before it."""
         with self._lock:
             pending, self._pending = self._pending, []
         for each in pending:
@@ -164,7 +164,7 @@ class Recorder:
             self.sink.increment(metric, value, label)
         self._catch_up(LAUNCHES, stats.launches)
         self._catch_up(GUARD_TRIPS, stats.guard_trips)
-        self.sink.set(QUEUE_DEPTH, stats.queue_depth)
+        self.sink.set(QUEUE_DEPTH, stats.queue_depth + waiting)
         self.sink.set(ACTIVE, stats.active_requests)
         self.sink.set(SLOT_BYTES, stats.slot_bytes)
         self.sink.set(OCCUPANCY, stats.occupancy)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Final
@@ -24,6 +24,7 @@ from adacorr_deploy.runtime.conditions import Prompts, check_negative
 from adacorr_deploy.runtime.image_size import latent_size
 from adacorr_deploy.runtime.images import PIXEL_CHANNELS
 from adacorr_deploy.runtime.request import MAX_SEED, SampleRequest, check_integer, check_request
+from adacorr_deploy.serving.prompt_desk import Texts
 from adacorr_deploy.serving.settings import POLICIES_DIR, Quality, ServingSettings
 from adacorr_deploy.serving.tensors import IMAGE_NAMES, Field, inputs_for
 
@@ -59,12 +60,12 @@ class SampleFields(BaseModel):
     preview_every: Annotated[int, Allowed(ge=0, le=1000)] = 0
 
 
-Encode = Callable[[Sequence[str], Sequence[str]], Prompts]  # of prompts and negative prompts
-
-
 def _blank(spec: PromptSpec, count: int) -> Prompts:
+    """Return what stands for prompts that are not encoded yet, to check the request with; it takes no memory."""
     shape = (count, spec.tokens)
-    return Prompts(embeddings=np.zeros((*shape, spec.width), np.float32), mask=np.ones(shape, np.int64))
+    return Prompts(
+        embeddings=np.broadcast_to(np.float32(0), (*shape, spec.width)), mask=np.broadcast_to(np.int64(1), shape)
+    )
 
 
 def _given(embeddings: NDArray[np.float32] | None, mask: NDArray[np.int64] | None, name: str) -> Prompts:
@@ -78,11 +79,12 @@ class Order:
     """A request that can be sampled.
 
     Attributes:
-        request: What to sample.
+        request: What to sample; with blank prompts where `texts` are to be encoded first.
         policy: How.
         outputs: Names of the image tensors that the client wants.
         timeout_seconds: From its arrival; None waits as long as it takes.
         preview_every: Steps between two previews; 0 for none.
+        texts: Of requests with prompts.
     """
 
     request: SampleRequest
@@ -90,6 +92,7 @@ class Order:
     outputs: tuple[str, ...]
     timeout_seconds: float | None
     preview_every: int
+    texts: Texts | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,12 +102,9 @@ class OrderBook:
     manifest: Manifest
     settings: ServingSettings
     policies: Mapping[str, Policy]  # files of the repository, by their names
-    encode: Encode | None = None  # of bundles with a text encoder; called from one thread
 
     @classmethod
-    def of_repository(
-        cls, manifest: Manifest, settings: ServingSettings, folder: Path, encode: Encode | None = None
-    ) -> OrderBook:
+    def of_repository(cls, manifest: Manifest, settings: ServingSettings, folder: Path) -> OrderBook:
         """Read the policy files of a model's version folder, and check the tiers.
 
         Raises:
@@ -116,7 +116,7 @@ class OrderBook:
         }
         for name in settings.quality.values():
             policy_named(name)
-        return cls(manifest=manifest, settings=settings, policies=files, encode=encode)
+        return cls(manifest=manifest, settings=settings, policies=files)
 
     def order(self, fields: Mapping[str, Field], *, wanted: Sequence[str] = ()) -> Order:
         """Check a request's fields.
@@ -149,15 +149,16 @@ class OrderBook:
         )
         check_request(request, model, self.manifest.schedule)
         check_negative(request, has_null_prompt=self.manifest.null_prompt is not None)
-        policy, outputs = self._policy(given), self._outputs(given.outputs, wanted)
-        if given.prompts is not None and self.encode is not None:  # at last, when nothing else can be refused
-            request = replace(request, prompts=self.encode(given.prompts, given.negative_prompts or ()))
+        texts = None
+        if given.prompts is not None:
+            texts = Texts(prompts=tuple(given.prompts), negative=tuple(given.negative_prompts or ()))
         return Order(
             request=request,
-            policy=policy,
-            outputs=outputs,
+            policy=self._policy(given),
+            outputs=self._outputs(given.outputs, wanted),
             timeout_seconds=None if given.timeout_ms is None else given.timeout_ms / 1000,
             preview_every=given.preview_every,
+            texts=texts,
         )
 
     def _check_taken(self, given: SampleFields) -> None:
@@ -186,7 +187,7 @@ class OrderBook:
             return None
         if (given.prompts is None) == (given.prompt_embeddings is None):
             either = "prompt_embeddings and prompt_mask"
-            what = f"prompts, or {either}" if self.encode is not None else either
+            what = f"prompts, or {either}" if self.manifest.text_encoder is not None else either
             raise RequestError(f"Both prompts and embeddings, or neither, were given; allowed are {what}.")
         negatives = given.negative_prompts, given.negative_embeddings
         if all(each is not None for each in negatives):

@@ -1,7 +1,8 @@
 """Sampling as a service: checks requests, hands them to the engine, answers, and watches over those in between.
 
-Three threads beside the server's own: the engine's, which samples and must not wait; one that answers, since making PNG
-files takes its time; and one that asks now and then whether clients are still there.
+Four threads beside the server's own: the engine's, which samples and must not wait; one that encodes prompts and one
+that answers, since text encoders and making PNG files take their time; and one that asks now and then whether clients
+are still there.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
 from typing import Final
@@ -20,7 +21,7 @@ from typing import Final
 from adacorr_deploy.caching.calibration import CalibrationKey
 from adacorr_deploy.core.errors import AdaCorrError, CalibrationError, EngineError, RequestError
 from adacorr_deploy.core.untrusted import clipped
-from adacorr_deploy.runtime import SampleResult
+from adacorr_deploy.runtime import Prompts, SampleRequest, SampleResult
 from adacorr_deploy.runtime.images import pixels_from_latents
 from adacorr_deploy.serving.engine import Engine, Finished, Ticket
 from adacorr_deploy.serving.logs import JsonLog, Level
@@ -35,6 +36,7 @@ from adacorr_deploy.serving.metrics import (
     Recorder,
 )
 from adacorr_deploy.serving.orders import Order, OrderBook
+from adacorr_deploy.serving.prompt_desk import OnDone, PromptDesk
 from adacorr_deploy.serving.replies import Incoming, Reply, Status, for_a_client, outcome_of, status_of
 from adacorr_deploy.serving.results import ImagesOfLatents, JsonValue, event_tensor, result_tensors
 from adacorr_deploy.serving.streams import Stream
@@ -86,6 +88,7 @@ class SamplingService:
         log: JsonLog,
         *,
         images: ImagesOfLatents | None = None,
+        prompts: PromptDesk | None = None,
         tracing: Tracing | None = None,
         runs: Sequence[CalibrationKey] = (),
     ) -> None:
@@ -97,11 +100,13 @@ class SamplingService:
             recorder: Takes what happens.
             log: Takes a line for each request.
             images: Decodes latents, and is called from one thread; None where latents are the images.
+            prompts: Encodes the texts of orders; None where none has any. It is closed with the service.
             tracing: Takes the spans of each request; None for nowhere.
             runs: That the bundle is calibrated for: a client who asks for another is told of them.
         """
         self._engine = engine
         self._images = images or pixels_from_latents
+        self._prompts = prompts
         self._tracing = tracing or NoTracing()
         self._runs = tuple(runs)
         self._book = book
@@ -130,6 +135,8 @@ class SamplingService:
 
     def close(self) -> None:
         """End: the engine finishes or gives up what it has, and everybody gets an answer."""
+        if self._prompts is not None:
+            self._prompts.close()
         self._engine.close()
         self._to_answer.put(None)
         self._closing.set()
@@ -178,11 +185,14 @@ class SamplingService:
         """Return what a probe wants to know."""
         stats = self._engine.stats()
         return {
-            "queue_depth": stats.queue_depth,
+            "queue_depth": stats.queue_depth + self._waiting_prompts(),
             "active_requests": stats.active_requests,
             "slot_bytes": stats.slot_bytes,
             "streams": len(self._streams),
         }
+
+    def _waiting_prompts(self) -> int:
+        return len(self._prompts) if self._prompts is not None else 0
 
     def _order(self, incoming: Incoming, fields: Mapping[str, Field]) -> Order:
         named = incoming.wanted if len(incoming.wanted) < len(OUTPUTS) else frozenset[str]()
@@ -202,24 +212,44 @@ class SamplingService:
                 stream.progressed(step, steps, rho)
                 self._to_answer.put(stream.answer)
 
-        with self._lock:
-            self._pending[id(pending)] = pending
-        try:
-            pending.ticket = self._engine.submit(
-                order.request,
+        def done(finished: Finished) -> None:
+            self._to_answer.put(partial(self._answer, pending, finished))
+
+        def to_engine(request: SampleRequest, on_done: OnDone) -> Ticket:
+            return self._engine.submit(
+                request,
                 order.policy,
                 deadline=deadline,
                 on_step=stepped,
-                on_done=lambda finished: self._to_answer.put(partial(self._answer, pending, finished)),
+                on_done=on_done,
                 preview_every=order.preview_every if stream is not None else 0,
                 on_preview=stream.previewed if stream is not None else None,
             )
-        except CalibrationError as error:  # its text has the command for whoever built the bundle: for the log
+
+        def encoded(prompts: Prompts, on_done: OnDone) -> Ticket:
+            return to_engine(replace(order.request, prompts=prompts), on_done)
+
+        with self._lock:
+            self._pending[id(pending)] = pending
+        try:
+            if order.texts is None:
+                pending.ticket = to_engine(order.request, done)
+            elif self._prompts is not None:
+                pending.ticket = self._prompts.submit(order.texts, encoded, deadline=deadline, on_done=done)
+            else:
+                raise AssertionError("prompts were taken, and nothing is there to encode them")
+        except CalibrationError as error:
             self._forget(pending)
-            raise CalibrationError(for_a_client(order.policy.name, order.request, self._runs)) from error
+            raise self._for_a_client(order, error) from error
         except BaseException:
             self._forget(pending)
             raise
+
+    def _for_a_client(self, order: Order, error: AdaCorrError) -> AdaCorrError:
+        """Return what the client is told: the text of a missing calibration has the operator's command, for the log."""
+        if isinstance(error, CalibrationError):
+            return CalibrationError(for_a_client(order.policy.name, order.request, self._runs))
+        return error
 
     # --- Streams -------------------------------------------------------------------------------------------------
 
@@ -290,7 +320,7 @@ class SamplingService:
     def _end_badly(self, pending: _Pending, finished: Finished, error: AdaCorrError) -> None:
         outcome = outcome_of(error)
         self._tell(pending, outcome, finished, {"message": str(error)})
-        self._fail(pending, status_of(outcome), str(error))
+        self._fail(pending, status_of(outcome), str(self._for_a_client(pending.order, error)))
 
     def _send(self, pending: _Pending, tensors: Tensors) -> None:
         if pending.stream is not None:
@@ -329,13 +359,15 @@ class SamplingService:
             now = time.monotonic()
             with self._lock:
                 pending, streams = list(self._pending.values()), list(self._streams.values())
+            if self._prompts is not None:
+                self._guarded(self._prompts.end_waiting)
             for each in pending:
                 self._guarded(partial(self._cancel_if_client_gone, each))
             for stream in streams:
                 self._guarded(partial(self._look_after, stream, now))
             if now - flushed >= _FLUSH_SECONDS:
                 flushed = now
-                self._guarded(lambda: self._recorder.flush(self._engine.stats()))
+                self._guarded(lambda: self._recorder.flush(self._engine.stats(), waiting=self._waiting_prompts()))
         self._recorder.flush(self._engine.stats())
 
     def _cancel_if_client_gone(self, pending: _Pending) -> None:

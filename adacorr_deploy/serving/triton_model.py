@@ -30,6 +30,7 @@ from adacorr_deploy.serving.engine import Engine
 from adacorr_deploy.serving.logs import JsonLog, Level
 from adacorr_deploy.serving.metrics import METRICS, Metric, MetricKind, Recorder
 from adacorr_deploy.serving.orders import OrderBook
+from adacorr_deploy.serving.prompt_desk import PromptDesk
 from adacorr_deploy.serving.replies import Incoming, Status
 from adacorr_deploy.serving.service import SamplingService
 from adacorr_deploy.serving.settings import (
@@ -78,11 +79,11 @@ class TritonPythonModel:
                 pipeline = resources.enter_context(
                     _opened(folder / BUNDLE_NAME, backend, settings.limits.lanes_on(backend))
                 )
-                encode = pipeline.prompt_encoder().encode if pipeline.manifest.text_encoder is not None else None
-                book = OrderBook.of_repository(pipeline.manifest, settings, folder, encode)
+                book = OrderBook.of_repository(pipeline.manifest, settings, folder)
                 warm_up(pipeline, settings)
                 decoder = pipeline.decoder().images if pipeline.manifest.decoder is not None else None
                 engine = engine_of(pipeline, settings, log)
+                prompts = prompt_desk_of(pipeline, engine, settings)
             except AdaCorrError as error:
                 log.write(Level.ERROR, "load", {"message": str(error)})
                 _stop_load(str(error))
@@ -96,6 +97,7 @@ class TritonPythonModel:
                 Recorder(TritonMetrics()),
                 log,
                 images=decoder,
+                prompts=prompts,
                 tracing=tracing,
                 runs=[each.key for each in calibrations(pipeline.bundle).values()],
             )
@@ -178,6 +180,21 @@ def engine_of(pipeline: Pipeline, settings: ServingSettings, log: JsonLog) -> En
     if not engine.buckets.identical:
         log.write(Level.WARNING, "buckets", {"message": _NOT_IDENTICAL})
     return engine
+
+
+def prompt_desk_of(pipeline: Pipeline, engine: Engine, settings: ServingSettings) -> PromptDesk | None:
+    """Return where prompts are encoded; None of bundles without a text encoder.
+
+    Raises:
+        AdaCorrError: If it can't be opened here.
+    """
+    if pipeline.manifest.text_encoder is None:
+        return None
+    return PromptDesk(
+        pipeline.prompt_encoder().encode,
+        max_queue=settings.limits.max_queue,
+        engine_depth=lambda: engine.stats().queue_depth,
+    )
 
 
 def _stop_load(message: str) -> NoReturn:

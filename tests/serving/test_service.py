@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -20,9 +22,11 @@ from adacorr_deploy.core.errors import (
     CalibrationError,
     DeadlineExceededError,
     EngineError,
+    PolicyError,
     QueueFullError,
     SamplingCancelledError,
 )
+from adacorr_deploy.runtime import Prompts
 from adacorr_deploy.runtime.measurements import calibrations
 from adacorr_deploy.serving.logs import JsonLog
 from adacorr_deploy.serving.metrics import (
@@ -35,11 +39,12 @@ from adacorr_deploy.serving.metrics import (
     Metric,
     Recorder,
 )
-from adacorr_deploy.serving.orders import OrderBook
+from adacorr_deploy.serving.orders import Order, OrderBook
+from adacorr_deploy.serving.prompt_desk import PromptDesk, Texts
 from adacorr_deploy.serving.replies import Incoming, Status
 from adacorr_deploy.serving.service import SamplingService
-from adacorr_deploy.serving.tensors import OUTPUTS, Tensors, text_tensor
-from tests.serving.scripted_engine import Client, ScriptedEngine, wait_until
+from adacorr_deploy.serving.tensors import OUTPUTS, Field, Tensors, text_tensor
+from tests.serving.scripted_engine import SECONDS, Client, ScriptedEngine, wait_until
 
 ALL = frozenset(field.name for field in OUTPUTS)
 
@@ -152,7 +157,7 @@ def test_a_result_comes_with_what_it_took(bench: Bench) -> None:
         (EngineError("The latents hold NaN."), Status.INTERNAL, "failed"),
         (SamplingCancelledError("Cancelled."), Status.CANCELLED, "cancelled"),
         (DeadlineExceededError("Too late."), Status.CANCELLED, "timed_out"),
-        (CalibrationError("None for 7 steps."), Status.INVALID, "refused"),
+        (PolicyError("Nothing to reuse."), Status.INVALID, "refused"),
     ],
 )
 def test_an_error_of_the_engine_fails_its_request_alone(
@@ -165,6 +170,58 @@ def test_an_error_of_the_engine_fails_its_request_alone(
     assert failed.failure == (status, str(error))
     assert fine.tensors["launches"] == [7]
     assert bench.outcomes() == {outcome: 1, "done": 1}
+
+
+def test_a_missing_calibration_that_is_found_later_is_told_as_one_found_at_once(bench: Bench) -> None:
+    """A request with prompts comes to the engine once they are encoded: then its client hears of it by its answer."""
+    client = bench.ask()
+    (job,) = bench.engine.jobs
+    command = "policy robust needs a calibration. Make one with: adacorr-calibrate /srv/secret.bundle --steps 9"
+    job.fail(CalibrationError(command))
+    status, text = client.failure
+    assert status is Status.INVALID
+    assert text.startswith("policy robust needs a calibration that this server doesn't hold for ddim")
+    assert "/srv" not in text
+    assert [line["message"] for line in bench.log] == [command]
+
+
+def test_prompts_are_encoded_beside_the_servers_thread_and_then_sampled(book: OrderBook) -> None:
+    bench, release, texts = Bench(book), threading.Event(), Texts(prompts=("a dog",))
+
+    def encode(
+        prompts: Sequence[str], negative: Sequence[str] = (), *, cancelled: Callable[[], bool] | None = None
+    ) -> Prompts:
+        assert release.wait(SECONDS)
+        return Prompts(embeddings=np.ones((1, 2, 3), np.float32), mask=np.ones((1, 2), np.int64))
+
+    class WithTexts:
+        """An order book whose orders have prompts."""
+
+        def order(self, fields: Mapping[str, Field], *, wanted: Sequence[str] = ()) -> Order:
+            return replace(book.order(fields, wanted=wanted), texts=texts)
+
+    desk = PromptDesk(encode, max_queue=4, engine_depth=lambda: 0)
+    bench.service = SamplingService(
+        bench.engine,
+        WithTexts(),  # type: ignore[arg-type]
+        Recorder(bench.sink),
+        JsonLog("tiny", bench.lines),
+        prompts=desk,
+    )
+    with bench.service:
+        first, second = bench.ask(), bench.ask()  # neither waits for the encoder
+        wait_until(lambda: len(desk) == 1)
+        assert bench.service.status()["queue_depth"] == 2  # the engine's, and one here
+        second.gone = True
+        assert second.failure[0] is Status.CANCELLED
+        release.set()
+        wait_until(lambda: bool(bench.engine.jobs))
+        (job,) = bench.engine.jobs
+        assert job.request.prompts is not None
+        assert (job.request.prompts.embeddings == 1).all()
+        job.finish()
+        assert first.tensors["launches"] == [7]
+    assert bench.outcomes() == {"done": 1, "cancelled": 1}
 
 
 def test_a_full_queue_is_told_with_its_depth(bench: Bench) -> None:

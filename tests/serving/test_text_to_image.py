@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TypedDict
 
 import numpy as np
@@ -16,6 +16,7 @@ from adacorr_deploy.runtime import Pipeline, SampleRequest, sample_with_policy
 from adacorr_deploy.runtime.conditions import Prompts
 from adacorr_deploy.serving.local_server import installed_triton
 from adacorr_deploy.serving.orders import OrderBook
+from adacorr_deploy.serving.prompt_desk import Texts
 from adacorr_deploy.serving.repository import Repository, RepositoryOptions, write_repository
 from adacorr_deploy.serving.settings import Limits, Quality
 from adacorr_deploy.serving.tensors import Field, inputs_for
@@ -41,24 +42,13 @@ def text_repository(text_bundle: Bundle, tmp_path_factory: pytest.TempPathFactor
     return write_repository(text_bundle.path, tmp_path_factory.mktemp("repository") / "models", options)
 
 
-class Encoded:
-    """Stands for the text encoder, and keeps what it was asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[Sequence[str], Sequence[str]]] = []
-
-    def __call__(self, prompts: Sequence[str], negative: Sequence[str]) -> Prompts:
-        self.asked.append((prompts, negative))
-        return embeddings(len(prompts))
-
-
 def embeddings(count: int) -> Prompts:
     shape = (count, TOKENS, PROMPT_WIDTH)
     return Prompts(embeddings=np.full(shape, 0.5, np.float32), mask=np.ones(shape[:2], np.int64))
 
 
-def book_of(bundle: Bundle, repository: Repository, encode: Encoded | None) -> OrderBook:
-    return OrderBook.of_repository(bundle.manifest, repository.settings, repository.path / "pixart" / "1", encode)
+def book_of(bundle: Bundle, repository: Repository) -> OrderBook:
+    return OrderBook.of_repository(bundle.manifest, repository.settings, repository.path / "pixart" / "1")
 
 
 # --- Orders ------------------------------------------------------------------------------------------------------
@@ -80,18 +70,16 @@ def test_a_repository_takes_what_its_model_takes(
     assert "| `size` | pixels: a width of 4 … 32, in multiples of 4; a height of 4 … 32, in multiples of 4 |" in page
 
 
-def test_prompts_are_encoded_when_nothing_else_can_be_refused(text_bundle: Bundle, text_repository: Repository) -> None:
-    encode = Encoded()
-    book = book_of(text_bundle, text_repository, encode)
+def test_an_order_keeps_the_prompts_that_are_to_be_encoded(text_bundle: Bundle, text_repository: Repository) -> None:
+    book = book_of(text_bundle, text_repository)
     asked: dict[str, Field] = {"prompts": ["a dog", "a cat"], "negative_prompts": [""], "size": [24, 16]}
     order = book.order(asked)
     assert order.request.batch == 2
     assert order.request.size == (16 // SCALE, 24 // SCALE)
-    assert encode.asked == [(["a dog", "a cat"], [""])]
+    assert order.texts == Texts(prompts=("a dog", "a cat"), negative=("",))
     for wrong in ({"steps": 0}, {"policy": "nonsense"}, {"outputs": ["nonsense"]}, {"size": [1, 1]}):
         with pytest.raises(Exception, match=r"allowed|takes|greater"):
             book.order({**asked, **wrong})
-    assert len(encode.asked) == 1
 
 
 class Given(TypedDict, total=False):
@@ -104,8 +92,9 @@ GIVEN: dict[str, Field] = {"prompt_embeddings": ONE.embeddings, "prompt_mask": O
 
 
 def test_embeddings_need_no_encoder(text_bundle: Bundle, text_repository: Repository) -> None:
-    book = book_of(text_bundle, text_repository, None)
+    book = book_of(text_bundle, text_repository)
     order = book.order({**GIVEN, "negative_embeddings": ONE.embeddings, "negative_mask": ONE.mask})
+    assert order.texts is None
     assert order.request.prompts is not None
     assert order.request.prompts.negative is not None
     np.testing.assert_array_equal(order.request.prompts.embeddings, ONE.embeddings)
@@ -140,11 +129,9 @@ def test_embeddings_need_no_encoder(text_bundle: Bundle, text_repository: Reposi
 def test_what_the_model_does_not_take_is_refused(
     fields: dict[str, Field], message: str, text_bundle: Bundle, text_repository: Repository
 ) -> None:
-    encode = Encoded()
     with pytest.raises(RequestError) as refused:
-        book_of(text_bundle, text_repository, encode).order(fields)
+        book_of(text_bundle, text_repository).order(fields)
     assert message in str(refused.value)
-    assert encode.asked == []
 
 
 def test_a_model_of_classes_takes_no_prompts(book: OrderBook) -> None:
