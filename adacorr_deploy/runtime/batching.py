@@ -26,11 +26,10 @@ from numpy.typing import NDArray
 
 from adacorr_deploy.caching.policy import Policy
 from adacorr_deploy.core.errors import EngineError, RequestError
-from adacorr_deploy.runtime.batch_buckets import Buckets
 from adacorr_deploy.runtime.batch_desk import Desk, EngineStats
 from adacorr_deploy.runtime.batch_lane import Lane
 from adacorr_deploy.runtime.batch_ticket import Listeners, Outcome, Ticket
-from adacorr_deploy.runtime.blocks_by_size import BlocksBySize
+from adacorr_deploy.runtime.blocks_by_size import BlocksBySize, Trials
 from adacorr_deploy.runtime.denoise import Progress
 from adacorr_deploy.runtime.pipeline import Pipeline
 from adacorr_deploy.runtime.planned_run import PlannedRun
@@ -86,10 +85,9 @@ class BatchingEngine:
         self._pipeline = pipeline
         with ExitStack() as resources:
             resources.enter_context(pipeline.exclusive())
-            shared = [BlocksBySize(pipeline, buckets) for _ in range(lanes)]
-            self.buckets: Buckets = shared[0].tried()
-            for launches in shared:
-                launches.take(self.buckets)
+            trials = Trials()
+            shared = [BlocksBySize(pipeline, buckets, trials) for _ in range(lanes)]
+            _, self.buckets = shared[0].of(None)
             self._resources = resources.pop_all()
         rows = 2 * self.buckets.largest if max_active_rows is None else max_active_rows
         self._desk = Desk(lanes=lanes, max_queue=max_queue, max_lane_rows=max(1, rows // lanes))

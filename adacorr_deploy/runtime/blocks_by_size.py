@@ -11,18 +11,24 @@ from adacorr_deploy.runtime.batch_buckets import Buckets
 from adacorr_deploy.runtime.pipeline import Pipeline
 from adacorr_deploy.runtime.shared_blocks import SharedBlocks
 
-SIZES_KEPT: Final = 4  # whose buffers and trials are kept; a fifth takes the place of the longest unused
+SIZES_KEPT: Final = 4  # whose buffers are kept beside the default's; a fifth takes the place of the longest unused
+TRIALS_KEPT: Final = 256  # sizes whose buckets are remembered, a few numbers each; others are tried with their buffers
+_DEFAULT_ROUNDS: Final = 5  # of timed launches, each over all buckets; the fastest of a bucket counts
+_ROUNDS: Final = 1  # of another size: its first request, and all beside it in the lane, wait for the trial
+
+Trials = dict[LatentSize | None, Buckets]  # by size, None is the default; one for all lanes of an engine
 
 
 class BlocksBySize:
-    """Makes the launches of a size, and tries its buckets, when its first request comes: that one waits for it."""
+    """Makes the launches of a size when its first request comes, and tries its buckets unless a lane has done so."""
 
-    def __init__(self, pipeline: Pipeline, sizes: Sequence[int]) -> None:
-        """Make the launches of the model's default size; they are not tried yet.
+    def __init__(self, pipeline: Pipeline, sizes: Sequence[int], trials: Trials) -> None:
+        """Make the launches of the model's default size, which is None.
 
         Args:
             pipeline: Held by the caller.
             sizes: Rows of a launch.
+            trials: What the lanes found so far; they share it.
 
         Raises:
             RequestError: If a size is out of range, or the engines take none of them.
@@ -30,18 +36,9 @@ class BlocksBySize:
         """
         self._pipeline = pipeline
         self._sizes = sizes
+        self._trials = trials
         self._default = SharedBlocks(pipeline, sizes, None)
-        self._buckets: Buckets | None = None
         self._others: OrderedDict[LatentSize, tuple[SharedBlocks, Buckets]] = OrderedDict()
-
-    def tried(self) -> Buckets:
-        """Try the buckets at the default size; errors as `SharedBlocks.tried`."""
-        self._buckets = self._default.tried()
-        return self._buckets
-
-    def take(self, buckets: Buckets) -> None:
-        """Use what another lane's trial found at the default size."""
-        self._buckets = buckets
 
     def of(self, latents: LatentSize | None) -> tuple[SharedBlocks, Buckets]:
         """Return the launches of a size and their buckets.
@@ -50,13 +47,19 @@ class BlocksBySize:
             EngineError: If there is no memory for the buffers, or a trial launch fails.
         """
         if latents is None:
-            if self._buckets is None:
-                raise AssertionError("the buckets of the default size were not tried")
-            return self._default, self._buckets
+            return self._default, self._buckets(self._default, latents)
         if latents not in self._others:
             while len(self._others) >= SIZES_KEPT:  # before the next allocation, so that they never add up
                 self._others.popitem(last=False)
             blocks = SharedBlocks(self._pipeline, self._sizes, latents)
-            self._others[latents] = blocks, blocks.tried()
+            self._others[latents] = blocks, self._buckets(blocks, latents)
         self._others.move_to_end(latents)
         return self._others[latents]
+
+    def _buckets(self, blocks: SharedBlocks, latents: LatentSize | None) -> Buckets:
+        if latents in self._trials:
+            return self._trials[latents]
+        buckets = blocks.tried(_DEFAULT_ROUNDS if latents is None else _ROUNDS)
+        if len(self._trials) < TRIALS_KEPT:
+            self._trials[latents] = buckets
+        return buckets

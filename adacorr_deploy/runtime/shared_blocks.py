@@ -28,7 +28,6 @@ from adacorr_deploy.runtime.pipeline import Pipeline
 from adacorr_deploy.runtime.request import check_integer
 
 _OWN_INPUTS: Final = frozenset({"tokens", "modulation", "step"})  # of a block part
-_ROUNDS: Final = 5  # of timed launches, each over all buckets; the fastest of a bucket counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,8 +160,11 @@ class SharedBlocks:
 
     # --- Trials --------------------------------------------------------------------------------------------------
 
-    def tried(self) -> Buckets:
+    def tried(self, times: int) -> Buckets:
         """Launch one block of each structure with every bucket, its rows all the same, and compare what comes out.
+
+        Args:
+            times: That every bucket is timed, in turns; the fastest time counts.
 
         Raises:
             EngineError: If an engine fails.
@@ -184,7 +186,7 @@ class SharedBlocks:
             modulation = self._modulation[rows, self._model.units[block]]
             modulation.write(np.broadcast_to(tables[block].astype(numpy_type), modulation.shape).copy())
         results = {rows: self._result(rows, blocks) for rows in sizes}
-        rounds = [{rows: sum(self._timed(block, rows) for block in blocks) for rows in sizes} for _ in range(_ROUNDS)]
+        rounds = [{rows: sum(self._timed(block, rows) for block in blocks) for rows in sizes} for _ in range(times)]
         return agreeing_buckets(
             {
                 rows: BucketTrial(seconds=min(seconds[rows] for seconds in rounds), result=results[rows])
