@@ -69,7 +69,7 @@ class BenchRow:
         efficiency: speedup ÷ ideal speed-up, the time with ρ of the uncached block time removed.
         psnr_db: Mean of the PSNR against the uncached image, over the images that differ; infinite if none does.
         psnr_worst_db: The lowest of them.
-        ssim: Mean over images; NaN where they are smaller than SSIM's window of 11.
+        ssim: Mean over images, or clips' frames; NaN where they are smaller than SSIM's window of 11.
         feature_distance: Mean over images, in [0, 4] (`metrics.feature_distance_per_image`).
         flops: Operations per image.
         flops_saved: Share of the uncached run's operations that were not done; below 0 if more were.
@@ -132,7 +132,7 @@ def row_of_run(run: PolicyRun, uncached: Sampled, options: BenchOptions, *, bloc
     if run.error or run.sampled is None:
         return BenchRow(policy=run.policy.name, steps=steps, pairs_with=", ".join(run.pairs_with), error=run.error)
     mine = run.sampled
-    large = min(mine.latents.shape[2:]) >= SSIM_WINDOW
+    large = min(mine.latents.shape[-2:]) >= SSIM_WINDOW
     flops, base = (math.nan if made.flops is None else made.flops for made in (mine, uncached))
     return BenchRow(
         policy=run.policy.name,
@@ -143,7 +143,7 @@ def row_of_run(run: PolicyRun, uncached: Sampled, options: BenchOptions, *, bloc
         efficiency=run.speedup * (1 - mine.rho * block_share),
         psnr_db=psnr_db(mine.latents, uncached.latents),
         psnr_worst_db=float(psnr_per_image(mine.latents, uncached.latents).min()),
-        ssim=float(ssim_per_image(mine.latents, uncached.latents).mean()) if large else math.nan,
+        ssim=float(ssim_per_image(_frames(mine.latents), _frames(uncached.latents)).mean()) if large else math.nan,
         feature_distance=_feature_distance(mine, uncached),
         flops=flops,
         flops_saved=1 - flops / base if base else math.nan,
@@ -151,6 +151,13 @@ def row_of_run(run: PolicyRun, uncached: Sampled, options: BenchOptions, *, bloc
         pairs_with=", ".join(run.pairs_with),
         sets=run.sets,
     )
+
+
+def _frames(latents: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return images (N, C, H, W) as they are, and of clips (N, C, F, H, W) every frame, (N·F, C, H, W)."""
+    channels, *_, height, width = latents.shape[1:]
+    clips = latents.reshape(len(latents), channels, -1, height, width)
+    return clips.swapaxes(1, 2).reshape(-1, channels, height, width)
 
 
 def _feature_distance(mine: Sampled, uncached: Sampled) -> float:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adacorr_deploy.caching.policy import Policy
+from adacorr_deploy.plugins.service_parts import has_frames
 from adacorr_deploy.quality.bench_options import BenchOptions, requests
 from adacorr_deploy.quality.bench_store import Arrays, ArraySpec, ResultStore
 from adacorr_deploy.quality.features import FeatureNetwork, image_shape
@@ -154,7 +155,10 @@ class Sampler:
         return self._pipeline.decode(latents)
 
     def _shown(self, latents: Floats32) -> Floats32:
+        """Return the first pictures, (N, C, H, W): of a clip, its first frame."""
         pictures = self._pictures(latents[:SHOWN_IMAGES])
+        if has_frames(self._pipeline.manifest.model):
+            pictures = pictures[:, 0] if self._pipeline.manifest.decoder is not None else pictures[:, :, 0]
         step = -(-max(pictures.shape[2:]) // SHOWN_SIDE)
         return np.ascontiguousarray(pictures[:, :, ::step, ::step])
 

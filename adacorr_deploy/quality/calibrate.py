@@ -405,8 +405,9 @@ class _Study:
         return sorted(steps) if min(steps) >= 0 else None
 
     def _image_errors(self, latents: Latents, step: int) -> NDArray[np.float64]:
-        """Squared error per element against the trajectory, (B,)."""
-        return np.asarray(np.square(latents.astype(np.float64) - self._trajectory[step].latents).mean(axis=(1, 2, 3)))
+        """Squared error per element against the trajectory, (B,): of an image or a whole clip."""
+        squares = np.square(latents.astype(np.float64) - self._trajectory[step].latents)
+        return np.asarray(squares.mean(axis=tuple(range(1, squares.ndim))))
 
     def calibration(self, key: CalibrationKey, options: CalibrationOptions) -> Calibration:
         """Put the measurements together."""

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adacorr_deploy.core.errors import CheckpointError, RequestError
+from adacorr_deploy.plugins.service_parts import has_frames
 from adacorr_deploy.quality.metrics import FeatureStatistics, feature_statistics
 
 if TYPE_CHECKING:
@@ -189,8 +190,16 @@ def feature_source(manifest: Manifest, network: Path | None, real: Path | None) 
         real: Features of real images by that network; None for the demo's own, or for none.
 
     Raises:
-        RequestError: If a file is not valid, the network takes other images, or features are given without a network.
+        RequestError: If a file is not valid, the network takes other images, features are given without a network, or
+            the model makes clips.
     """
+    if has_frames(manifest.model):
+        if network is None and real is None:
+            return None
+        raise RequestError(
+            f"{manifest.model_name} makes clips, and features are of images. Leave --features and --reference-features "
+            "out."
+        )
     if network is not None:
         opened = OnnxFeatures(network, image_shape(manifest))
         source = FeatureSource(

@@ -107,7 +107,7 @@ def skipping_error(
     whole = predictor.whole_step
     exact = final_latents(pipeline, SkipsAfter(whole_steps=whole), sampler)
     strayed = final_latents(pipeline, SkipsAfter(first=first, count=count, gap=gap, whole_steps=whole), sampler)
-    return math.exp(np.log(np.square(strayed - exact).mean(axis=(1, 2, 3))).mean())
+    return math.exp(np.log(np.square(strayed - exact).reshape(IMAGES, -1).mean(axis=1)).mean())
 
 
 @both_predictors
