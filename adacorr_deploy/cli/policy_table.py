@@ -60,7 +60,7 @@ def _described(policy: Policy) -> Mapping[str, object]:
         "needs_calibration": policy.needs_calibration,
         "needs_profile": sorted(policy.quantities),
         "signal": gate.signal,
-        "paper": gate.paper,
+        "paper": _paper(policy) or "",
         "knob": gate.knob,
         "knob_meaning": gate.knob_meaning,
     }

@@ -112,6 +112,8 @@ def test_list_shows_every_preset_without_a_bundle(command: Command) -> None:
     assert re.search(r"^ teacache .* profile: output_change .* 2411.19108$", shown, re.MULTILINE)
     assert [name for name in FILE_PRESETS if not re.search(rf"^ {name}@FILE ", shown, re.MULTILINE)] == []
     described = json.loads(command("bench", "--list", "--json").stdout)
+    papers = {preset["name"]: preset["paper"] for preset in described}
+    assert (papers["none"], papers["fora"], papers["teacache"]) == ("", "2407.01425", "2411.19108")
     assert {preset["name"]: preset["needs_calibration"] for preset in described} == {
         name: policy.needs_calibration for name, policy in PRESETS.items()
     }
