@@ -125,9 +125,9 @@ def calibrate(  # noqa: PLR0913, PLR0917  one parameter is one option
 ) -> None:
     """Measure a bundle's runs, so that policies know what skipping costs (adacorr-bench --list: which need it).
 
-    A calibration holds for one sampler, number of steps, guidance and predictor; it is stored in the bundle and takes
-    the place of an earlier one for the same. Measuring again gives the same calibration. An interrupted run goes on
-    where it was when it is started again.
+    A calibration holds for one sampler, number of steps, guidance and predictor, at the model's own size; it stands in
+    the bundle and takes the place of an earlier one for the same. Measuring again gives the same calibration. An
+    interrupted run goes on where it was when it is started again.
 
     With a target, what the policies look up is measured where the bundle does not hold it yet; then their settings are
     searched on images of their own.

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from adacorr_deploy.caching.decisions import Placement
 from adacorr_deploy.caching.gates.adacorrection import Correction, PaperCorrection
+from adacorr_deploy.caching.gates.codebook import MotionRegularisation
 from adacorr_deploy.caching.gates.rule import GateSettings
 from adacorr_deploy.caching.guards import Guards
 from adacorr_deploy.caching.policy import (
@@ -56,19 +58,64 @@ def test_the_policy_files_of_the_documentation_load_and_every_field_is_in_it(tmp
     assert all(f"`{gate.model_fields['kind'].default}`" in section for gate in gates)
 
 
-def test_the_documentations_table_has_every_policy_its_predictor_and_its_paper() -> None:
+def numbers_of(model: type[BaseModel]) -> Iterator[tuple[str, str, str]]:
+    """Yield each field that is a number or a flag: its name, default and range, in the documentation's words."""
+    for name, given in model.model_json_schema()["properties"].items():
+        field = given.get("anyOf", [given])[0]
+        if field.get("type") in {"integer", "number", "boolean"}:
+            default = given["default"]
+            shown = f"{default:g}" if isinstance(default, float) else str(default).lower()
+            yield name, shown, range_of(field)
+
+
+def range_of(field: Mapping[str, float]) -> str:
+    match field:
+        case {"minimum": low, "maximum": high}:
+            return f"{low:g} … {high:g}"
+        case {"exclusiveMinimum": low, "maximum": high}:
+            return f"above {low:g}, to {high:g}"
+        case {"minimum": low, "exclusiveMaximum": high}:
+            return f"from {low:g} to below {high:g}"
+        case {"exclusiveMinimum": low, "exclusiveMaximum": high}:
+            return f"above {low:g} and below {high:g}"
+        case _:
+            return ""
+
+
+def test_the_documentation_has_the_defaults_and_ranges_of_every_gate_and_guard() -> None:
+    section = METHOD.read_text(encoding="utf-8").partition("## A policy file")[2].partition("\n## ")[0]
+    rows: dict[str, str] = {}
+    for line in section.splitlines():
+        if line.startswith("| `"):
+            rows |= dict.fromkeys(re.findall(r"`([^`]+)`", line.split("|")[1]), line)
+    gates = {type(policy.gate) for policy in PRESETS.values()} | {*FILE_PRESETS.values()}
+    tabled: list[tuple[str, type[BaseModel]]] = [(gate.model_fields["kind"].default, gate) for gate in gates]
+    tabled.append(("adacache", MotionRegularisation))
+    for kind, model in tabled:
+        for name, default, values in numbers_of(model) if model is not AdaCorrectionGate else ():
+            words = f"`{name}` {default}" + (f", {values}" if values else "")
+            assert re.search(rf"{re.escape(words)}(?![\d.])", rows[kind]), (kind, words)
+    for model in (AdaCorrectionGate, Guards):
+        for name, _, values in numbers_of(model):  # the defaults are compared where the example is loaded
+            assert re.search(rf"^{name} = \S+ +# {re.escape(values)}(?![\d.])", section, re.MULTILINE), (name, values)
+
+
+def test_the_documentations_table_is_that_of_the_presets() -> None:
     text = METHOD.read_text(encoding="utf-8").partition("## The table of policies")[2].partition("\n## ")[0]
-    rows = [line for line in text.splitlines() if line.startswith("|")]
+    rows = [re.split(r" *(?<!\\)\| *", line.strip("| ")) for line in text.splitlines() if line.startswith("| `")]
+    row_of = {name: row for row in rows for name in re.findall(r"`([^`]+)`", row[0])}
+    named = {name.partition("@")[0] for name in row_of}
+    assert named == {*PRESETS, *FILE_PRESETS, *(f"NAME+{word}" for word in ON_TOP)}
+    assert all(f"{name}@FILE" in row_of for name in FILE_PRESETS)
     for name, policy in PRESETS.items():
-        row_name = name.removesuffix("-blocks").removesuffix("-lag").removesuffix("-guarded")  # these share a row
-        row = next((row for row in rows if re.search(rf"`{row_name}[`@]", row)), None)
-        assert row is not None, name
-        paper = policy.gate.paper or PAPERS.get(name, "")
-        assert paper in row, name
-        assert not policy.caches or f"`{policy.predictor.kind.value}`" in row or name.endswith("-blocks"), name
-        assert ("profile" in row) == bool(policy.quantities), name
-    assert all(f"`{name}@FILE`" in text for name in FILE_PRESETS)
-    assert all(f"`NAME+{word}" in text for word in ON_TOP)
+        knob = f"@{getattr(policy.gate, policy.gate.knob):g}" if policy.gate.knob else ""
+        names, _, _, spans, predictor, needs, paper = row_of[f"{name}{knob}"]
+        assert not policy.caches or spans.startswith(policy.division.granularity.value), name
+        assert not policy.caches or f"`{policy.predictor.kind.value}`" in predictor, name
+        assert ("profile" in needs) == bool(policy.quantities), name
+        assert not policy.needs_calibration or "calibration" in needs, name
+        assert policy.needs_calibration or "calibration" not in needs or "paper-lazy" in names, name
+        assert (policy.gate.paper or PAPERS.get(name, "")) in paper, name
 
 
 def test_each_policy_that_was_published_cites_its_paper_in_its_gates_docstring() -> None:
