@@ -27,7 +27,7 @@ _COLUMNS: Final = (
     "paper",
 )
 _BRIEF: Final = ("policy", "observes", "spans", "calibrated", "@ sets")  # what a terminal has room for
-_WIDTH: Final = 320  # a row a line, for grep
+_WIDTH: Final = 400  # a row a line, for grep
 _ALL: Final = "Every column: adacorr-bench --list | less -S. Every setting: adacorr-bench --list --json."
 _ON_TOP: Final = (
     "With AdaCorrection on top: NAME+adacorrection, NAME+adacorrection@2 (a target speed-up), where NAME keeps "

@@ -101,6 +101,8 @@ def test_on_a_terminal_the_list_is_what_has_room_there(
 
 def test_list_shows_every_preset_without_a_bundle(command: Command) -> None:
     shown = command("bench", "--list").stdout
+    rows = shown.partition("─\n")[2].partition("\n\n")[0].splitlines()
+    assert len(rows) == len(PRESETS) + len(FILE_PRESETS)  # a row is a line
     assert [name for name in PRESETS if not re.search(rf"^ {name} ", shown, re.MULTILINE)] == []
     assert re.search(
         r"^ fora +step index +interval, interval 3, offset 0 +parts +gated .* no +interval +2407.01425$",
