@@ -72,7 +72,7 @@ class RunKey(BaseModel):
             seed=options.seed,
             batch=options.batch,
             features=features,
-            prompts=pipeline.example_prompts.sha256 if pipeline.example_prompts is not None else None,
+            prompts=pipeline.example_prompts_sha256,
         )
 
 

@@ -173,7 +173,7 @@ def partials_for(pipeline: Pipeline, options: CalibrationOptions) -> Partials:
         "spans": [span.model_dump(mode="json") for span in options.spans],
         "maps": hashlib.sha256(repr(options.maps).encode()).hexdigest(),
         "images": options.images,
-        "prompts": pipeline.example_prompts.sha256 if pipeline.example_prompts is not None else None,
+        "prompts": pipeline.example_prompts_sha256,
     }
     return Partials(pipeline.bundle.file(f"{CALIBRATION_DIR}/.unfinished-{name}"), identity)
 

@@ -152,7 +152,7 @@ def store_profile(
         "backend": pipeline.backend.name,
         "key": key.model_dump(mode="json"),
         "images": chosen.images,
-        "prompts": pipeline.example_prompts.sha256 if pipeline.example_prompts is not None else None,
+        "prompts": pipeline.example_prompts_sha256,
         "spans": chosen.spans,
     }
     folder = pipeline.bundle.file(f"{PROFILE_DIR}/.unfinished-{key.sampler}-{key.steps}-{key.guidance!r}")

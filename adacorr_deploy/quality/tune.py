@@ -190,7 +190,7 @@ def _partials(pipeline: Pipeline, options: TuneOptions) -> Partials:
         "manifest": file_record(bundle / MANIFEST_NAME).sha256,  # calibrations and profiles are listed in it
         "backend": pipeline.backend.name,
         "run": [options.sampler.value, options.steps, options.guidance],
-        "prompts": pipeline.example_prompts.sha256 if pipeline.example_prompts is not None else None,
+        "prompts": pipeline.example_prompts_sha256,
     }
     return Partials(bundle / CALIBRATION_DIR / ".unfinished-tuning", identity)
 

@@ -119,6 +119,11 @@ class Pipeline:
         return self._backend
 
     @property
+    def example_prompts_sha256(self) -> str | None:
+        """Tells measurements of one file of prompts from those of another, or of random ones: None."""
+        return self.example_prompts.sha256 if self.example_prompts is not None else None
+
+    @property
     def compiled_axes(self) -> Mapping[str, Range] | None:
         """Smallest, tuned and largest size of every named axis; None where engines take any."""
         return self._limits.axes() if self._limits is not None else None
