@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from adacorr_deploy.cli.clip_options import VideoFormat, check_frame_folders, clip_options
-from adacorr_deploy.cli.console import progress_bar, say, show_json, show_lines, show_table
+from adacorr_deploy.cli.clip_options import VideoFormat, clip_options
+from adacorr_deploy.cli.console import progress_bar, show_json, show_lines
 from adacorr_deploy.cli.errors import run_app
 from adacorr_deploy.cli.options import (
     POLICY_NAMES,
@@ -26,49 +26,12 @@ from adacorr_deploy.cli.options import (
     documented,
     path_from_text,
 )
-from adacorr_deploy.core.errors import RequestError
+from adacorr_deploy.cli.run_outputs import Outputs, naming_of, picture_names
 
 if TYPE_CHECKING:
-    from adacorr_deploy.caching.policy import Policy
-    from adacorr_deploy.cli.clip_options import ClipOptions
-    from adacorr_deploy.cli.image_files import Naming, Sampled
-    from adacorr_deploy.core.manifest import Manifest
-    from adacorr_deploy.runtime import SampleRequest, SampleResult
     from adacorr_deploy.runtime.self_test import SelfTestResult
 
 app = command_app()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outputs:
-    """Where the results go."""
-
-    directory: Path | None  # of the pictures
-    latents: Path | None
-    trace: Path | None
-
-    @property
-    def wanted(self) -> bool:
-        return any(path is not None for path in (self.directory, self.latents, self.trace))
-
-    def check(self, pictures: Sequence[str], *, bundle: Path, inputs: Sequence[Path]) -> None:
-        """Refuse what can't be written, before anything is sampled.
-
-        Raises:
-            OutputError: See `check_outputs`.
-            RequestError: If nothing would be kept.
-        """
-        from adacorr_deploy.cli.output_files import check_outputs
-
-        if self.directory is None and self.latents is None:
-            raise RequestError("Nothing would be kept. Give a folder for the images with -o, or --save-latents.")
-        images = [self.directory / name for name in pictures] if self.directory is not None else []
-        others = [path for path in (self.latents, self.trace) if path is not None]
-        check_outputs([*images, *others], bundle=bundle, inputs=inputs)
-        if self.directory is not None:
-            check_frame_folders(self.directory, pictures)
-        if self.latents is not None and self.latents.suffix != ".npy":
-            raise RequestError(f"Latents are kept as .npy, not as {self.latents}. Give a name that ends in .npy.")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -253,7 +216,7 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
     outputs.check([GRID_NAME], bundle=bundle, inputs=inputs)
     with Pipeline.open(bundle, backend=backend) as pipeline:
         manifest = pipeline.manifest
-        _check_pixels(manifest, outputs)
+        outputs.check_pixels(manifest)
         asked = Asked(prompts=prompt or (), negative=negative_prompt or (), embeddings=embeddings)
         shown = latent_size(manifest, pixels=pixels_from_text(size), frames=frames)
         prompts = prompts_asked_for(pipeline, asked, labels=bool(class_labels), guidance=guidance)
@@ -281,8 +244,8 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
         check_request(request, manifest.model, manifest.schedule)
         chosen = policy_named(manifest.default_policy if policy is None else policy)
         clips = clip_options(manifest, shown, video=video, frame_rate=fps)
-        naming = _naming(manifest, request, asked.prompts)
-        outputs.check(_picture_names(naming, clips), bundle=bundle, inputs=inputs)
+        naming = naming_of(manifest, request, asked.prompts)
+        outputs.check(picture_names(naming, clips), bundle=bundle, inputs=inputs)
         with progress_bar() as advance:
             tested_first = test_engines(pipeline, advance) if self_test else None
             result = sample_with_policy(
@@ -295,14 +258,13 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
             pixels = (
                 pipeline.decode(result.latents, progress=advance) if decoding else pixels_from_latents(result.latents)
             )
-        pictures = _pictures(
-            outputs,
+        pictures = outputs.pictures(
             manifest,
             Sampled(pixels=pixels, naming=naming),
             f"{manifest.model_name}, {chosen.name}, {result.steps} steps, guidance {request.guidance:g}",
             clips,
         )
-        _write(outputs, pictures, result)
+        outputs.write(pictures, result)
     if as_json:
         show_json(
             {
@@ -318,7 +280,7 @@ def run(  # noqa: PLR0913, PLR0917  one parameter is one option
     else:
         if tested_first is not None:
             _show_self_test(tested_first)
-        _show(outputs, pictures, chosen, result)
+        outputs.show(pictures, chosen, result)
 
 
 def _self_test_document(tested: SelfTestResult) -> dict[str, object]:
@@ -330,75 +292,3 @@ def _show_self_test(tested: SelfTestResult) -> None:
         f"self-test passed with {tested.backend} on {tested.hardware}: {tested.error:.1e} from PyTorch's latents "
         f"(relative L2), allowed is {tested.tolerance:g}; {tested.seconds:.1f} s"
     )
-
-
-def _check_pixels(manifest: Manifest, outputs: Outputs) -> None:
-    if not _gives_images(manifest) and outputs.latents is None:
-        raise RequestError(
-            f"This model's latents have {manifest.model.latent_shape[0]} channels: they become images through a VAE, "
-            "which this bundle doesn't hold. Keep the latents with --save-latents OUT.npy, or rebuild the bundle with: "
-            "adacorr-build MODEL --vae PATH"
-        )
-
-
-def _gives_images(manifest: Manifest) -> bool:
-    from adacorr_deploy.runtime.images import PIXEL_CHANNELS
-
-    return manifest.decoder is not None or manifest.model.latent_shape[0] in PIXEL_CHANNELS
-
-
-def _naming(manifest: Manifest, request: SampleRequest, prompts: Sequence[str]) -> Naming:
-    from adacorr_deploy.cli.image_files import Naming
-
-    if request.prompts is not None:
-        return Naming.of_prompts(prompts, request.batch, seed=request.seed)
-    return Naming(labels=request.labels, class_names=manifest.class_names, seed=request.seed)
-
-
-def _picture_names(naming: Naming, clips: ClipOptions | None) -> list[str]:
-    from adacorr_deploy.cli.image_files import GRID_NAME
-
-    files = naming.file_names() if clips is None else [name for stem in naming.stems() for name in clips.names(stem)]
-    return [*files, GRID_NAME]
-
-
-def _pictures(
-    outputs: Outputs, manifest: Manifest, sampled: Sampled, title: str, clips: ClipOptions | None
-) -> dict[Path, bytes]:
-    """Return the files of images or clips, by their paths; none where they aren't wanted, or there are only latents."""
-    from adacorr_deploy.cli.clip_files import clip_files
-    from adacorr_deploy.cli.image_files import png_files
-
-    if outputs.directory is None:
-        return {}
-    if not _gives_images(manifest):
-        say("note: no images, as this bundle holds no VAE (adacorr-build --vae); the latents are kept")
-        return {}
-    files = png_files(sampled, title) if clips is None else clip_files(sampled, title, clips)
-    return {outputs.directory / name: content for name, content in files.items()}
-
-
-def _write(outputs: Outputs, pictures: Mapping[Path, bytes], result: SampleResult) -> None:
-    """Write every output, all or none."""
-    from adacorr_deploy.cli.latents_file import npy_from_latents
-    from adacorr_deploy.cli.output_files import write_files
-
-    files = dict(pictures)
-    if outputs.latents is not None:
-        files[outputs.latents] = npy_from_latents(result.latents)
-    if outputs.trace is not None:
-        files[outputs.trace] = result.trace.to_json().encode()
-    write_files(files)
-
-
-def _show(outputs: Outputs, pictures: Collection[Path], policy: Policy, result: SampleResult) -> None:
-    show_table(
-        ("policy", "steps", "ρ", "launches", "seconds"),
-        [(policy.name, result.steps, result.rho, result.launches, result.seconds)],
-    )
-    if pictures and outputs.directory is not None:
-        *files, grid = pictures
-        folders = {path.parent for path in files} - {outputs.directory}
-        clips = f"{len(folders)} clips in {outputs.directory}: " if folders else ""
-        show_lines(f"{clips}{len(files)} {'files' if folders else 'images'} and {grid}")
-    show_lines(*(str(path) for path in (outputs.latents, outputs.trace) if path is not None))

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import io
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+if TYPE_CHECKING:
+    from adacorr_deploy.core.manifest import Manifest
+
 PIXEL_CHANNELS: Final = (1, 3)  # grey or RGB: latents that are the image itself
 _IMAGE_AXES: Final = 4  # of a batch of images; clips have one more
+
+
+def gives_images(manifest: Manifest) -> bool:
+    """Say whether a bundle gives images: its latents are pixels, or it holds what decodes them."""
+    return manifest.decoder is not None or manifest.model.latent_shape[0] in PIXEL_CHANNELS
 
 
 def levels_from_pixels(images: NDArray[np.float32]) -> NDArray[np.uint8]:

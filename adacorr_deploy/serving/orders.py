@@ -22,7 +22,7 @@ from adacorr_deploy.core.specs import PromptSpec
 from adacorr_deploy.core.untrusted import clipped, first_fault
 from adacorr_deploy.runtime.conditions import Prompts, check_negative
 from adacorr_deploy.runtime.image_size import latent_size
-from adacorr_deploy.runtime.images import PIXEL_CHANNELS
+from adacorr_deploy.runtime.images import gives_images
 from adacorr_deploy.runtime.request import MAX_SEED, SampleRequest, check_integer, check_request
 from adacorr_deploy.serving.prompt_desk import Texts
 from adacorr_deploy.serving.settings import POLICIES_DIR, Quality, ServingSettings
@@ -232,7 +232,7 @@ class OrderBook:
         return policy_named(given.policy)
 
     def _outputs(self, asked: Sequence[str] | None, wanted: Sequence[str]) -> tuple[str, ...]:
-        drawable = self.manifest.decoder is not None or self.manifest.model.latent_shape[0] in PIXEL_CHANNELS
+        drawable = gives_images(self.manifest)
         names = asked or wanted or [IMAGE_NAMES[0] if drawable else "latents"]
         for name in names:
             if name not in IMAGE_NAMES:
