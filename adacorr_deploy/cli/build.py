@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, NoReturn
+from typing import Annotated, Final, NoReturn
 
 import typer
 
-from adacorr_deploy.cli.calibrate import calibrate_bundle, calibrate_for_policies
 from adacorr_deploy.cli.compiler_options import compiler_options
-from adacorr_deploy.cli.console import Advance, progress_bar, show_json, show_lines, show_table
+from adacorr_deploy.cli.console import progress_bar, show_json, show_lines, show_table
 from adacorr_deploy.cli.errors import needs_build_packages, run_app
 from adacorr_deploy.cli.inspection import inspect_bundle
-from adacorr_deploy.cli.model_source import DEMO, path_from_model
+from adacorr_deploy.cli.model_source import DEMO
+from adacorr_deploy.cli.new_bundle import Source, Target, default_policy, new_bundle, next_steps
 from adacorr_deploy.cli.options import (
     Heads,
     Json,
@@ -27,13 +26,8 @@ from adacorr_deploy.cli.options import (
     documented,
     path_from_text,
 )
-from adacorr_deploy.core.engine_build import CompilerOptions, WeightLayout
-from adacorr_deploy.core.errors import EngineError, PolicyError
+from adacorr_deploy.core.engine_build import WeightLayout
 from adacorr_deploy.core.specs import HALVES, DType
-
-if TYPE_CHECKING:
-    from adacorr_deploy.core.bundle import Bundle
-    from adacorr_deploy.exporters.bundle_builder import BuildOptions
 
 _COMPILED: Final = "Compiled engines (tensorrt-rtx, tensorrt)"
 
@@ -50,30 +44,6 @@ class Precision(str, Enum):
     @property
     def dtype(self) -> DType:
         return {Precision.FP32: DType.FLOAT32, Precision.FP16: DType.FLOAT16, Precision.BF16: DType.BFLOAT16}[self]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """What is built."""
-
-    model: str
-    scheduler: Path | None
-    heads: int | None
-    vae: Path | None
-    with_vae: bool
-    text_encoder: Path | None
-    with_text_encoder: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """What it is built into."""
-
-    bundle: Path
-    backend: str
-    compiler: CompilerOptions | None
-    options: BuildOptions
-    calibrated: bool
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -358,7 +328,7 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
         timing_cache,
         {"frames": frames, "height": height, "width": width},
     )
-    default_policy = _default_policy(policy, calibrated=calibrated)
+    chosen = default_policy(policy, calibrated=calibrated)
     started = time.perf_counter()
     with needs_build_packages("adacorr-build"), progress_bar() as advance:
         from adacorr_deploy.exporters.bundle_builder import BuildOptions
@@ -367,7 +337,7 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
             precision=precision.dtype,
             segment=HALVES if halves else segment,
             overwrite=overwrite,
-            default_policy=default_policy,
+            default_policy=chosen,
             vae_tile=vae_tile,
             vae_chunk=vae_chunk,
             vae_precision=vae_precision.dtype if vae_precision is not None else None,
@@ -383,7 +353,7 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
             with_text_encoder=not no_text_encoder,
         )
         target = Target(bundle=output, backend=backend, compiler=compiler, options=options, calibrated=calibrated)
-        bundle = _built(source, target, advance)
+        bundle = new_bundle(source, target, advance)
     seconds = time.perf_counter() - started
     parts = len(bundle.manifest.parts)
     size_bytes = sum(record.size_bytes for record in bundle.manifest.files.values())
@@ -404,107 +374,4 @@ def build(  # noqa: PLR0913, PLR0917  one parameter is one option
         ("model", "backend", "precision", "parts", "MB", "seconds"),
         [(bundle.manifest.model_name, backend, precision.value, parts, f"{size_bytes / 1e6:.1f}", f"{seconds:.1f}")],
     )
-    show_lines(f"{bundle.path}", *_next_steps(bundle, target))
-
-
-def _next_steps(bundle: Bundle, target: Target) -> list[str]:
-    from adacorr_deploy.caching.policy import policy_named
-    from adacorr_deploy.runtime.images import PIXEL_CHANNELS
-
-    shown = bundle.manifest.decoder is not None or bundle.manifest.model.latent_shape[0] in PIXEL_CHANNELS
-    output = "-o images" if shown else "--save-latents latents.npy"  # which become images through a VAE elsewhere
-    policy = target.options.default_policy
-    if target.calibrated or not policy_named(policy).looks_up:
-        return [f"Sample from it with: adacorr-run {bundle.path} {output}"]
-    return [
-        f"Policy {policy} needs a calibration first: adacorr-calibrate {bundle.path}",
-        f"Sample without reuse meanwhile: adacorr-run {bundle.path} --policy none {output}",
-    ]
-
-
-def _default_policy(name: str | None, *, calibrated: bool) -> str:
-    """Return the bundle's policy, checked before any work.
-
-    Raises:
-        PolicyError: If it is unknown, or looks up what this build doesn't measure.
-    """
-    from adacorr_deploy.caching.policy import DEFAULT_POLICY, UNCALIBRATED, policy_named
-
-    if name is None:
-        return DEFAULT_POLICY
-    policy = policy_named(name)
-    if policy.looks_up and not calibrated:
-        what = "calibration" if policy.needs_calibration else "profile"
-        raise PolicyError(
-            f"policy {name} needs a {what}, which this build leaves out. Add --calibrate, or choose one of "
-            f"{UNCALIBRATED}."
-        )
-    return name
-
-
-def _built(source: Source, target: Target, advance: Advance) -> Bundle:
-    from adacorr_deploy.cli.output_files import check_new_folder, check_outputs
-    from adacorr_deploy.core.bundle import open_bundle
-    from adacorr_deploy.engines import backend_by_name
-    from adacorr_deploy.engines.bundle_sessions import check_precision
-    from adacorr_deploy.exporters import load_checkpoint
-    from adacorr_deploy.exporters.bundle_builder import build_bundle, check_output
-    from adacorr_deploy.quality.golden import store_golden_sample
-
-    options = target.options
-    backend = backend_by_name(target.backend, target.compiler)
-    check_precision(options.precision, backend)
-    calibrating = backend if backend.is_available() else backend_by_name("onnxruntime")
-    if target.calibrated and options.precision not in calibrating.precisions:
-        raise EngineError(
-            f"A {options.precision.value} model can't be calibrated without a GPU for {backend.name}. Build it without "
-            "--calibrate, and run adacorr-calibrate on a machine that has one."
-        )
-    model = path_from_model(source.model)
-    check_output(target.bundle, options)
-    check_new_folder(target.bundle, inputs=[model, *([source.scheduler] if source.scheduler is not None else [])])
-    if target.compiler is not None and target.compiler.timing_cache is not None:
-        check_outputs([target.compiler.timing_cache], bundle=target.bundle)
-    loaded = load_checkpoint(
-        model,
-        source.scheduler,
-        heads=source.heads,
-        vae=source.vae,
-        with_vae=source.with_vae,
-        text_encoder=source.text_encoder,
-        with_text_encoder=source.with_text_encoder,
-    )
-    calibrate = _calibration(target, calibrating.name, advance) if target.calibrated else None
-
-    def finish(folder: Path) -> None:
-        store_golden_sample(open_bundle(folder), loaded, advance)
-        if calibrate is not None:
-            calibrate(folder)
-
-    return build_bundle(
-        loaded,
-        target.bundle,
-        backend,
-        options,
-        progress=lambda part, done, total: advance(f"building {part}", done, total),
-        finish=finish,
-    )
-
-
-def _calibration(target: Target, backend: str, advance: Advance) -> Callable[[Path], None]:
-    """Return what calibrates the complete bundle, for what its default policy needs, before it is moved into place.
-
-    `backend` runs it: where its own engines can't, its ONNX files do on the CPU, since a calibration is of the model.
-    """
-    from adacorr_deploy.caching.policy import policy_named
-    from adacorr_deploy.quality.calibrate import CalibrationOptions
-
-    options, name = CalibrationOptions(), target.options.default_policy
-
-    def finish(folder: Path) -> None:
-        if policy_named(name).looks_up:
-            calibrate_for_policies(folder, [name], options, advance, backend=backend)
-        else:  # for those that runs name themselves
-            calibrate_bundle(folder, options, advance, backend=backend)
-
-    return finish
+    show_lines(f"{bundle.path}", *next_steps(bundle, calibrated=calibrated))

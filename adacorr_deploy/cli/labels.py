@@ -26,13 +26,25 @@ def labels_from_text(texts: Sequence[str], *, num_classes: int, class_names: Seq
         RequestError: If a name is unknown (the message lists the known ones), or there are too many.
     """
     if not texts:
-        count = num_classes if num_classes <= _ALL_CLASSES else _SOME_CLASSES
-        return tuple(index * num_classes // count for index in range(count))
+        return example_labels(num_classes)
     by_name = {name.casefold(): label for label, name in enumerate(class_names or ())}
     labels = tuple(label for text in texts for label in _labels(text, by_name, class_names, num_classes))
     if len(labels) > MAX_IMAGES:
         raise RequestError(f"{len(labels)} class labels were given, allowed are {MAX_IMAGES}. Take several runs.")
     return labels
+
+
+def example_labels(num_classes: int, *, fewest: int = 0, most: int = MAX_IMAGES) -> tuple[int, ...]:
+    """Return the labels of runs that name none: all classes, or some of them where there are many.
+
+    Args:
+        num_classes: Of the model.
+        fewest: Labels that there must be.
+        most: Labels that there may be.
+    """
+    wanted = num_classes if num_classes <= _ALL_CLASSES else _SOME_CLASSES
+    images = max(fewest, min(wanted, most))
+    return tuple(index * num_classes // images for index in range(images))
 
 
 def _labels(text: str, by_name: dict[str, int], class_names: Sequence[str] | None, num_classes: int) -> Iterator[int]:

@@ -96,7 +96,7 @@ def check_sampler(schedule: Schedule, sampler: object, *, steps: object = 1, eta
         raise RequestError(
             f"sampler is {sampler.value}, allowed for this model are {', '.join(allowed)}.{_WHY_NOT.get(sampler, '')}"
         )
-    most = _most_steps(schedule, sampler)
+    most = most_steps(schedule, sampler)
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= most:
         raise RequestError(
             f"steps is {clipped(steps)}, allowed are whole numbers from 1 to {most} (the model's training steps, and "
@@ -139,7 +139,8 @@ _WHY_NOT: Final[Mapping[Sampler, str]] = {
 }
 
 
-def _most_steps(schedule: Schedule, sampler: Sampler) -> int:
+def most_steps(schedule: Schedule, sampler: Sampler) -> int:
+    """Return how many steps a run of a sampler may have."""
     if sampler in {Sampler.DPMPP_2M, Sampler.DPMPP_2M_SDE}:
         return max(1, schedule.training_steps - 1)  # no two timesteps may be equal, and the last is above 0
     if sampler is Sampler.LCM and isinstance(schedule, NoiseSchedule) and schedule.distillation is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -109,6 +110,12 @@ def run_main(name: str, *arguments: object) -> int:
         MAINS[name]([str(argument) for argument in arguments])
     assert isinstance(ended.value.code, int)
     return ended.value.code
+
+
+def shown_command(line: str) -> list[str]:
+    """Return the command that stands after a line's first colon, as a shell would split it, without its adacorr-."""
+    name, *words = shlex.split(line.partition(": ")[2])
+    return [name.removeprefix("adacorr-"), *words]
 
 
 @pytest.fixture(scope="session")

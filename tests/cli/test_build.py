@@ -22,7 +22,7 @@ from adacorr_deploy.core.errors import CheckpointError, PolicyError
 from adacorr_deploy.core.specs import DType
 from adacorr_deploy.exporters.bundle_builder import BuildOptions
 from adacorr_deploy.quality.calibrate import CalibrationOptions
-from tests.cli.conftest import Command, edit_json, run_main, write_model
+from tests.cli.conftest import Command, edit_json, run_main
 from tests.cli.full_disk import small_files_only, tiny_disk
 from tests.cli.interrupted_process import started
 
@@ -62,7 +62,7 @@ def test_calibrate_calibrates_the_bundle_before_it_is_there(
         assert not (tmp_path / "made.bundle").exists()
         return calibrate_for_policies(folder, policies, options, advance, backend=backend)
 
-    monkeypatch.setattr("adacorr_deploy.cli.build.calibrate_for_policies", seen)
+    monkeypatch.setattr("adacorr_deploy.cli.new_bundle.calibrate_for_policies", seen)
     output = tmp_path / "made.bundle"
     assert command("build", model, "-o", output, "--calibrate", "--policy", "scheduled-blocks@3").code == 0
     ((policies, options),) = calibrated
@@ -112,14 +112,6 @@ def test_every_preset_its_knob_and_a_correction_on_top_can_be_the_default(name: 
 def test_what_is_missing_is_named(command: Command, model: Path, tmp_path: Path) -> None:
     assert "Invalid value for --output: it is missing" in command("build", model).error
     assert "Invalid value for MODEL: it is missing" in command("build", "-o", tmp_path / "made.bundle").error
-
-
-def test_of_a_model_of_latents_the_next_step_keeps_latents(command: Command, tmp_path: Path) -> None:
-    model, output = write_model(tmp_path / "latent", channels=4), tmp_path / "made.bundle"
-    shown = command("build", model, "-o", output).stdout
-    assert f"Sample without reuse meanwhile: adacorr-run {output} --policy none --save-latents latents.npy\n" in shown
-    words = shown.rpartition("adacorr-run ")[2].split()
-    assert command("run", *words[:-1], tmp_path / words[-1], "--steps", 2).code == 0
 
 
 def test_precisions_are_the_types_they_say() -> None:

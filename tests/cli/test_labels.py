@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adacorr_deploy.cli.labels import labels_from_text
+from adacorr_deploy.cli.labels import example_labels, labels_from_text
 from adacorr_deploy.cli.options import MAX_IMAGES
 from adacorr_deploy.core.errors import RequestError
 
@@ -31,6 +31,16 @@ def test_many_classes_are_shown_by_eight_of_them() -> None:
     labels = labels_from_text([], num_classes=1000, class_names=None)
     assert labels == (0, 125, 250, 375, 500, 625, 750, 875)
     assert labels_from_text([], num_classes=10, class_names=None) == tuple(range(10))
+
+
+@pytest.mark.parametrize(
+    ("fewest", "most", "labels"),
+    [(0, 4, (0, 5, 10, 15)), (0, 100, (0, 2, 5, 7, 10, 12, 15, 17)), (9, 16, (0, 2, 4, 6, 8, 11, 13, 15, 17))],
+)
+def test_labels_that_nobody_named_are_spread_and_as_many_as_may_be(
+    fewest: int, most: int, labels: tuple[int, ...]
+) -> None:
+    assert example_labels(20, fewest=fewest, most=most) == labels
 
 
 @pytest.mark.parametrize("text", ["shark", "1,,2", "1.5", "²", "٣", "+-5", "1_0", "9" * 5000])

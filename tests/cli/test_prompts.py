@@ -18,7 +18,7 @@ from adacorr_deploy.core.manifest import MANIFEST_NAME
 from adacorr_deploy.core.prompts import TEXT_ENCODER_PART, TOKENIZER_FILE
 from adacorr_deploy.runtime import Pipeline
 from adacorr_deploy.runtime.conditions import Prompts
-from tests.cli.conftest import Command, edit_json, run_main
+from tests.cli.conftest import Command, edit_json, run_main, shown_command
 from tests.exporters.random_pixart import PROMPT_WIDTH
 from tests.text_to_image import SCALE, SIDE, TOKENS, write_text_to_image
 
@@ -272,6 +272,33 @@ def test_a_build_without_the_encoder_takes_embeddings_alone(
     assert "guidance needs a prompt for the images without condition" in command(*run, "--embeddings", alone).error
     assert command(*run, "--embeddings", alone, "--guidance", 1).code == 0
     assert command(*run, "--embeddings", write_embeddings(tmp_path / "both.safetensors", dog, empty)).code == 0
+
+
+@pytest.mark.slow
+def test_what_a_build_shows_next_runs_as_it_stands(
+    command: Command, pixart: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the encoder and calibrated, on random embeddings as the build knows no prompts; and without the encoder."""
+    monkeypatch.chdir(tmp_path)
+    sample, calibrate = command("build", pixart, "-o", "with.bundle", "--calibrate").stdout.splitlines()[-2:]
+    assert sample == "Sample from it with: adacorr-run with.bundle --prompt TEXT -o images"
+    assert " robust " in command(*shown_command(sample)).stdout
+    assert (tmp_path / "images" / "00_text_seed0.png").is_file()
+    assert calibrate == (
+        "It was calibrated on random embeddings; calibrate it on your prompts with: "
+        "adacorr-calibrate with.bundle --prompts FILE"
+    )
+    (tmp_path / "FILE").write_text("a red dog\na blue cat\n")
+    before = open_bundle(tmp_path / "with.bundle").manifest.files
+    assert command(*shown_command(calibrate)).code == 0
+    assert open_bundle(tmp_path / "with.bundle").manifest.files != before
+    calibrate, sample = command("build", pixart, "-o", "bare.bundle", "--no-text-encoder").stdout.splitlines()[-2:]
+    prompts = encoded(tmp_path / "with.bundle", "a red dog", "a blue cat")
+    write_embeddings(tmp_path / "FILE.safetensors", prompts, encoded(tmp_path / "with.bundle", ""))
+    assert sample.endswith("adacorr-run bare.bundle --embeddings FILE.safetensors --policy none -o images")
+    assert command(*shown_command(sample)).code == 0
+    assert calibrate.endswith("needs a calibration first: adacorr-calibrate bare.bundle --prompts FILE.safetensors")
+    assert command(*shown_command(calibrate)).code == 0
 
 
 def test_bad_encoders_are_one_line(command: Command, pixart: Path, model: Path, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from adacorr_deploy.caching.granularity import Granularity, Spans
 from adacorr_deploy.caching.policy import PRESETS, IntervalGate, Policy
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
+from adacorr_deploy.cli.new_bundle import next_steps
+from adacorr_deploy.core.bundle import open_bundle
 from adacorr_deploy.core.engine_build import CompilerOptions, Profile, WeightLayout
 from adacorr_deploy.core.latents import LatentSize
 from adacorr_deploy.core.samplers import default_sampler
@@ -26,7 +28,9 @@ from adacorr_deploy.quality.metrics import relative_l2
 from adacorr_deploy.quality.reference import diffusers_latents, diffusers_noises, initial_latents, uncached_latents
 from adacorr_deploy.quality.validate import ValidateOptions, validate_bundle
 from adacorr_deploy.runtime import BatchingEngine, Outcome, Pipeline, SampleRequest, sample_with_policy
-from adacorr_deploy.runtime.example_requests import example_request
+from adacorr_deploy.runtime.example_requests import example_prompts, example_request
+from tests.cli.conftest import run_main, shown_command
+from tests.cli.test_prompts import write_embeddings
 from tests.families.conftest import FLOAT16, HALVES, SEGMENTS, WHOLE, Built, Loaded, Opened
 from tests.families.instances import FAMILIES
 
@@ -141,6 +145,21 @@ def test_in_half_precision_parts_are_within_its_tolerance(name: str, built: Buil
     found = validate_bundle(built(name, FLOAT16), family(name), ValidateOptions(steps=6))
     assert found.failed_parts == ()
     assert np.isfinite(found.trajectory.rel_l2)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_build_shows_next_runs_as_it_stands(
+    name: str, built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels, embeddings in place of prompts, clips and their frame rates; images, or latents where there are none."""
+    bundle = open_bundle(built(name, WHOLE))
+    if (prompt := bundle.manifest.model.conditions.prompt) is not None:
+        prompts = example_prompts(prompt, range(2))
+        write_embeddings(tmp_path / "FILE.safetensors", prompts, prompts.negative)
+    monkeypatch.chdir(tmp_path)
+    (line,) = next_steps(bundle, calibrated=False)
+    assert run_main(*shown_command(line)) == 0, line
+    assert (tmp_path / "latents.npy").is_file() or (tmp_path / "images" / "grid.png").is_file()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT for RTX is not installed")
