@@ -20,6 +20,7 @@ from adacorr_deploy.core.output_folder import FolderKind, check_output_folder, o
 from adacorr_deploy.core.samplers import Sampler, allowed_samplers
 from adacorr_deploy.runtime import SampleRequest
 from adacorr_deploy.runtime.example_requests import example_request
+from adacorr_deploy.runtime.images import gives_images
 from adacorr_deploy.runtime.measurements import calibrations
 from adacorr_deploy.runtime.sampling import lookups_for_request, run_of_request
 from adacorr_deploy.serving.config_text import (
@@ -30,7 +31,7 @@ from adacorr_deploy.serving.config_text import (
     stream_config,
 )
 from adacorr_deploy.serving.local_server import FORWARDED_HEADERS
-from adacorr_deploy.serving.request_words import words_for
+from adacorr_deploy.serving.request_words import asked_of_client, words_for
 from adacorr_deploy.serving.server_packages import SERVER_IMAGE, requirements, telemetry_requirements
 from adacorr_deploy.serving.settings import (
     BUNDLE_NAME,
@@ -83,6 +84,7 @@ class Repository:
 
     path: Path
     settings: ServingSettings
+    asked: str  # what client.py is told of a request to try
 
     @property
     def model(self) -> str:
@@ -121,7 +123,9 @@ def write_repository(bundle_path: Path, output: Path, options: RepositoryOptions
         stream = folder / f"{settings.model}{STREAM_SUFFIX}" / _VERSION
         stream.mkdir(parents=True)
         shutil.copyfile(_TEMPLATES / "stream_model.py", stream / "model.py")
-    return Repository(path=output, settings=settings)
+    return Repository(
+        path=output, settings=settings, asked=asked_of_client(bundle.manifest, settings.limits.max_images)
+    )
 
 
 # --- Settings ----------------------------------------------------------------------------------------------------
@@ -220,7 +224,11 @@ def _papers(settings: ServingSettings, manifest: Manifest) -> dict[str, str]:
         "tiers": ", ".join(f"`{tier.value}` = `{policy}`" for tier, policy in settings.quality.items()),
         "policies": ", ".join(f"`{name}`" for name in settings.policies) or "none",
     }
-    about = {"model": settings.model, "adacorr_deploy": adacorr_deploy.__version__}
+    about = {
+        "model": settings.model,
+        "adacorr_deploy": adacorr_deploy.__version__,
+        "gives": "png" if gives_images(manifest) else "latents",
+    }
     return {
         "README.md": _filled("README.md.txt", words),
         "Dockerfile": _filled("Dockerfile.txt", words),

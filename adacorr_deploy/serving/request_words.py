@@ -7,19 +7,42 @@ from collections.abc import Iterator
 from adacorr_deploy.core.manifest import Manifest
 from adacorr_deploy.core.shapes import FRAMES, HEIGHT, WIDTH
 from adacorr_deploy.runtime.image_size import image_ranges
+from adacorr_deploy.runtime.images import gives_images
 from adacorr_deploy.serving.tensors import inputs_for
+
+
+def asked_of_client(manifest: Manifest, max_images: int) -> str:
+    """Return what client.py is told of a request to try."""
+    return _example(manifest, max_images)[0]
 
 
 def words_for(manifest: Manifest, max_images: int) -> dict[str, str]:
     """Return the words of the template that say what a request asks for, and examples of it."""
-    if manifest.model.num_classes:
-        asked, asked_json = "0 3 7", '"class_labels": [0, 3]'
+    asked, asked_json = _example(manifest, max_images)
+    embeddings = manifest.model.conditions.prompt is not None and manifest.text_encoder is None
+    rows = "\n".join(f"| {field} | {meaning} | {default} |" for field, meaning, default in _rows(manifest, max_images))
+    return {
+        "client_packages": "'tritonclient[grpc]'" + (" safetensors" if embeddings else ""),
+        "asked": asked,
+        "asked_json": asked_json,
+        "given": "png_base64" if gives_images(manifest) else "latents",
+        "condition_rows": rows,
+    }
+
+
+def _example(manifest: Manifest, max_images: int) -> tuple[str, str]:
+    """Return a request as client.py is told it, and as JSON."""
+    model = manifest.model
+    if model.num_classes:
+        labels = sorted({min(label, model.num_classes - 1) for label in (0, 3, 7)})[:max_images]
+        asked, asked_json = " ".join(map(str, labels)), f'"class_labels": {labels[:2]}'
     elif manifest.text_encoder is not None:
         asked, asked_json = "--prompt 'a red dog'", '"prompts": ["a red dog"]'
     else:
         asked, asked_json = "--embeddings FILE.safetensors", '"prompt_embeddings": …, "prompt_mask": …'
-    rows = "\n".join(f"| {field} | {meaning} | {default} |" for field, meaning, default in _rows(manifest, max_images))
-    return {"asked": asked, "asked_json": asked_json, "condition_rows": rows}
+    if model.conditions.frame_rate:
+        asked, asked_json = f"{asked} --fps 24", f'{asked_json}, "frame_rate": 24'
+    return asked, asked_json
 
 
 def _rows(manifest: Manifest, max_images: int) -> Iterator[tuple[str, str, str]]:

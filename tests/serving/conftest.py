@@ -1,4 +1,4 @@
-"""A small random bundle that is calibrated for 8 steps, its repository, and what orders are checked against."""
+"""A small random bundle that is calibrated for 8 steps, one of a model that takes text, and their repositories."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 from adacorr_deploy.core.bundle import Bundle, open_bundle
 from adacorr_deploy.serving.orders import OrderBook
 from adacorr_deploy.serving.repository import Repository, RepositoryOptions, write_repository
-from adacorr_deploy.serving.settings import Limits
+from adacorr_deploy.serving.settings import Limits, Quality
 from tests.cli.conftest import STEPS, run_main, write_model
+from tests.text_to_image import write_text_to_image
 
 POLICY_FILE = 'name = "any"\n[gate]\nkind = "interval"\ninterval = 4\n[predictor]\nkind = "gated"\n'
 MODEL = "tiny"
@@ -46,3 +47,17 @@ def version_folder(repository: Repository) -> Path:
 @pytest.fixture(scope="session")
 def book(served_bundle: Bundle, repository: Repository, version_folder: Path) -> OrderBook:
     return OrderBook.of_repository(served_bundle.manifest, repository.settings, version_folder)
+
+
+@pytest.fixture(scope="session")
+def text_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("text")
+    path = folder / "pixart.bundle"
+    assert run_main("build", write_text_to_image(folder / "pixart"), "-o", path, "--policy", "fora") == 0
+    return open_bundle(path)
+
+
+@pytest.fixture(scope="session")
+def text_repository(text_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    options = RepositoryOptions(name="pixart", limits=Limits(max_images=4), quality={Quality.BALANCED: "fora@2"})
+    return write_repository(text_bundle.path, tmp_path_factory.mktemp("repository") / "models", options)

@@ -2,44 +2,33 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
+from safetensors.numpy import save_file
 
 from adacorr_deploy.caching.policy import PRESETS
-from adacorr_deploy.core.bundle import Bundle, open_bundle
+from adacorr_deploy.core.bundle import Bundle
 from adacorr_deploy.core.errors import RequestError
 from adacorr_deploy.runtime import Pipeline, SampleRequest, sample_with_policy
 from adacorr_deploy.runtime.conditions import Prompts
 from adacorr_deploy.serving.local_server import installed_triton
 from adacorr_deploy.serving.orders import OrderBook
 from adacorr_deploy.serving.prompt_desk import Texts
-from adacorr_deploy.serving.repository import Repository, RepositoryOptions, write_repository
-from adacorr_deploy.serving.settings import Limits, Quality
+from adacorr_deploy.serving.repository import Repository
 from adacorr_deploy.serving.tensors import Field, inputs_for
 from adacorr_deploy.serving.trial_server import RunningServer, refusal, running
-from tests.cli.conftest import run_main
 from tests.exporters.random_pixart import PROMPT_WIDTH
-from tests.text_to_image import SCALE, SIDE, TOKENS, write_text_to_image
+from tests.text_to_image import SCALE, SIDE, TOKENS
 
 EXACT: dict[str, Field] = {"policy": "none", "steps": 4}
-
-
-@pytest.fixture(scope="module")
-def text_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = tmp_path_factory.mktemp("text")
-    path = folder / "pixart.bundle"
-    assert run_main("build", write_text_to_image(folder / "pixart"), "-o", path, "--policy", "fora") == 0
-    return open_bundle(path)
-
-
-@pytest.fixture(scope="module")
-def text_repository(text_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Repository:
-    options = RepositoryOptions(name="pixart", limits=Limits(max_images=4), quality={Quality.BALANCED: "fora@2"})
-    return write_repository(text_bundle.path, tmp_path_factory.mktemp("repository") / "models", options)
 
 
 def embeddings(count: int) -> Prompts:
@@ -188,3 +177,24 @@ def test_a_served_prompt_gives_what_it_gives_in_process(server: RunningServer, t
         with pytest.raises(Exception, match=r".") as refused:
             server.infer(fields)  # type: ignore[arg-type]
         assert message in refusal(refused.value)[1]
+
+
+@pytest.mark.triton
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_client_script_is_given_the_same_images_for_embeddings_as_for_their_prompt(
+    server: RunningServer, text_bundle: Bundle, text_repository: Repository, tmp_path: Path
+) -> None:
+    with Pipeline.open(text_bundle.path) as pipeline:
+        prompts = pipeline.encode(["a red dog"])
+    save_file({"prompt_embeddings": prompts.embeddings, "prompt_mask": prompts.mask}, tmp_path / "dog.safetensors")
+    script = [sys.executable, str(text_repository.path / "client.py"), "--server", server.grpc_address]
+    images = []
+    for name, asked in (("text", ["--prompt", "a red dog"]), ("file", ["--embeddings", "dog.safetensors"])):
+        run = [*script, *asked, "--size", "24", "16", "--policy", "none", "--steps", "4", "--output", name]
+        subprocess.run(run, check=True, timeout=60, cwd=tmp_path)
+        (file,) = (tmp_path / name).iterdir()
+        assert file.name == "00_prompt.png"
+        images.append(np.asarray(Image.open(file), dtype=np.int64))
+    assert images[0].shape == (16, 24, 3)
+    assert np.abs(images[0] - images[1]).max() <= 1  # encoded here, and there
