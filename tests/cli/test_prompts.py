@@ -298,7 +298,7 @@ def test_what_a_build_shows_next_runs_as_it_stands(
     assert sample.endswith("adacorr-run bare.bundle --embeddings FILE.safetensors --policy none -o images")
     assert command(*shown_command(sample)).code == 0
     assert calibrate.endswith("needs a calibration first: adacorr-calibrate bare.bundle --prompts FILE.safetensors")
-    assert command(*shown_command(calibrate)).code == 0
+    assert command(*shown_command(calibrate), "--steps", 6, "--images", 2).code == 0
 
 
 def test_bad_encoders_are_one_line(command: Command, pixart: Path, model: Path, tmp_path: Path) -> None:
