@@ -19,7 +19,13 @@ from adacorr_deploy.caching.policy import PRESETS, FewerStepsGate, Policy, polic
 from adacorr_deploy.core.errors import EngineError, PolicyError, RequestError
 from adacorr_deploy.core.progress import Progress
 from adacorr_deploy.core.specs import DType
-from adacorr_deploy.quality.bench_options import BenchOptions, requests
+from adacorr_deploy.quality.bench_options import (
+    BenchOptions,
+    labels_of_images,
+    request_at,
+    request_count,
+    requests,
+)
 from adacorr_deploy.quality.bench_rows import BenchRow, PolicyRun, row_of_run, set_scores
 from adacorr_deploy.quality.bench_sampling import Sampled, Sampler, without_latents
 from adacorr_deploy.quality.bench_store import ResultStore
@@ -117,7 +123,7 @@ class _Bench:
         self._store = store
         self._source = source
         self._shown = shown
-        self._requests = len(list(requests(pipeline, options)))
+        self._requests = request_count(options, options.images)
         self._done = self._total = 0
         self._sampler = Sampler(pipeline, options, store, lambda text: self._did(text, 1))
         self._runs: dict[str, PolicyRun] = {}
@@ -214,11 +220,10 @@ class _Bench:
                 self._runs[baseline].pairs_with.append(policy.name)
 
     def _compare_sets(self, source: FeatureSource) -> None:
-        made = list(requests(self._pipeline, self._options, self._options.samples))
-        # Strata of the bootstrap; images of prompts are of one.
-        labels = np.array([label for request in made for label in request.labels or (0,) * request.batch], np.int64)
+        samples = self._options.samples
+        labels = np.array(labels_of_images(self._pipeline.manifest.model, range(samples)), np.int64)
         runs = [run for run in self._runs.values() if not run.error]
-        self._total += len(made) * len(runs)
+        self._total += request_count(self._options, samples) * len(runs)
         uncached = self._sampler.features(_UNCACHED, source.network)
 
         def compare(run: PolicyRun) -> None:
@@ -263,8 +268,9 @@ def check_runs(pipeline: Pipeline, policies: Sequence[Policy], options: BenchOpt
         RequestError: If a request is out of range, or this machine has not the memory.
         CalibrationError: If a policy needs a calibration that the bundle doesn't hold.
     """
-    made = list(requests(pipeline, options, max(options.images, options.samples)))
-    first, last = made[0], made[-1]
+    images = max(options.images, options.samples)
+    first = request_at(pipeline, options, 0, images)
+    last = request_at(pipeline, options, request_count(options, images) - 1, images)
     check_request(last, pipeline.manifest.model, pipeline.manifest.schedule)  # its seed is the largest
     for policy in policies:
         controller_for_request(pipeline, first, policy)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from adacorr_deploy.core.errors import RequestError
 from adacorr_deploy.core.samplers import Sampler, default_sampler
 from adacorr_deploy.core.shapes import MAX_BATCH
+from adacorr_deploy.core.specs import ModelSpec
 from adacorr_deploy.runtime import Pipeline, SampleRequest
 from adacorr_deploy.runtime.example_requests import example_request
 from adacorr_deploy.runtime.request import check_integer
@@ -66,16 +67,30 @@ def requests(pipeline: Pipeline, options: BenchOptions, images: int | None = Non
         options: Of the bench.
         images: How many, in place of `options.images`.
     """
-    model = pipeline.manifest.model
     wanted = options.images if images is None else images
-    for first in range(0, wanted, options.batch):
-        count = min(options.batch, wanted - first)
-        numbers = range(first, first + count)
-        request = SampleRequest(
-            labels=tuple(image % max(model.num_classes, 1) for image in numbers),
-            steps=options.steps,
-            guidance=options.guidance,
-            seed=options.seed + first,
-            sampler=sampler_of_runs(pipeline, options),
-        )
-        yield example_request(model, request, numbers, pipeline.example_prompts)
+    for index in range(request_count(options, wanted)):
+        yield request_at(pipeline, options, index, wanted)
+
+
+def request_count(options: BenchOptions, images: int) -> int:
+    """Return how many requests make so many images."""
+    return -(-images // options.batch)
+
+
+def request_at(pipeline: Pipeline, options: BenchOptions, index: int, images: int) -> SampleRequest:
+    """Return one of the requests that make so many images; its prompts may be megabytes."""
+    model, first = pipeline.manifest.model, index * options.batch
+    numbers = range(first, min(first + options.batch, images))
+    request = SampleRequest(
+        labels=labels_of_images(model, numbers),
+        steps=options.steps,
+        guidance=options.guidance,
+        seed=options.seed + first,
+        sampler=sampler_of_runs(pipeline, options),
+    )
+    return example_request(model, request, numbers, pipeline.example_prompts)
+
+
+def labels_of_images(model: ModelSpec, images: Sequence[int]) -> tuple[int, ...]:
+    """Return the class of each image by its number, round all classes; 0 where the model has none."""
+    return tuple(image % max(model.num_classes, 1) for image in images)

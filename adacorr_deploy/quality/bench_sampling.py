@@ -106,9 +106,9 @@ class Sampler:
             EngineError: If an engine fails, or the latents become NaN.
             PolicyError: If the controller asks for what its slot can't give.
         """
-        first, *others = requests(self._pipeline, self._options)
-        trajectory, batches = self._first(policy, first)
-        for index, request in enumerate(others, start=1):
+        asked = requests(self._pipeline, self._options)
+        trajectory, batches = self._first(policy, next(asked))
+        for index, request in enumerate(asked, start=1):
             batches.append(self._batch(policy, request, index))
         flops = sum(float(batch["flops"]) for batch in batches)
         made = Sampled(

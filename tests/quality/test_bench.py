@@ -18,10 +18,10 @@ from adacorr_deploy.caching.policy import PRESETS, IntervalGate, Policy, policy_
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
 from adacorr_deploy.core.errors import CalibrationError, EngineError, RequestError
 from adacorr_deploy.core.samplers import Sampler
-from adacorr_deploy.core.specs import DecoderSpec, DType
+from adacorr_deploy.core.specs import DecoderSpec, DType, ModelSpec
 from adacorr_deploy.quality import bench as module
-from adacorr_deploy.quality import bench_sampling, memory_need
-from adacorr_deploy.quality.bench import bench, equal_latency_steps, fewer_steps_policy
+from adacorr_deploy.quality import bench_options, bench_sampling, memory_need
+from adacorr_deploy.quality.bench import bench, check_runs, equal_latency_steps, fewer_steps_policy
 from adacorr_deploy.quality.bench_options import BenchOptions, requests
 from adacorr_deploy.quality.bench_rows import BenchRow, best_by_speed
 from adacorr_deploy.quality.features import FeatureSource, image_shape
@@ -303,6 +303,21 @@ def test_what_a_policy_would_refuse_in_its_turn_is_told_before_anything_runs(
     with pytest.raises(RequestError, match=f"seed is {MAX_SEED + 3}"):  # the third request's
         bench(pipeline, [FORA], replace(OPTIONS, seed=MAX_SEED - 1))
     assert backend.order == []
+
+
+def test_of_a_million_images_the_first_and_the_last_request_are_made_to_be_checked(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them at once would hold the prompts of a million images."""
+    made: list[SampleRequest] = []
+
+    def noted(model: ModelSpec, request: SampleRequest, *given: object) -> SampleRequest:
+        made.append(request)
+        return request
+
+    monkeypatch.setattr(bench_options, "example_request", noted)
+    check_runs(pipeline, [FORA], replace(OPTIONS, images=999_999))
+    assert [(request.seed, request.batch) for request in made] == [(OPTIONS.seed, 2), (OPTIONS.seed + 999_998, 1)]
 
 
 @pytest.mark.parametrize(("images", "lower"), [(8, "--batch"), (100_000, "--images")])
