@@ -28,7 +28,7 @@ from adacorr_deploy.caching.policy import Policy
 from adacorr_deploy.core.bundle import replace_file
 from adacorr_deploy.core.errors import OutputError
 from adacorr_deploy.core.manifest import MANIFEST_NAME, file_record
-from adacorr_deploy.core.untrusted import bounded_file
+from adacorr_deploy.core.untrusted import bounded_file, clipped
 from adacorr_deploy.quality.array_files import arrays_from_npz, npz_from_arrays
 from adacorr_deploy.quality.bench_options import BenchOptions, sampler_of_runs
 from adacorr_deploy.runtime import Pipeline
@@ -213,7 +213,7 @@ def _difference(found: RunKey | None, key: RunKey) -> str:
     if found is None:
         return "other files, and no results of a bench"
     old, new = found.model_dump(), key.model_dump()
-    fields = ", ".join(f"{name} {old[name]}, not {new[name]}" for name in new if old[name] != new[name])
+    fields = ", ".join(f"{name} {clipped(old[name])}, not {clipped(new[name])}" for name in new if old[name] != new[name])
     return f"the results of another run ({fields})"
 
 

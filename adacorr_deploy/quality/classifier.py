@@ -5,7 +5,6 @@ It is a `FeatureNetwork` of `quality.features`: any other comes from an ONNX fil
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -123,7 +122,7 @@ def load_reference_statistics(path: Path | None = None) -> FeatureStatistics:
             return load_reference_statistics(shipped)
     try:
         with safe_open(path, framework="numpy") as file:
-            count = int(json.loads(file.metadata()["count"]))
+            count = int(file.metadata()["count"])
             return FeatureStatistics(
                 mean=file.get_tensor("mean"), covariance=file.get_tensor("covariance"), count=count
             )

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from adacorr_deploy.core.errors import CheckpointError, RequestError
 from adacorr_deploy.plugins.service_parts import has_frames
-from adacorr_deploy.quality.metrics import FeatureStatistics, feature_statistics
+from adacorr_deploy.quality.metrics import FeatureStatistics, feature_statistics, frechet_distance
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -167,12 +167,13 @@ def real_features_from_file(path: Path) -> RealFeatures:
             if "features" in file.keys():  # noqa: SIM118  no mapping
                 features = np.asarray(file.get_tensor("features"), np.float64)
                 return RealFeatures(statistics=feature_statistics(features), features=features, name=path.name)
-            count = int(json.loads((file.metadata() or {})["count"]))
+            count = int((file.metadata() or {})["count"])
             statistics = FeatureStatistics(
                 mean=np.asarray(file.get_tensor("mean"), np.float64),
                 covariance=np.asarray(file.get_tensor("covariance"), np.float64),
                 count=count,
             )
+            frechet_distance(statistics, statistics)  # refuses a covariance that is none: better now than after hours
             return RealFeatures(statistics=statistics, features=None, name=path.name)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RequestError) as error:
         raise RequestError(

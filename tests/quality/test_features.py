@@ -96,6 +96,21 @@ def test_a_file_without_usable_features_is_refused(tmp_path: Path, tensors: dict
         real_features_from_file(tmp_path / "no.safetensors")
 
 
+@pytest.mark.parametrize("count", ["Infinity", "[" * 100_000, "many", "1"])
+def test_a_count_of_features_that_is_none_is_refused(tmp_path: Path, count: str) -> None:
+    statistics = {"mean": np.zeros(2), "covariance": np.eye(2)}
+    save_file(statistics, tmp_path / "no.safetensors", metadata={"count": count})
+    with pytest.raises(RequestError, match="holds no features of real images"):
+        real_features_from_file(tmp_path / "no.safetensors")
+
+
+def test_statistics_that_no_features_have_are_refused_before_anything_is_compared_with_them(tmp_path: Path) -> None:
+    statistics = {"mean": np.zeros(2), "covariance": np.diag([1.0, -1.0])}
+    save_file(statistics, tmp_path / "no.safetensors", metadata={"count": "40"})
+    with pytest.raises(RequestError, match=r"holds no features of real images: .* eigenvalue -1"):
+        real_features_from_file(tmp_path / "no.safetensors")
+
+
 def test_the_bundled_classifier_is_for_the_demos_images_alone(manifest: Manifest, tmp_path: Path) -> None:
     assert feature_source(manifest, None, None) is None
     demo = model_spec(latent_shape=(1, 28, 28), num_classes=10)
