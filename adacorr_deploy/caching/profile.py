@@ -149,7 +149,7 @@ class Profile(_Frozen):
     @property
     def file_name(self) -> str:
         """What it is stored as in a bundle: one name for each key."""
-        return f"{self.key.sampler}-{self.key.steps}-{self.key.guidance!r}.json"
+        return f"{profile_name(self.key)}.json"
 
     @property
     def quantities(self) -> frozenset[Quantity]:
@@ -176,6 +176,11 @@ class Profile(_Frozen):
             raise ValueError(f"{name} has {len(table)} steps, allowed are the key's {self.key.steps}")
         if lengths := {len(row) for row in table} - {len(table[0])}:
             raise ValueError(f"{name} has rows of {lengths.pop()} and of {len(table[0])} ages, allowed is one length")
+
+
+def profile_name(key: CalibrationKey) -> str:
+    """Return what tells a profile apart from a bundle's others, as the stem of a file's name."""
+    return f"{key.sampler}-{key.steps}-{key.guidance!r}"
 
 
 def profile_from_json(text: str | bytes, *, where: str, bundle: str = "BUNDLE") -> Profile:

@@ -10,8 +10,8 @@ from adacorr_deploy.caching.calibration import CachingSpan, CalibrationKey, cach
 from adacorr_deploy.caching.controllers import quantities_needed
 from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS, Policy
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
-from adacorr_deploy.caching.profile import AffineMap, Profile, Quantity
-from adacorr_deploy.core.bundle import CALIBRATION_DIR, PROFILE_DIR, measured_identity, store_in_bundle
+from adacorr_deploy.caching.profile import AffineMap, Profile, Quantity, profile_name
+from adacorr_deploy.core.bundle import CALIBRATION_DIR, PROFILE_DIR, Bundle, measured_identity, store_in_bundle
 from adacorr_deploy.core.errors import CalibrationError
 from adacorr_deploy.core.progress import Progress
 from adacorr_deploy.core.samplers import quiet_samplers
@@ -21,7 +21,7 @@ from adacorr_deploy.quality.profile import VERSION, ProfileOptions, check_option
 from adacorr_deploy.quality.profile_quantities import Span
 from adacorr_deploy.runtime import Pipeline, SampleRequest
 from adacorr_deploy.runtime.example_requests import example_request
-from adacorr_deploy.runtime.measurements import profiles
+from adacorr_deploy.runtime.measurements import profile_of_key
 from adacorr_deploy.runtime.sampling import calibration_key, run_of_request
 
 Stored = tuple[Path, CalibrationKey]  # a file, and for which runs it holds
@@ -134,7 +134,7 @@ def store_profile(
 ) -> tuple[Profile, Path]:
     """Profile, store the result in the bundle, and return it with its path; errors as `calibrate_policies`."""
     key = calibration_key(pipeline.bundle, request)
-    before = next((each for each in profiles(pipeline.bundle).values() if each.key == key), None)
+    before = _held_profile(pipeline.bundle, key)
     kept_quantities = before.quantities if before is not None else frozenset()
     kept_spans = [(each.first, each.stop) for each in (before.affine if before is not None else None) or ()]
     chosen = ProfileOptions(
@@ -155,12 +155,20 @@ def store_profile(
         "prompts": pipeline.example_prompts_sha256,
         "spans": chosen.spans,
     }
-    folder = pipeline.bundle.file(f"{PROFILE_DIR}/.unfinished-{key.sampler}-{key.steps}-{key.guidance!r}")
+    folder = pipeline.bundle.file(f"{PROFILE_DIR}/.unfinished-{profile_name(key)}")
     partials = Partials(folder, identity)
     found = profile(pipeline, chosen, progress, partials)
     _, path = store_in_bundle(pipeline.bundle, f"{PROFILE_DIR}/{found.file_name}", found.model_dump_json().encode())
     partials.discard()
     return found, path
+
+
+def _held_profile(bundle: Bundle, key: CalibrationKey) -> Profile | None:
+    """Return the bundle's profile of these runs; None also of one that can't be read: it is measured anew."""
+    try:
+        return profile_of_key(bundle, key)
+    except CalibrationError:
+        return None
 
 
 def _maps(measured: Profile | None, spans: Sequence[CachingSpan]) -> tuple[AffineMap, ...]:

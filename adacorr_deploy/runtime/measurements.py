@@ -5,20 +5,17 @@ Nothing is read but what the manifest lists.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
-from adacorr_deploy.caching.calibration import Calibration, calibration_from_json, check_blocks
-from adacorr_deploy.caching.profile import Profile, check_profile, profile_from_json
+from adacorr_deploy.caching.calibration import Calibration, CalibrationKey, calibration_from_json, check_blocks
+from adacorr_deploy.caching.profile import Profile, check_profile, profile_from_json, profile_name
 from adacorr_deploy.core.bundle import CALIBRATION_DIR, PROFILE_DIR, Bundle, verified_content
 from adacorr_deploy.core.errors import CalibrationError
 
 _MAX_CALIBRATION_BYTES: Final = 16 << 20  # eight times one of 1000 steps
 _MAX_PROFILE_BYTES: Final = 64 << 20  # a table of 1000 steps and 56 halves takes 8 MB; affine maps of a wide model 4 MB
-
-_Measured = TypeVar("_Measured")
 
 
 def calibrations(bundle: Bundle) -> dict[str, Calibration]:
@@ -28,27 +25,37 @@ def calibrations(bundle: Bundle) -> dict[str, Calibration]:
         BundleError: If one has gone since the bundle was opened.
         CalibrationError: If one is not valid, or is not of this bundle's model.
     """
-    found = _listed(bundle, CALIBRATION_DIR, _calibration)
-    for name, calibration in found.items():
-        check_blocks(calibration, bundle.manifest.model, where=str(bundle.file(name)), bundle=str(bundle.path))
-    return found
+    return {name: _checked_calibration(bundle, name) for name in _listed(bundle, CALIBRATION_DIR)}
 
 
 def profiles(bundle: Bundle) -> dict[str, Profile]:
     """Read every profile of a bundle, by file name; errors as those of `calibrations`."""
-    found = _listed(bundle, PROFILE_DIR, _profile)
-    for name, profile in found.items():
-        check_profile(profile, bundle.manifest.model, where=str(bundle.file(name)), bundle=str(bundle.path))
+    return {name: _checked_profile(bundle, name) for name in _listed(bundle, PROFILE_DIR)}
+
+
+def profile_of_key(bundle: Bundle, key: CalibrationKey) -> Profile | None:
+    """Return the profile of a key, None if the bundle lists none; no other one is read. Errors as above."""
+    name = f"{PROFILE_DIR}/{profile_name(key)}.json"
+    found = _checked_profile(bundle, name) if name in bundle.manifest.files else None
+    return found if found is not None and found.key == key else None
+
+
+def _listed(bundle: Bundle, folder: str) -> list[str]:
+    return [name for name in bundle.manifest.files if name.startswith(f"{folder}/")]
+
+
+def _checked_calibration(bundle: Bundle, name: str) -> Calibration:
+    file, path = bundle.file(name), str(bundle.path)
+    found = _calibration(file, bundle.manifest.files[name].sha256, path)
+    check_blocks(found, bundle.manifest.model, where=str(file), bundle=path)
     return found
 
 
-def _listed(bundle: Bundle, folder: str, read: Callable[[Path, str, str], _Measured]) -> dict[str, _Measured]:
-    """Read what the manifest lists in a folder; `read` takes a file, its hash and the bundle's path."""
-    return {
-        name: read(bundle.file(name), record.sha256, str(bundle.path))
-        for name, record in bundle.manifest.files.items()
-        if name.startswith(f"{folder}/")
-    }
+def _checked_profile(bundle: Bundle, name: str) -> Profile:
+    file, path = bundle.file(name), str(bundle.path)
+    found = _profile(file, bundle.manifest.files[name].sha256, path)
+    check_profile(found, bundle.manifest.model, where=str(file), bundle=path)
+    return found
 
 
 @lru_cache(maxsize=64)  # the hash tells apart what the same path held at other times

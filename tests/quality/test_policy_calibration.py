@@ -11,6 +11,7 @@ from adacorr_deploy.caching.calibration import CachingSpan
 from adacorr_deploy.caching.policy import policy_named
 from adacorr_deploy.caching.predictors import PredictorKind
 from adacorr_deploy.caching.profile import Quantity
+from adacorr_deploy.core.bundle import store_in_bundle
 from adacorr_deploy.core.errors import CalibrationError, PolicyError
 from adacorr_deploy.core.samplers import Sampler
 from adacorr_deploy.quality.calibrate import CalibrationOptions
@@ -95,6 +96,17 @@ def test_what_the_profile_held_before_is_kept(pipeline: Pipeline) -> None:
     with reopened(pipeline) as opened:
         (found,) = profiles(opened.bundle).values()
     assert found.quantities == {Quantity.OUTPUT_CHANGE, Quantity.GATES}
+
+
+def test_a_profile_that_can_not_be_read_is_measured_anew_as_its_error_says(pipeline: Pipeline) -> None:
+    ((path, _),) = calibrate_policies(pipeline, [policy_named("teacache")], OPTIONS)
+    content = path.read_bytes()
+    store_in_bundle(pipeline.bundle, str(path.relative_to(pipeline.bundle.path)), content.replace(b":1,", b":0,", 1))
+    with reopened(pipeline) as opened:
+        with pytest.raises(CalibrationError, match="schema_version.* Make it again with: adacorr-calibrate"):
+            profiles(opened.bundle)
+        calibrate_policies(opened, [policy_named("teacache")], OPTIONS)
+    assert path.read_bytes() == content
 
 
 def test_samplers_that_add_noise_have_profiles_but_no_costs(pipeline: Pipeline) -> None:
