@@ -111,7 +111,7 @@ def test_an_interrupted_calibration_is_taken_up_and_leaves_nothing_behind(
         raise EngineError("the machine was switched off")
 
     with monkeypatch.context() as patch:
-        patch.setattr("adacorr_deploy.quality.calibrate._Study.calibration", fail)
+        patch.setattr("adacorr_deploy.quality.calibration_study.CalibrationStudy.calibration", fail)
         assert "switched off" in command("calibrate", own_bundle, "--steps", 6, "--images", 1).error
     (unfinished,) = (own_bundle / "calibration").glob(".unfinished-*")
     assert {file.name for file in unfinished.iterdir()} == {"identity.json", "trajectory.npz", "measured.npz"}
