@@ -21,7 +21,6 @@ from adacorr_deploy.caching.paper_correction import PaperOnTop
 from adacorr_deploy.caching.policy_model import Policy
 from adacorr_deploy.caching.profile import Profile, Quantity
 from adacorr_deploy.caching.run import Run
-from adacorr_deploy.caching.scores import paper_score, robust_score, weight_from_estimate
 from adacorr_deploy.core.errors import PolicyError
 
 __all__ = [
@@ -31,10 +30,7 @@ __all__ = [
     "Run",
     "StaticController",
     "controller_for_policy",
-    "paper_score",
     "quantities_needed",
-    "robust_score",
-    "weight_from_estimate",
 ]
 
 

@@ -11,17 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adacorr_deploy.caching.calibration import MAX_MEASURE, MIN_COST, MIN_PROBE_ERROR, Calibration
-from adacorr_deploy.caching.controllers import (
-    AdaCorrectionController,
-    Run,
-    controller_for_policy,
-    paper_score,
-    robust_score,
-    weight_from_estimate,
-)
+from adacorr_deploy.caching.controllers import AdaCorrectionController, Run, controller_for_policy
 from adacorr_deploy.caching.decisions import Action, Controller, Decision, Signals, SlotHistory
 from adacorr_deploy.caching.policy import PRESETS, Corrector, Policy, policy_named
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
+from adacorr_deploy.caching.scores import paper_score, robust_score, weight_from_estimate
 from adacorr_deploy.core.errors import CalibrationError
 from adacorr_deploy.plugins import oracle
 from tests.caching.driven import answered

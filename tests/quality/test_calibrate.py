@@ -14,9 +14,9 @@ import pytest
 from numpy.typing import NDArray
 
 from adacorr_deploy.caching.calibration import Calibration, calibration_from_json
-from adacorr_deploy.caching.controllers import robust_score
 from adacorr_deploy.caching.decisions import Action, Prediction, SlotHistory
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind, extrapolation_coefficients
+from adacorr_deploy.caching.scores import robust_score
 from adacorr_deploy.core.errors import CalibrationError, EngineError, RequestError
 from adacorr_deploy.core.samplers import Sampler
 from adacorr_deploy.plugins import oracle

@@ -26,8 +26,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from adacorr_deploy.caching.controllers import robust_score
 from adacorr_deploy.caching.predictors import extrapolation_coefficients
+from adacorr_deploy.caching.scores import robust_score
 from adacorr_deploy.core.samplers import sampler_table
 from adacorr_deploy.plugins import oracle
 from adacorr_deploy.runtime import Pipeline, SampleRequest
