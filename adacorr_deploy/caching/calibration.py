@@ -266,7 +266,7 @@ def calibration_for_run(
     """Return the calibration that holds for `key` and, where given, was made for `predictor` and its `spans`.
 
     Raises:
-        CalibrationError: If none does; the message says how the nearest differs and how to make one, if one can be.
+        CalibrationError: If none does; the message says how one of them differs, and how to make one.
     """
     found = list(calibrations)
     matching = [calibration for calibration in found if calibration.key == key]

@@ -25,9 +25,6 @@ class OnTop:
 
     A span's estimate is the calibrated error that skipping the step adds from the span's own state (steps between its
     last two evaluations, steps since), times the request's difficulty; of several spans each spends its share of it.
-
-    Raises:
-        CalibrationError: From the planner, if nothing can be skipped.
     """
 
     observation: Observation | None = None  # it goes by costs and errors

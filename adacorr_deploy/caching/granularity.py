@@ -56,8 +56,7 @@ class Spans(BaseModel):
         if first >= stop:
             raise PolicyError(
                 f"policy {policy}: it always evaluates the first {self.first} and the last {self.last} blocks, and "
-                f"the bundle has {blocks}: nothing is left to reuse. Lower spans.first or "
-                "spans.last."
+                f"the bundle has {blocks}: nothing is left to reuse. Lower spans.first or spans.last."
             )
         match self.granularity:
             case Granularity.STEP:

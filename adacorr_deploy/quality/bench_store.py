@@ -213,7 +213,8 @@ def _difference(found: RunKey | None, key: RunKey) -> str:
     if found is None:
         return "other files, and no results of a bench"
     old, new = found.model_dump(), key.model_dump()
-    fields = ", ".join(f"{name} {clipped(old[name])}, not {clipped(new[name])}" for name in new if old[name] != new[name])
+    differing = [name for name in new if old[name] != new[name]]
+    fields = ", ".join(f"{name} {clipped(old[name])}, not {clipped(new[name])}" for name in differing)
     return f"the results of another run ({fields})"
 
 
