@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from adacorr_deploy.caching.calibration import Calibration
-from adacorr_deploy.caching.correction import probed_span
 from adacorr_deploy.caching.decisions import (
     Action,
     Decision,
@@ -17,25 +15,21 @@ from adacorr_deploy.caching.decisions import (
     SlotHistory,
     Span,
 )
-from adacorr_deploy.caching.difficulty import Difficulty, gap_of
+from adacorr_deploy.caching.difficulty import gap_of
 from adacorr_deploy.caching.gates.adacorrection import AdaCorrectionGate, Corrector
 from adacorr_deploy.caching.guards import BEYOND_CALIBRATION, NOT_FINITE, doubtful
-from adacorr_deploy.caching.planner import planner_for
 from adacorr_deploy.caching.policy_controller import PolicyController
 from adacorr_deploy.caching.policy_model import Policy
+from adacorr_deploy.caching.request_plan import RequestPlan, Weighed
 from adacorr_deploy.caching.run import Run
-from adacorr_deploy.caching.scores import robust_score, weight_from_estimate
+from adacorr_deploy.caching.scores import robust_score
 
 
 class AdaCorrectionController(PolicyController):
     """The calibrated schedule, corrected by what this request measures.
 
     A step's blocks decide together, at its first block: METHOD §3's study found that blocks evaluated on partly
-    predicted inputs spoil the histories that extrapolation needs. The estimate ê of a step is the error that skipping
-    it adds by calibration, times the difficulty of the request: how much larger than in calibration the probe errors
-    were at its own evaluations. Harder by r² is the same as an evaluation cheaper by r², so the allowance
-    comes from the plan at that price. `adaptivity` says how far difficulty counts: at 0 every request follows the
-    schedule of the average one.
+    predicted inputs spoil the histories that extrapolation needs. See `RequestPlan` for the estimate and its allowance.
     """
 
     def __init__(
@@ -44,14 +38,9 @@ class AdaCorrectionController(PolicyController):
         super().__init__(policy, run, spans)
         self._gate = gate
         self._calibration = calibration
-        self._planner = planner_for(calibration, policy.guards)
-        self._price = self._planner.price(gate.speedup)
-        self._budget = self._planner.expected_spending(self._price)
-        self._difficulty = Difficulty(probe=calibration.probe, adaptivity=gate.adaptivity, memory=gate.memory)
-        self._spent = 0.0
+        self._plan = RequestPlan(gate, policy.guards, spans, calibration)
         self._decided: tuple[int, Decision] | None = None
         self._steps = SlotHistory(capacity=2)  # that were not skipped; protected blocks have more of their own
-        self._probed = probed_span(spans, calibration.probe.block)
 
     def observations(self, span: int) -> Sequence[Observation]:
         return (Observation(what=Observed.INPUT),) if span == 0 else ()
@@ -82,45 +71,36 @@ class AdaCorrectionController(PolicyController):
             offset = max(robust_score(branch) for branch in signals)
             if offset > self._offset_limit(step - self.lags, (history.age(step) or 1) - self.lags):
                 return Decision(action=Action.EVALUATE, reason=BEYOND_CALIBRATION, score=offset, weight=1.0)
-        plan = self._planner.plan(self._price / self.difficulty)
-        estimate = self._planner.costs.added(step, gap, age - 1) * self.difficulty
-        allowance = plan.allowance(step, gap, age - 1) * self.difficulty
-        return self._weighed(step, estimate, allowance)
+        return self._weighed(step, self._plan.weighed(step, gap, age - 1))
 
     def _offset_limit(self, step: int, age: int) -> float:
         """Return the largest score that is within calibration for inputs of `step`, `age` steps after an evaluation."""
         limits = self._calibration.offset_limits[step]
         return self._gate.offset_margin * limits[min(max(age, 1), len(limits)) - 1]
 
-    def _weighed(self, step: int, estimate: float, allowance: float) -> Decision:
-        if allowance <= 0 or not math.isfinite(estimate):
-            return Decision(action=Action.EVALUATE, reason="evaluating pays in any case", score=estimate, weight=1.0)
-        thresholds = ((1 - self._gate.band) * allowance, (1 + self._gate.band) * allowance, self._gate.gamma)
-        weight = weight_from_estimate(estimate, thresholds)
-        if weight >= 1.0:
-            return Decision(
-                action=Action.EVALUATE, reason="estimate above the allowance", score=estimate, weight=weight
-            )
-        if weight > 0.0:
+    def _weighed(self, step: int, weighed: Weighed) -> Decision:
+        if weighed.thresholds is None:
+            return weighed.decision(Action.EVALUATE, "evaluating pays in any case")
+        if weighed.weight >= 1.0:
+            return weighed.decision(Action.EVALUATE, "estimate above the allowance")
+        if weighed.weight > 0.0:
             if self._gate.corrector is Corrector.PAPER:
-                return Decision(
-                    action=Action.CORRECT, reason="blended", score=estimate, weight=weight, thresholds=thresholds
-                )
-            if self._spent + estimate > self._budget[step]:
-                return Decision(action=Action.EVALUATE, reason="error budget spent", score=estimate, weight=weight)
-        self._spent += estimate
-        reason = "estimate below the allowance" if weight == 0.0 else "deferred within the error budget"
-        return Decision(action=Action.REUSE, reason=reason, score=estimate, weight=weight)
+                return weighed.decision(Action.CORRECT, "blended")
+            if not self._plan.affords(step, weighed.estimate):
+                return weighed.decision(Action.EVALUATE, "error budget spent")
+        self._plan.spend(weighed.estimate)
+        below = weighed.weight == 0.0
+        return weighed.decision(
+            Action.REUSE, "estimate below the allowance" if below else "deferred within the error budget"
+        )
 
     def measures_error(self, step: int, span: int, history: SlotHistory) -> bool:
-        if span != self._probed or len(history.steps) < min(2, self._policy.predictor.history):
-            return False
-        self._difficulty.expect(step, history)
-        return True
+        return self._plan.measures_error(step, span, history)
 
     def record_error(self, step: int, span: int, error: float) -> None:
-        self._difficulty.record(step, error)
+        self._plan.record_error(step, error)
 
     @property
     def difficulty(self) -> float:
-        return self._difficulty.value
+        """See `RequestPlan.difficulty`."""
+        return self._plan.difficulty

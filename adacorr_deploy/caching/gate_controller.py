@@ -38,8 +38,8 @@ class ProposalCorrection(Protocol):
         """Return what is done with a span that no guard evaluates; `signals` are those of its observation."""
         ...
 
-    def measures_error(self, step: int, span: int, history: SlotHistory, *, needed: int) -> bool:
-        """Whether the span's prediction is compared with its evaluation, which takes `needed` earlier ones."""
+    def measures_error(self, step: int, span: int, history: SlotHistory) -> bool:
+        """Whether the span's prediction is compared with its evaluation."""
         ...
 
     def record_error(self, step: int, error: float) -> None:
@@ -135,9 +135,7 @@ class GateController(PolicyController):
         return self._correction.decision(step, span, history, proposal, _entry(signals, watched.by_correction))
 
     def measures_error(self, step: int, span: int, history: SlotHistory) -> bool:
-        if self._correction is None or not self._caches(span):
-            return False
-        return self._correction.measures_error(step, span, history, needed=min(2, self._policy.predictor.history))
+        return self._correction is not None and self._correction.measures_error(step, span, history)
 
     def record_error(self, step: int, span: int, error: float) -> None:
         if self._correction is None:

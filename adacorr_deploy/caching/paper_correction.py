@@ -57,7 +57,7 @@ class PaperOnTop:
             return Decision(action=Action.EVALUATE, reason=NOT_FINITE)
         return paper_decision(self._equations, self._floors[span], signals, reused=proposal.reason)
 
-    def measures_error(self, step: int, span: int, history: SlotHistory, *, needed: int) -> bool:
+    def measures_error(self, step: int, span: int, history: SlotHistory) -> bool:
         return False
 
     def record_error(self, step: int, error: float) -> None:

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from adacorr_deploy.caching.calibration import Calibration
 from adacorr_deploy.caching.controllers import GateController, Run
-from adacorr_deploy.caching.correction import probed_span
 from adacorr_deploy.caching.decisions import Action, Span, SpanCache
 from adacorr_deploy.caching.gates.adacorrection import AdaCorrectionGate, Correction, PaperGate
 from adacorr_deploy.caching.gates.steps import MaskGate
 from adacorr_deploy.caching.guards import Guards
 from adacorr_deploy.caching.planner import planner_for
 from adacorr_deploy.caching.policy import PRESETS, Policy, policy_named
+from adacorr_deploy.caching.request_plan import probed_span
 from adacorr_deploy.core.errors import CalibrationError, PolicyError
 from tests.caching.driven import Driven, change, drive, made, steadily
 from tests.caching.scripted_calibration import STEPS, calibration
