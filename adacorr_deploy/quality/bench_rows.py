@@ -27,6 +27,7 @@ from adacorr_deploy.quality.metrics import (
     psnr_per_image,
     ssim_per_image,
 )
+from adacorr_deploy.quality.tune_search import pareto_front
 
 Cell = str | int | float | None
 
@@ -234,9 +235,4 @@ def cells_of_row(row: BenchRow) -> dict[str, Cell]:
 
 def best_by_speed(rows: Sequence[BenchRow]) -> list[BenchRow]:
     """Return the Pareto front of speed-up and PSNR, slowest first: rows that no other beats in both."""
-    front: list[BenchRow] = []
-    measured = [row for row in rows if math.isfinite(row.speedup) and not math.isnan(row.psnr_db)]
-    for row in sorted(measured, key=lambda row: (-row.speedup, -row.psnr_db)):
-        if not front or row.psnr_db > front[-1].psnr_db:
-            front.append(row)
-    return front[::-1]
+    return pareto_front([row for row in rows if math.isfinite(row.speedup) and not math.isnan(row.psnr_db)])
