@@ -20,13 +20,13 @@ from adacorr_deploy.core.progress import Progress
 from adacorr_deploy.core.samplers import Sampler, default_sampler
 from adacorr_deploy.core.shapes import MAX_BATCH
 from adacorr_deploy.core.specs import DType, ModelSpec
+from adacorr_deploy.plugins import oracle
 from adacorr_deploy.quality.array_files import Arrays
 from adacorr_deploy.quality.calibrate import CALIBRATION_SEED
 from adacorr_deploy.quality.memory_need import require_memory
 from adacorr_deploy.quality.partials import Partials
 from adacorr_deploy.quality.profile_quantities import (
     COLLECTORS,
-    NORM_EPSILON,
     Array,
     RunShape,
     Span,
@@ -174,6 +174,8 @@ class _BatchStudy:
         self._pipeline = pipeline
         self._request = request
         self._collectors = {quantity: COLLECTORS[quantity](shape) for quantity in sorted(options.quantities)}
+        asked = options.quantities
+        self._modulated_parts = parts if Quantity.GATES in asked else int(Quantity.OUTPUT_CHANGE in asked)
 
     def stored(self, partials: Partials | None, index: int) -> dict[Quantity, Arrays] | None:
         """Return what an earlier run measured of this batch, if it measured all that is asked for now."""
@@ -216,7 +218,8 @@ class _BatchStudy:
         boundaries, units, modulated = [_f32(space.block_input(0).read())], [], []
         for part, slot in enumerate(slots):
             entry = slot.next_entry
-            modulated.append(modulated_input(boundaries[part], modulation[part][step]))
+            if part < self._modulated_parts:
+                modulated.append(_f32(oracle.modulated(boundaries[part], modulation[part], np.asarray([step]))))
             space.evaluate(part, slot)
             boundaries.append(_f32(space.block_output(part).read()))
             if Quantity.UNIT_ERRORS in self._collectors:
@@ -231,18 +234,6 @@ class _BatchStudy:
 
 def _kinds(model: ModelSpec) -> tuple[str, ...]:
     return tuple(unit for block in model.blocks for unit in block)
-
-
-def modulated_input(tokens: Array, modulation: Array) -> Array:
-    """Return LayerNorm(tokens)·(1 + scale) + shift, (R, N, D), as a part's first unit takes its input.
-
-    Args:
-        tokens: (R, N, D).
-        modulation: (R, rows, D), whose first two rows are shift and scale.
-    """
-    centred = tokens - tokens.mean(axis=2, keepdims=True)
-    normal = centred / np.sqrt(np.square(centred).mean(axis=2, keepdims=True) + NORM_EPSILON)
-    return np.asarray(normal * (1 + modulation[:, None, 1]) + modulation[:, None, 0], np.float32)
 
 
 def _profile(

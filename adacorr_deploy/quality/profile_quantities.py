@@ -24,7 +24,6 @@ from adacorr_deploy.caching.profile import (
 
 MAX_AGE: Final = 6  # steps that tables of errors look back
 AFFINE_AGES: Final = 3  # ages that one affine map is fitted to: what policies with a map mostly reuse
-NORM_EPSILON: Final = 1e-6  # of the adaLN norms of DiT
 _TINY: Final = 1e-12  # keeps a run that changes nothing from dividing by zero
 _RIDGE: Final = 1.0  # of a gate's standardised weights: few images leave fewer samples than channels
 _NEWTON_STEPS: Final = 25
@@ -42,7 +41,7 @@ class StepView:
     step: int
     boundaries: Sequence[Array]  # tokens before each block part and after the last, L + 1 of (R, N, D)
     units: Sequence[Array]  # per block part (U, R, N, D), results before their gates; empty if nobody asked for them
-    modulated: Sequence[Array]  # per block part (R, N, D): its first unit's normalised, shifted, scaled input
+    modulated: Sequence[Array]  # per block part that somebody asks for (R, N, D): what its first unit computes on
 
     def residual(self, first: int, stop: int) -> Array:
         """Return what a span of block parts added to its input, (R, N, D)."""

@@ -17,7 +17,7 @@ from adacorr_deploy.quality import memory_need
 from adacorr_deploy.quality import profile as profile_module
 from adacorr_deploy.quality.calibrate import CALIBRATION_SEED
 from adacorr_deploy.quality.partials import Partials
-from adacorr_deploy.quality.profile import ProfileOptions, modulated_input, profile
+from adacorr_deploy.quality.profile import ProfileOptions, profile
 from adacorr_deploy.quality.profile_quantities import (
     AFFINE_AGES,
     MAX_AGE,
@@ -306,12 +306,3 @@ def test_a_gate_of_samples_that_all_agree_is_finite_and_agrees(safe: bool) -> No
     weights, bias = logistic_fit(samples, np.full(20, safe))
     assert np.isfinite(weights).all()
     assert ((samples @ weights + bias > 0) == safe).all()
-
-
-def test_the_modulated_input_has_the_mean_and_deviation_that_its_modulation_says() -> None:
-    tokens = np.random.default_rng(3).standard_normal((2, 3, 64)).astype(np.float32)
-    modulation = np.zeros((2, 6, 64), np.float32)
-    modulation[:, 0], modulation[:, 1] = 5.0, 1.0
-    found = modulated_input(tokens, modulation)
-    np.testing.assert_allclose(found.mean(axis=2), 5.0, atol=1e-4)
-    np.testing.assert_allclose(found.std(axis=2), 2.0, rtol=1e-4)
