@@ -66,7 +66,8 @@ def test_a_perfect_forecast_explains_all_and_the_table_nothing() -> None:
 
 
 def test_a_study_goes_on_where_it_was_and_refuses_another_ones_folder(tmp_path: Path) -> None:
-    args = argparse.Namespace(output=tmp_path, images=2, batch=1, steps=8, guidance=2.0, seed=0, labels="")
+    run = {"images": 2, "batch": 1, "steps": 8, "guidance": 2.0, "calibrated_guidance": None, "seed": 0, "labels": ""}
+    args = argparse.Namespace(output=tmp_path, **run)
     model = TinyDiT()
     with Pipeline.open(write_bundle(tmp_path / "tiny", model), backend=FakeBackend.of(model)) as pipeline:
         first = Study(pipeline, args).point("fora@2")
@@ -85,6 +86,6 @@ def test_a_study_goes_on_where_it_was_and_refuses_another_ones_folder(tmp_path: 
             found = Study(pipeline, args).point(str(file))
             assert found is not None
             assert (found.rho == rho) == (interval == 2)
-        args.guidance = 3.0
-        with pytest.raises(SystemExit, match="holds another study"):
-            Study(pipeline, args)
+        for changed in ({"guidance": 3.0}, {"calibrated_guidance": 4.0}):
+            with pytest.raises(SystemExit, match="holds another study"):
+                Study(pipeline, argparse.Namespace(output=tmp_path, **run | changed))

@@ -65,6 +65,7 @@ GRID: Final = {
 }
 BASES: Final = ("fastcache", "teacache", "adacache", "lazydit", "fbcache")  # that the paper puts AdaCorrection on
 TARGETS: Final = (1.5, 2, 2.5, 3)
+_RUN: Final = ("images", "batch", "steps", "guidance", "calibrated_guidance", "seed", "labels")  # of all points
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +93,7 @@ class Study:
         self._file: Path = args.output / "points.json"
         self._run = {
             "checkpoint": pipeline.manifest.checkpoint_sha256,
-            **{name: getattr(args, name) for name in ("images", "batch", "steps", "guidance", "seed", "labels")},
+            **{name: getattr(args, name) for name in _RUN},
         }
         self._points = self._stored()
         self._uncached: list[NDArray[np.float32]] = []
