@@ -10,6 +10,7 @@ from typing import Final
 from adacorr_deploy.core.errors import RequestError
 
 _GIB: Final = 1 << 30
+_GROUP: Final = Path("/sys/fs/cgroup")
 
 
 def require_memory(needed_bytes: int, *, what: str, lower: str) -> None:
@@ -32,14 +33,27 @@ def require_memory(needed_bytes: int, *, what: str, lower: str) -> None:
 
 
 def available_bytes() -> int | None:
-    """Return the memory that can still be had, in a container no more than its limit; None where nobody says so."""
+    """Return the memory that can still be had, in a container what its limit leaves; None where nobody says so."""
     known = []
     with suppress(OSError, ValueError, StopIteration):  # what caches would give back counts, unlike in sysconf's number
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        known.append(int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024)
+        known.append(_number_of("MemAvailable:", Path("/proc/meminfo").read_text()) * 1024)
     if not known:
         with suppress(AttributeError, OSError, ValueError):  # AttributeError: Windows
             known.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     with suppress(OSError, ValueError):  # ValueError: "max"
-        known.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        limit_bytes = int((_GROUP / "memory.max").read_text())
+        known.append(max(limit_bytes - _used_in_container(), 0))
     return min(known, default=None)
+
+
+def _used_in_container() -> int:
+    """Return what counts against the container's limit, but for cached files, which the kernel would give back."""
+    used = 0
+    with suppress(OSError, ValueError, StopIteration):
+        used = int((_GROUP / "memory.current").read_text())
+        used -= _number_of("inactive_file", (_GROUP / "memory.stat").read_text())
+    return used
+
+
+def _number_of(name: str, text: str) -> int:
+    return int(next(line for line in text.splitlines() if line.startswith(f"{name} ")).split()[1])

@@ -34,23 +34,26 @@ def test_what_is_free_is_no_more_than_the_machine_has() -> None:
 
 
 @pytest.mark.parametrize(
-    ("meminfo", "limit", "expected"),
+    ("meminfo", "group", "expected"),
     [
-        ("MemTotal: 9 kB\nMemAvailable:    2048 kB\n", None, 2 << 20),
-        ("MemAvailable: 2048 kB\n", "max\n", 2 << 20),
-        ("MemAvailable: 2048 kB\n", "4096\n", 4096),
-        ("MemAvailable: 2048 kB\n", str(1 << 40), 2 << 20),
-        ("MemTotal: 9 kB\n", None, 5 * 7),  # what sysconf says
-        (None, "20", 20),
+        ("MemTotal: 9 kB\nMemAvailable:    2048 kB\n", {}, 2 << 20),
+        ("MemAvailable: 2048 kB\n", {"max": "max\n"}, 2 << 20),
+        ("MemAvailable: 2048 kB\n", {"max": "4096\n"}, 4096),
+        ("MemAvailable: 2048 kB\n", {"max": "4096\n", "current": "3000\n"}, 1096),
+        ("MemAvailable: 2048 kB\n", {"max": "4096", "current": "3000", "stat": "anon 1\ninactive_file 200\n"}, 1296),
+        ("MemAvailable: 2048 kB\n", {"max": "4096\n", "current": "5000\n"}, 0),
+        ("MemAvailable: 2048 kB\n", {"max": str(1 << 40)}, 2 << 20),
+        ("MemTotal: 9 kB\n", {}, 5 * 7),  # what sysconf says
+        (None, {"max": "20"}, 20),
     ],
 )
-def test_a_containers_limit_counts_and_sysconf_stands_in(
-    monkeypatch: pytest.MonkeyPatch, meminfo: str | None, limit: str | None, expected: int
+def test_what_a_containers_limit_leaves_counts_and_sysconf_stands_in(
+    monkeypatch: pytest.MonkeyPatch, meminfo: str | None, group: dict[str, str], expected: int
 ) -> None:
-    files = {"/proc/meminfo": meminfo, "/sys/fs/cgroup/memory.max": limit}
+    files = {"/proc/meminfo": meminfo, **{f"/sys/fs/cgroup/memory.{name}": text for name, text in group.items()}}
 
     def read_text(path: Path) -> str:
-        text = files[str(path)]
+        text = files.get(str(path))
         if text is None:
             raise FileNotFoundError(path)
         return text
