@@ -111,11 +111,6 @@ def ssim_per_image(actual: Floats, expected: Floats, *, data_range: float = _RAN
     return means
 
 
-def ssim(actual: Floats, expected: Floats, *, data_range: float = _RANGE) -> float:
-    """Return the mean over images of `ssim_per_image`, whose arguments and errors it has."""
-    return float(ssim_per_image(actual, expected, data_range=data_range).mean())
-
-
 def _window_mean(images: NDArray[np.float64]) -> NDArray[np.float64]:
     """Gaussian-weighted mean of every whole window: (N, C, H, W) → (N, C, H − 10, W − 10)."""
     weights = np.exp(-0.5 * ((np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2) / SSIM_SIGMA) ** 2)

@@ -15,6 +15,7 @@ from adacorr_deploy.quality.metrics import (
     SSIM_SIGMA,
     SSIM_WINDOW,
     FeatureStatistics,
+    Floats,
     bootstrap_frechet,
     bootstrap_frechet_ratio,
     feature_statistics,
@@ -23,7 +24,7 @@ from adacorr_deploy.quality.metrics import (
     psnr_db,
     psnr_per_image,
     relative_l2,
-    ssim,
+    ssim_per_image,
 )
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -40,6 +41,10 @@ def random_features(seed: int, count: int, width: int) -> NDArray[np.float64]:
 
 def gaussian(mean: list[float], covariance: list[list[float]]) -> FeatureStatistics:
     return FeatureStatistics(mean=np.array(mean), covariance=np.array(covariance), count=100)
+
+
+def ssim(actual: Floats, expected: Floats) -> float:
+    return float(ssim_per_image(actual, expected).mean())
 
 
 def ssim_oracle(first: NDArray[np.float32], second: NDArray[np.float32], data_range: float) -> float:
