@@ -114,9 +114,9 @@ def _show(validation: Validation) -> None:
             for name, error in validation.parts.items()
         ],
     )
-    run = validation.trajectory
+    run, asked = validation.trajectory, validation.trajectory.request
     show_lines(
-        f"{run.steps} steps of {run.sampler}, guidance {run.guidance:g}, from the same latents:",
+        f"{asked.steps} steps of {asked.sampler.value}, guidance {asked.guidance:g}, from the same latents:",
         f"  against diffusers' own loop      max_abs {run.max_abs:.1e}, rel_l2 {run.rel_l2:.1e}",
         f"  of which the engines' share      rel_l2 {run.engine_rel_l2:.1e}",
         f"  policy {run.policy:<25} {_policy_error(run)}",

@@ -104,6 +104,7 @@ class TrajectoryError:
     """Final latents of a run: bundle against diffusers' own loop, and what engine and policy add to it.
 
     Attributes:
+        request: What was run.
         max_abs: Uncached bundle against diffusers: the largest difference, in units of the latents.
         rel_l2: The same, relative.
         engine_rel_l2: Uncached bundle against the same chain of the original modules in PyTorch.
@@ -113,9 +114,7 @@ class TrajectoryError:
         tolerances: What passes.
     """
 
-    steps: int
-    guidance: float
-    sampler: str
+    request: SampleRequest
     max_abs: float
     rel_l2: float
     engine_rel_l2: float
@@ -154,9 +153,9 @@ class Validation:
         """Return `{"parts": {name: {"max_abs", "rel_l2"}}, "trajectory": {…}, "passed"}`; what isn't finite is null."""
         run = self.trajectory
         trajectory: dict[str, str | int | float | None] = {
-            "steps": run.steps,
-            "guidance": run.guidance,
-            "sampler": run.sampler,
+            "steps": run.request.steps,
+            "guidance": run.request.guidance,
+            "sampler": run.request.sampler.value,
             "max_abs": _finite(run.max_abs),
             "rel_l2": _finite(run.rel_l2),
             "engine_rel_l2": _finite(run.engine_rel_l2),
@@ -292,9 +291,7 @@ def _trajectory_error(
     told.next(_RUNS[3])
     with np.errstate(all="ignore"):  # NaN and infinity are answers here
         return TrajectoryError(
-            steps=request.steps,
-            guidance=request.guidance,
-            sampler=request.sampler.value,
+            request=request,
             max_abs=max_abs(found, expected),
             rel_l2=relative_l2(found, expected),
             engine_rel_l2=relative_l2(found, chained),

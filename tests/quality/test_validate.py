@@ -102,7 +102,7 @@ def test_few_step_and_flow_matching_models_agree_by_their_own_sampler(
     assert open_bundle(bundle.path).manifest.schedule == schedule  # also when read again
     validation = validate_bundle(bundle.path, replace(model, schedule=schedule), OPTIONS)
     assert_passes(validation)
-    assert validation.trajectory.sampler == sampler.value
+    assert validation.trajectory.request.sampler is sampler
     assert validation.trajectory.rel_l2 <= 1e-4
 
 
