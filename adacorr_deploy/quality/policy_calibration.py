@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from adacorr_deploy.caching.calibration import CachingSpan, CalibrationKey, caching_spans
 from adacorr_deploy.caching.controllers import quantities_needed
@@ -15,6 +18,7 @@ from adacorr_deploy.core.bundle import CALIBRATION_DIR, PROFILE_DIR, Bundle, mea
 from adacorr_deploy.core.errors import CalibrationError
 from adacorr_deploy.core.progress import Progress
 from adacorr_deploy.core.samplers import quiet_samplers
+from adacorr_deploy.core.untrusted import clipped, first_fault
 from adacorr_deploy.quality.calibrate import CalibrationOptions, calibrate, check_calibration, partials_for
 from adacorr_deploy.quality.partials import Partials
 from adacorr_deploy.quality.profile import VERSION, ProfileOptions, check_options, profile
@@ -118,7 +122,8 @@ def store_calibration(pipeline: Pipeline, options: CalibrationOptions, progress:
     """Calibrate, store the result in the bundle, and return where and for what; errors as `calibrate_policies`."""
     check_calibration(pipeline, options)  # before anything is written
     partials = partials_for(pipeline, options)
-    calibration = calibrate(pipeline, options, progress, partials)
+    with _usable(partials):
+        calibration = calibrate(pipeline, options, progress, partials)
     relative = f"{CALIBRATION_DIR}/{calibration.file_name}"
     _, path = store_in_bundle(pipeline.bundle, relative, calibration.model_dump_json().encode())
     partials.discard()
@@ -157,10 +162,24 @@ def store_profile(
     }
     folder = pipeline.bundle.file(f"{PROFILE_DIR}/.unfinished-{profile_name(key)}")
     partials = Partials(folder, identity)
-    found = profile(pipeline, chosen, progress, partials)
+    with _usable(partials):
+        found = profile(pipeline, chosen, progress, partials)
     _, path = store_in_bundle(pipeline.bundle, f"{PROFILE_DIR}/{found.file_name}", found.model_dump_json().encode())
     partials.discard()
     return found, path
+
+
+@contextmanager
+def _usable(partials: Partials) -> Iterator[None]:
+    """Refuse numbers that nothing was measured with, and forget them: others may have written what was taken up."""
+    try:
+        yield
+    except ValueError as error:  # those of pydantic and of NumPy's linear algebra are ValueErrors too
+        partials.discard()
+        fault = first_fault(error) if isinstance(error, ValidationError) else clipped(str(error), 300)
+        raise CalibrationError(
+            f"What was measured can't be used: {fault}. What an interrupted run had left is deleted: start again."
+        ) from error
 
 
 def _held_profile(bundle: Bundle, key: CalibrationKey) -> Profile | None:

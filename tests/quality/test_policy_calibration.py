@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from adacorr_deploy.caching.calibration import CachingSpan
@@ -14,8 +15,9 @@ from adacorr_deploy.caching.profile import Quantity
 from adacorr_deploy.core.bundle import store_in_bundle
 from adacorr_deploy.core.errors import CalibrationError, PolicyError
 from adacorr_deploy.core.samplers import Sampler
-from adacorr_deploy.quality.calibrate import CalibrationOptions
-from adacorr_deploy.quality.policy_calibration import Needs, calibrate_policies, needs_of
+from adacorr_deploy.quality.calibrate import CalibrationOptions, partials_for
+from adacorr_deploy.quality.policy_calibration import Needs, calibrate_policies, needs_of, store_calibration
+from adacorr_deploy.quality.skip_measurements import SkipMeasurements
 from adacorr_deploy.runtime import Pipeline, SampleRequest
 from adacorr_deploy.runtime.measurements import calibrations, profiles
 from adacorr_deploy.runtime.sampling import controller_for_request
@@ -103,7 +105,7 @@ def test_a_profile_that_can_not_be_read_is_measured_anew_as_its_error_says(pipel
     content = path.read_bytes()
     store_in_bundle(pipeline.bundle, str(path.relative_to(pipeline.bundle.path)), content.replace(b":1,", b":0,", 1))
     with reopened(pipeline) as opened:
-        with pytest.raises(CalibrationError, match="schema_version.* Make it again with: adacorr-calibrate"):
+        with pytest.raises(CalibrationError, match=r"schema_version.* Make it again with: adacorr-calibrate"):
             profiles(opened.bundle)
         calibrate_policies(opened, [policy_named("teacache")], OPTIONS)
     assert path.read_bytes() == content
@@ -121,3 +123,17 @@ def test_policies_that_look_nothing_up_or_do_not_fit_the_bundle_are_refused(pipe
         calibrate_policies(pipeline, [policy_named("fora"), policy_named("fbcache")], OPTIONS)
     with pytest.raises(PolicyError, match="always evaluates the first 8"):
         calibrate_policies(pipeline, [policy_named("dbcache+adacorrection")], OPTIONS)
+
+
+@pytest.mark.parametrize("name", ["probe_errors", "gains", "paper_scores"])
+def test_partial_results_that_nobody_measured_are_refused_and_deleted(pipeline: Pipeline, name: str) -> None:
+    """Whoever may write beside the bundle may have written them, in the shapes and with the identity looked for."""
+    partials = partials_for(pipeline, OPTIONS)
+    blocks = len(pipeline.manifest.model.units)
+    arrays = SkipMeasurements.empty(steps=STEPS, blocks=blocks, batch=OPTIONS.images).arrays()
+    partials.store("measured", {**arrays, name: np.full_like(arrays[name], -1.0), "done": np.asarray(STEPS)})
+    with pytest.raises(CalibrationError, match=r"What was measured can't be used: .* start again"):
+        store_calibration(pipeline, OPTIONS)
+    assert not list(pipeline.bundle.path.rglob(".unfinished*"))
+    path, _ = store_calibration(pipeline, OPTIONS)
+    assert path.is_file()
