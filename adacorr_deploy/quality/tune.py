@@ -230,7 +230,7 @@ class Meter:
         name = f"{hashlib.sha256(settings.encode()).hexdigest()[:32]}-{request.batch}-{index}"
         like = {"psnr": np.zeros(request.batch), "rho": np.zeros(())}
         stored = self._partials.load(name, like)
-        if stored is not None:
+        if stored is not None and 0 <= float(stored["rho"]) <= 1 and not np.isnan(stored["psnr"]).any():
             return stored
         result = sample_with_policy(self._pipeline, request, policy)
         psnr = psnr_per_image(result.latents, self._uncached_latents(index))

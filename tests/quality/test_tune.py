@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from adacorr_deploy.caching.policy import Policy, policy_named
@@ -153,3 +154,14 @@ def test_every_preset_with_a_knob_that_the_bundle_has_blocks_for_is_a_family(pip
     assert {"fora", "teacache", "robust", "fewer-steps"} <= set(families)
     assert not {"none", "dbcache", "paper-exact"} & set(families)  # three parts are fewer than dbcache evaluates
     assert all(policy_named(name).gate.knob for name in families)
+
+
+def test_a_measured_point_is_taken_up_and_one_that_nobody_measured_is_not(pipeline: Pipeline) -> None:
+    partials = Partials(pipeline.bundle.path / "points", {})
+    requests, policy = [SampleRequest((0,), steps=STEPS)], policy_named("fora")
+    measured = Meter(pipeline, requests, partials).point(policy, 1)
+    (file,) = (pipeline.bundle.path / "points").glob("*.npz")
+    for psnr, rho, taken in ((50.0, 0.25, True), (np.nan, 0.25, False), (50.0, 7.0, False), (50.0, np.nan, False)):
+        partials.store(file.stem, {"psnr": np.array([psnr]), "rho": np.asarray(rho)})
+        found = Meter(pipeline, requests, partials).point(policy, 1)
+        assert (found.psnr_db, found.rho) == ((psnr, rho) if taken else (measured.psnr_db, measured.rho))
