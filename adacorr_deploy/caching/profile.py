@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from enum import Enum
 from typing import Annotated, Final, Literal
 
@@ -197,9 +198,16 @@ def profile_from_json(text: str | bytes, *, where: str, bundle: str = "BUNDLE") 
     try:
         return Profile.model_validate_json(text)
     except ValidationError as error:
-        raise CalibrationError(
-            f"{where}: {first_fault(error)}. Make it again with: adacorr-calibrate {bundle} --policies NAMES"
-        ) from error
+        command = f"adacorr-calibrate {bundle} --policies NAMES"
+        with suppress(ValidationError):
+            command = profile_command(bundle, _MadeFor.model_validate_json(text).key)
+        raise CalibrationError(f"{where}: {first_fault(error)}. Make it again with: {command}") from error
+
+
+class _MadeFor(BaseModel):
+    """What a profile is for, read also from a file that is not one otherwise."""
+
+    key: CalibrationKey
 
 
 def check_profile(profile: Profile, model: ModelSpec, *, where: str, bundle: str = "BUNDLE") -> None:

@@ -14,7 +14,7 @@ from adacorr_deploy.caching.controllers import quantities_needed
 from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS, Policy
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
 from adacorr_deploy.caching.profile import AffineMap, Profile, Quantity, profile_name
-from adacorr_deploy.core.bundle import CALIBRATION_DIR, PROFILE_DIR, Bundle, measured_identity, store_in_bundle
+from adacorr_deploy.core.bundle import CALIBRATION_DIR, PROFILE_DIR, measured_identity, store_in_bundle
 from adacorr_deploy.core.errors import CalibrationError
 from adacorr_deploy.core.progress import Progress
 from adacorr_deploy.core.samplers import quiet_samplers
@@ -139,7 +139,7 @@ def store_profile(
 ) -> tuple[Profile, Path]:
     """Profile, store the result in the bundle, and return it with its path; errors as `calibrate_policies`."""
     key = calibration_key(pipeline.bundle, request)
-    before = _held_profile(pipeline.bundle, key)
+    before = profile_of_key(pipeline.bundle, key)  # one that can't be read is measured anew
     kept_quantities = before.quantities if before is not None else frozenset()
     kept_spans = [(each.first, each.stop) for each in (before.affine if before is not None else None) or ()]
     chosen = ProfileOptions(
@@ -180,14 +180,6 @@ def _usable(partials: Partials) -> Iterator[None]:
         raise CalibrationError(
             f"What was measured can't be used: {fault}. What an interrupted run had left is deleted: start again."
         ) from error
-
-
-def _held_profile(bundle: Bundle, key: CalibrationKey) -> Profile | None:
-    """Return the bundle's profile of these runs; None also of one that can't be read: it is measured anew."""
-    try:
-        return profile_of_key(bundle, key)
-    except CalibrationError:
-        return None
 
 
 def _maps(measured: Profile | None, spans: Sequence[CachingSpan]) -> tuple[AffineMap, ...]:

@@ -5,12 +5,13 @@ Nothing is read but what the manifest lists.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
 from adacorr_deploy.caching.calibration import Calibration, CalibrationKey, calibration_from_json, check_blocks
-from adacorr_deploy.caching.profile import Profile, check_profile, profile_from_json, profile_name
+from adacorr_deploy.caching.profile import Profile, check_profile, profile_from_json
 from adacorr_deploy.core.bundle import CALIBRATION_DIR, PROFILE_DIR, Bundle, verified_content
 from adacorr_deploy.core.errors import CalibrationError
 
@@ -34,10 +35,17 @@ def profiles(bundle: Bundle) -> dict[str, Profile]:
 
 
 def profile_of_key(bundle: Bundle, key: CalibrationKey) -> Profile | None:
-    """Return the profile of a key, None if the bundle lists none; no other one is read. Errors as above."""
-    name = f"{PROFILE_DIR}/{profile_name(key)}.json"
-    found = _checked_profile(bundle, name) if name in bundle.manifest.files else None
-    return found if found is not None and found.key == key else None
+    """Return the profile of a key, None if the bundle holds none that can be read.
+
+    Raises:
+        BundleError: If one has gone since the bundle was opened.
+    """
+    for name in _listed(bundle, PROFILE_DIR):
+        with suppress(CalibrationError):
+            found = _checked_profile(bundle, name)
+            if found.key == key:
+                return found
+    return None
 
 
 def _listed(bundle: Bundle, folder: str) -> list[str]:

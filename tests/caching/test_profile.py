@@ -71,7 +71,7 @@ def test_what_no_profile_can_hold_is_refused_with_its_place(fields: Mapping[str,
         profile_from_json(changed(**fields), where="here/profile.json", bundle="my.bundle")
     assert message in str(refused.value)
     assert str(refused.value).startswith("here/profile.json: ")
-    assert "adacorr-calibrate my.bundle --policies" in str(refused.value)
+    assert "adacorr-calibrate my.bundle --sampler ddim --steps 4 --guidance 4 --policies NAMES" in str(refused.value)
 
 
 @pytest.mark.parametrize(
