@@ -15,7 +15,7 @@ from typing import Annotated, Final, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from adacorr_deploy.caching.decisions import Span, SpanCache
-from adacorr_deploy.caching.policy import UNCALIBRATED
+from adacorr_deploy.caching.policy import UNCALIBRATED, word_for_commands
 from adacorr_deploy.caching.predictors import Predictor
 from adacorr_deploy.core.errors import CalibrationError
 from adacorr_deploy.core.manifest import Sha256
@@ -250,7 +250,7 @@ def calibrate_command(
     """Return the command that makes the calibration of a key and, where given, of a predictor or for a policy."""
     guidance = repr(key.guidance).removesuffix(".0")
     wanted = f" --predictor {predictor.kind.value} --order {predictor.order}" if predictor else ""
-    wanted = f" --policies {policy}" if policy else wanted
+    wanted = f" --policies {word_for_commands(policy)}" if policy else wanted
     return f"adacorr-calibrate {bundle} --sampler {key.sampler} --steps {key.steps} --guidance {guidance}{wanted}"
 
 

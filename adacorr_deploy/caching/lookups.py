@@ -10,6 +10,7 @@ from adacorr_deploy.caching.calibration import Calibration, caching_spans
 from adacorr_deploy.caching.decisions import Affine, Observation, Observed, Span, SpanCache
 from adacorr_deploy.caching.gates.rule import ErrorTable
 from adacorr_deploy.caching.planner import planner_for
+from adacorr_deploy.caching.policy import word_for_commands
 from adacorr_deploy.caching.policy_model import Policy
 from adacorr_deploy.caching.profile import Profile, Quantity
 from adacorr_deploy.caching.run import Run
@@ -46,7 +47,7 @@ class RequestLookups:
         if self.made.spans != caching_spans(self.spans):
             raise CalibrationError(
                 f"policy {self.policy} keeps residuals of other spans than the calibration was made for. "
-                f"Calibrate with: adacorr-calibrate BUNDLE --policies {self.policy}"
+                f"Calibrate with: adacorr-calibrate BUNDLE --policies {word_for_commands(self.policy)}"
             )
         return self.made
 
@@ -104,5 +105,5 @@ class RequestLookups:
     def _missing(self, what: str) -> CalibrationError:
         return CalibrationError(
             f"policy {self.policy} needs a profile of the model that holds {what}. Measure it with: "
-            f"adacorr-calibrate BUNDLE --policies {self.policy}"
+            f"adacorr-calibrate BUNDLE --policies {word_for_commands(self.policy)}"
         )

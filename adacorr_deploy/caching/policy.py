@@ -66,6 +66,7 @@ __all__ = [
     "named_file",
     "policy_from_file",
     "policy_named",
+    "word_for_commands",
 ]
 
 _MAX_FILE_BYTES: Final = 16 << 10  # tomllib takes seconds for more: its time grows with the square of a key's dots
@@ -215,6 +216,17 @@ def named_file(name_or_file: str) -> Path:
     given = base if plus and on_top.partition("@")[0] in ON_TOP else name_or_file
     name, at, file = given.partition("@")
     return Path(file if at and name in FILE_PRESETS else given)
+
+
+def word_for_commands(policy: str) -> str:
+    """Return what a command takes for a policy of this name: of a file's, which only its user knows, FILE."""
+    base, plus, on_top = policy.rpartition("+")
+    if plus and on_top.partition("@")[0] in ON_TOP:
+        return f"{word_for_commands(base)}+{on_top}"
+    preset, _, _ = policy.partition("@")
+    if preset in PRESETS:
+        return policy
+    return f"{preset}@FILE" if preset in FILE_PRESETS else "FILE"
 
 
 def _base_named(name_or_file: str) -> Policy:

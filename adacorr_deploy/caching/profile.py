@@ -16,6 +16,7 @@ from typing import Annotated, Final, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from adacorr_deploy.caching.calibration import MAX_MEASURE, CalibrationKey, Measure
+from adacorr_deploy.caching.policy import word_for_commands
 from adacorr_deploy.core.errors import CalibrationError
 from adacorr_deploy.core.shapes import MAX_BATCH
 from adacorr_deploy.core.specs import ModelSpec
@@ -232,11 +233,11 @@ def check_profile(profile: Profile, model: ModelSpec, *, where: str, bundle: str
             raise CalibrationError(f"{where}: {fault}. Make it again with: {profile_command(bundle, profile.key)}")
 
 
-def profile_command(bundle: str, key: CalibrationKey, policy: str = "NAMES") -> str:
-    """Return the command that measures what a policy needs for a key."""
+def profile_command(bundle: str, key: CalibrationKey, policies: str = "NAMES") -> str:
+    """Return the command that measures what policies need for a key."""
     guidance = repr(key.guidance).removesuffix(".0")
     run = f"--sampler {key.sampler} --steps {key.steps} --guidance {guidance}"
-    return f"adacorr-calibrate {bundle} {run} --policies {policy}"
+    return f"adacorr-calibrate {bundle} {run} --policies {policies}"
 
 
 def profile_for_run(
@@ -265,5 +266,5 @@ def profile_for_run(
         reason = "the bundle holds none"
     raise CalibrationError(
         f"policy {policy} needs a profile of the model; {reason}. "
-        f"Measure it with: {profile_command(bundle, key, policy)}"
+        f"Measure it with: {profile_command(bundle, key, word_for_commands(policy))}"
     )

@@ -25,6 +25,7 @@ from adacorr_deploy.caching.policy import (
     AdaCorrectionGate,
     Policy,
     policy_named,
+    word_for_commands,
 )
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
 from adacorr_deploy.core.errors import PolicyError
@@ -232,6 +233,22 @@ def test_numbers_must_be_finite_and_in_range(tmp_path: Path, field: str, value: 
     path = tmp_path / "bad.toml"
     path.write_text(f'name = "x"\n[gate]\nkind = "adacorrection"\n{field} = {value}\n')
     assert f"gate.adacorrection.{field}: " in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("teacache@0.3+adacorrection@2", "teacache@0.3+adacorrection@2"),
+        ("every-fourth", "FILE"),
+        ("every-fourth+adacorrection@2", "FILE+adacorrection@2"),
+        ("l2c@router.json+paper-lazy", "l2c@FILE+paper-lazy"),
+        ("a+b", "FILE"),
+    ],
+)
+def test_in_a_command_a_policy_of_a_file_is_named_by_its_file(name: str, word: str) -> None:
+    """Its name says nothing to a command, which would refuse it."""
+    assert word_for_commands(name) == word
+    assert all(word_for_commands(preset) == preset for preset in PRESETS)
 
 
 def test_an_unknown_name_lists_the_presets() -> None:

@@ -119,6 +119,8 @@ def test_a_missing_quantity_is_refused_with_the_command_that_measures_it(profile
     assert message in str(refused.value)
     command = "adacorr-calibrate my.bundle --sampler ddim --steps 4 --guidance 4 --policies lazydit"
     assert str(refused.value).endswith(f"Measure it with: {command}")
+    with pytest.raises(CalibrationError, match=r"policy mine needs .* --policies FILE$"):
+        profile_for_run(profiles, KEY, [Quantity.GATES], policy="mine")
 
 
 def test_a_polynomial_never_promises_less_than_no_change() -> None:
