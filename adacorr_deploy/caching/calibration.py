@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, 
 from adacorr_deploy.caching.decisions import Span, SpanCache
 from adacorr_deploy.caching.policy import UNCALIBRATED, word_for_commands
 from adacorr_deploy.caching.predictors import Predictor
+from adacorr_deploy.caching.revision import Revision
 from adacorr_deploy.core.errors import CalibrationError
 from adacorr_deploy.core.manifest import Sha256
 from adacorr_deploy.core.samplers import MAX_GUIDANCE
@@ -250,6 +251,8 @@ def calibrate_command(
     """Return the command that makes the calibration of a key and, where given, of a predictor or for a policy."""
     guidance = repr(key.guidance).removesuffix(".0")
     wanted = f" --predictor {predictor.kind.value} --order {predictor.order}" if predictor else ""
+    if predictor and predictor.revision is not Revision.NONE:
+        wanted += f" --revision {predictor.revision.value}"
     wanted = f" --policies {word_for_commands(policy)}" if policy else wanted
     return f"adacorr-calibrate {bundle} --sampler {key.sampler} --steps {key.steps} --guidance {guidance}{wanted}"
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
+from adacorr_deploy.caching.revision import Revision
+
 
 class Action(str, Enum):
     EVALUATE = "evaluate"  # the block's engine is launched and its slot refilled
@@ -207,6 +209,11 @@ class Controller(Protocol):
         Of the input, where it is the first and compared with that of the last evaluation, a correction may read the
         kept one too (`onto_kept_input`).
         """
+        ...
+
+    @property
+    def revision(self) -> Revision:
+        """How skipped steps are taken again once the next evaluation of a whole step is known."""
         ...
 
     def affine(self, span: int) -> Affine | None:

@@ -40,6 +40,7 @@ from adacorr_deploy.caching.granularity import Granularity, Spans
 from adacorr_deploy.caching.guards import Guards
 from adacorr_deploy.caching.policy_model import Policy
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
+from adacorr_deploy.caching.revision import Revision
 from adacorr_deploy.core.errors import PolicyError
 from adacorr_deploy.core.untrusted import bounded_file, clipped, first_fault, value_from_json
 
@@ -71,15 +72,16 @@ __all__ = [
 
 _MAX_FILE_BYTES: Final = 16 << 10  # tomllib takes seconds for more: its time grows with the square of a key's dots
 _MAX_MASK_BYTES: Final = 4 << 20  # of a mask or router in JSON: 1000 steps of 112 halves
-ON_TOP: Final[Mapping[str, Mode]] = {  # the word after the base's name and a plus
+ON_TOP: Final[Mapping[str, Mode | None]] = {  # the word after the base's name and a plus; None: revision alone
     "adacorrection": Mode.ROBUST,
     "paper-lazy": Mode.PAPER_LAZY,
     "paper-exact": Mode.PAPER_EXACT,
+    "revised": None,
 }
 
 _HOLD: Final = Predictor(kind=PredictorKind.HOLD)
 _GATED: Final = Predictor(kind=PredictorKind.GATED)
-_OUTPUT: Final = Predictor(kind=PredictorKind.OUTPUT_TAYLOR)
+_OUTPUT: Final = Predictor(kind=PredictorKind.OUTPUT_TAYLOR, revision=Revision.QUADRATIC)
 _RESIDUAL: Final = Predictor(kind=PredictorKind.RESIDUAL)
 _TAYLOR_SEER: Final = Predictor(kind=PredictorKind.RESIDUAL_TAYLOR)
 _TAYLOR_SEER_2: Final = Predictor(kind=PredictorKind.RESIDUAL_TAYLOR, order=2)
@@ -191,11 +193,11 @@ UNCALIBRATED: Final = ", ".join(
 
 
 def policy_named(name_or_file: str) -> Policy:
-    """Return a preset, a preset with its knob turned, the policy of a file, or one of these with AdaCorrection on top.
+    """Return a preset, one with its knob turned, the policy of a file, or one of these with AdaCorrection on top.
 
     Args:
         name_or_file: `robust@2.5`, `fora@2`, `l2c@router.json`, `mine.toml`, `teacache@0.3+adacorrection@2`,
-            `fora+paper-lazy`.
+            `fora+paper-lazy`, `fbcache+revised`.
 
     Raises:
         PolicyError: If there is no such preset or file, or a field is not valid.
@@ -294,9 +296,14 @@ def _corrected(base: Policy, word: str, target: str) -> Policy:
     raw = base.model_dump(mode="json", by_alias=True)
     raw["name"], mode = f"{base.name}+{word}{target}", ON_TOP[word]
     settings = Correction if mode is Mode.ROBUST else PaperCorrection
-    if target and not settings.knob:
+    if target and (mode is None or not settings.knob):
         raise PolicyError(f"policy {base.name}+{word} has no target: leave out {clipped(target)}")
-    raw["correction"] = {"mode": mode.value, **({settings.knob: target[1:]} if target else {})}
+    if mode is None and not base.caches:
+        raise PolicyError(f"policy {base.name}+{word}: {base.name} skips no steps that could be revised.")
+    if mode is None or (mode is Mode.ROBUST and base.division.granularity is Granularity.RANGE):
+        raw["predictor"]["revision"] = (Revision.LINEAR if base.revision is Revision.NONE else base.revision).value
+    if mode is not None:
+        raw["correction"] = {"mode": mode.value, **({settings.knob: target[1:]} if target else {})}
     return _validated(raw, where=_where(raw["name"], settings))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from adacorr_deploy.caching.decisions import Affine, Prediction, Signals, SlotHistory, Span
 from adacorr_deploy.caching.policy_model import Policy
+from adacorr_deploy.caching.revision import Revision
 from adacorr_deploy.caching.run import Run
 
 
@@ -31,6 +32,10 @@ class PolicyController:
     @property
     def lags(self) -> bool:
         return self._run.lags
+
+    @property
+    def revision(self) -> Revision:
+        return self._policy.revision
 
     def affine(self, span: int) -> Affine | None:
         return None

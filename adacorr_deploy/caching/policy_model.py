@@ -31,6 +31,7 @@ from adacorr_deploy.caching.gates.thresholds import FastCacheGate, FirstBlocksGa
 from adacorr_deploy.caching.granularity import Granularity, Spans
 from adacorr_deploy.caching.guards import Guards
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
+from adacorr_deploy.caching.revision import Revision
 from adacorr_deploy.caching.run import Run
 from adacorr_deploy.caching.schedule import evaluations_for_speedup
 
@@ -154,6 +155,11 @@ class Policy(BaseModel):
         return self.needs_calibration or bool(self.quantities)
 
     @property
+    def revision(self) -> Revision:
+        """How skipped steps are taken again; not at all where nothing is skipped."""
+        return self.predictor.revision if self.caches else Revision.NONE
+
+    @property
     def history(self) -> int:
         """Evaluations that a slot must keep: 0 where nothing is cached."""
         return self.predictor.history if self.caches else 0
@@ -171,6 +177,14 @@ class Policy(BaseModel):
         if self.decide is not None and self.decide not in self.placements:
             known = ", ".join(placement.value for placement in self.placements) or "nothing: it measures nothing"
             raise ValueError(f"decide is {self.decide.value}; this gate, with this predictor, takes {known}")
+        return self
+
+    @model_validator(mode="after")
+    def _revises_on_the_host(self) -> Policy:
+        if self.decide is Placement.DEVICE and self.revision is not Revision.NONE:
+            raise ValueError(
+                f"predictor.revision is {self.revision.value}, which takes steps again; decide device takes none"
+            )
         return self
 
     @model_validator(mode="after")

@@ -23,7 +23,6 @@ use it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from enum import Enum
 from typing import Annotated
@@ -31,6 +30,8 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from adacorr_deploy.caching.decisions import Prediction, SpanCache
+from adacorr_deploy.caching.polynomials import difference_coefficients, polynomial_coefficients
+from adacorr_deploy.caching.revision import Revision
 
 
 class PredictorKind(str, Enum):
@@ -69,17 +70,26 @@ class PredictorKind(str, Enum):
 
 
 class Predictor(BaseModel):
-    """A kind, and the order of the polynomial that an extrapolating kind lays through the last evaluations."""
+    """What stands for what is skipped, and whether it is revised.
+
+    Attributes:
+        kind: See above.
+        order: Of the polynomial that an extrapolating kind lays through the last evaluations.
+        revision: How skipped steps are taken again once the next evaluation is known.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: PredictorKind = PredictorKind.GATED_TAYLOR
     order: Annotated[int, Field(ge=1, le=2)] = 1
+    revision: Revision = Revision.NONE
 
     @property
     def label(self) -> str:
-        """`gated-taylor-1`, `hold`: the kind, and the order where it has one."""
-        return f"{self.kind.value}-{self.order}" if self.kind.extrapolates else self.kind.value
+        """`gated-taylor-1`, `hold`, `residual-linear`: the kind, and where it has them its order and its revision."""
+        order = f"-{self.order}" if self.kind.extrapolates else ""
+        revision = f"-{self.revision.value}" if self.revision is not Revision.NONE else ""
+        return f"{self.kind.value}{order}{revision}"
 
     @property
     def history(self) -> int:
@@ -98,38 +108,5 @@ class Predictor(BaseModel):
         """
         used = tuple(evaluations[: self.history])
         by_differences = self.kind is PredictorKind.RESIDUAL_TAYLOR
-        coefficients = (difference_coefficients if by_differences else extrapolation_coefficients)(step, used)
+        coefficients = (difference_coefficients if by_differences else polynomial_coefficients)(step, used)
         return Prediction(coefficients=coefficients, gate_steps=(step,) * len(used) if self.kind.fresh_gates else used)
-
-
-def extrapolation_coefficients(step: int, evaluations: Sequence[int]) -> tuple[float, ...]:
-    """Return Lagrange's coefficients at `step` of the polynomial through `evaluations`; they sum to 1."""
-    coefficients = []
-    for node in evaluations:
-        product = 1.0
-        for other in evaluations:
-            if other != node:
-                product *= (step - other) / (node - other)
-        coefficients.append(product)
-    return tuple(coefficients)
-
-
-def difference_coefficients(step: int, evaluations: Sequence[int]) -> tuple[float, ...]:
-    """Return the coefficients of TaylorSeer's estimate at `step`, newest evaluation first; they sum to 1.
-
-    dᵢ at an evaluation is the difference of dᵢ₋₁ there and at the evaluation before, over the steps between the two. Up
-    to order 1 this is the polynomial through the evaluations; order 2 is not: its last term lacks Newton's product.
-    """
-    derivatives: list[list[float]] = []  # of the evaluation at hand, by order; each a row of coefficients
-    for index in range(len(evaluations) - 1, -1, -1):
-        fresh = [[float(other == index) for other in range(len(evaluations))]]
-        for before in derivatives:
-            apart = evaluations[index] - evaluations[index + 1]
-            fresh.append([(now - then) / apart for now, then in zip(fresh[-1], before, strict=True)])
-        derivatives = fresh
-    ahead = step - evaluations[0]
-    factors = [ahead**order / math.factorial(order) for order in range(len(derivatives))]
-    return tuple(
-        sum(factor * row[index] for factor, row in zip(factors, derivatives, strict=True))
-        for index in range(len(evaluations))
-    )

@@ -13,6 +13,7 @@ import typer
 
 from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS, policy_named
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
+from adacorr_deploy.caching.revision import Revision
 from adacorr_deploy.cli.console import Advance, progress_bar, show_json, show_lines
 from adacorr_deploy.cli.errors import run_app
 from adacorr_deploy.cli.options import (
@@ -89,6 +90,15 @@ def calibrate(  # noqa: PLR0913, PLR0917  one parameter is one option
             show_default=False,
         ),
     ] = None,
+    revision: Annotated[
+        Revision | None,
+        typer.Option(
+            "--revision",
+            help="How skipped steps are taken again once the next evaluation is known.  Default: "
+            f"{_PREDICTOR.revision.value} with the default predictor, none with others.",
+            show_default=False,
+        ),
+    ] = None,
     target_speedup: Annotated[
         float | None,
         typer.Option(
@@ -135,17 +145,17 @@ def calibrate(  # noqa: PLR0913, PLR0917  one parameter is one option
     from adacorr_deploy.quality.calibrate import CalibrationOptions
 
     target = _target(target_speedup, target_psnr, output, front)
-    if (policies is not None or target is not None) and (predictor is not None or order is not None):
+    if (policies is not None or target is not None) and any((predictor, order, revision)):
         raise RequestError(
-            "--predictor and --order are of one calibration; --policies and a target measure what policies look up, "
-            "each for its own predictor. Leave --predictor and --order out."
+            "--predictor, --order and --revision are of one calibration; --policies and a target measure what policies "
+            "look up, each for its own predictor. Leave --predictor, --order and --revision out."
         )
     options = CalibrationOptions(
         sampler=sampler,
         steps=steps,
         guidance=guidance,
         images=images,
-        predictor=Predictor(kind=predictor or _PREDICTOR.kind, order=order or _PREDICTOR.order),
+        predictor=_predictor(predictor, order, revision),
     )
     if target is not None:
         engines = Engines(backend=backend, prompts=prompts)
@@ -169,6 +179,11 @@ def calibrate(  # noqa: PLR0913, PLR0917  one parameter is one option
         for number, (path, key) in enumerate(stored, start=1):
             took = f", in {seconds:.1f} s" if number == len(stored) else ""
             show_lines(f"{path}: {key.sampler}, {steps} steps, guidance {guidance:g}{took}")
+
+
+def _predictor(kind: PredictorKind | None, order: int | None, revision: Revision | None) -> Predictor:
+    usual = _PREDICTOR.revision if kind is None else Revision.NONE
+    return Predictor(kind=kind or _PREDICTOR.kind, order=order or _PREDICTOR.order, revision=revision or usual)
 
 
 def _names(policies: str) -> list[str]:

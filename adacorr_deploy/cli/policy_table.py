@@ -33,7 +33,8 @@ _ON_TOP: Final = (
     "With AdaCorrection on top: NAME+adacorrection, NAME+adacorrection@2 (a target speed-up), where NAME keeps "
     "anything and is not AdaCorrection itself; such a policy needs a calibration. With the paper's own weight, where "
     "NAME keeps something of blocks: NAME+paper-lazy (needs a calibration), and NAME+paper-exact, the reference, which "
-    "evaluates everything and saves nothing."
+    "evaluates everything and saves nothing. With skipped steps taken again, interpolated, once the next evaluation is "
+    "known, which launches no block: NAME+revised (part of NAME+adacorrection where NAME's blocks decide together)."
 )
 
 

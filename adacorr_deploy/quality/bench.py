@@ -285,6 +285,7 @@ def _check_memory(pipeline: Pipeline, policies: Sequence[Policy], first: SampleR
             replace(first, steps=policy.sampled_steps(first.steps)),
             history=policy.history,
             whole_steps=policy.predictor.whole_step,
+            outputs=policy.revision.evaluations,
         )
         for policy in policies
     }

@@ -1,11 +1,12 @@
 """Calibration: what skipping costs, how a request's difficulty shows, and which offsets are ordinary.
 
 The cost of skipping k steps is measured in two factors. The skip itself is run from the recorded trajectory, for every
-step, gap and k: that takes no block launch. How much of that error the rest of the run passes on to the final latents
-is measured on every third step (of longer runs, at seventeen) by running it, and interpolated: from the second
-evaluation on, it hardly depends on how the error came about. So a calibration takes about 11·S evaluated steps for S
-steps, instead of the S²·K²·G/2 of running every skip to its end. tests/quality/test_calibrate.py runs skips to their
-ends and compares: within 0.2 % where the gain was measured, within an order of magnitude where it is interpolated.
+step, gap and k: that takes no block launch, unless skipped steps are revised; what a skip leaves is then known once the
+next step was evaluated. How much of that error the rest of the run passes on to the final latents is measured on every
+third step (of longer runs, at seventeen) by running it, and interpolated: from the second evaluation on, it hardly
+depends on how the error came about. So a calibration takes about 11·S evaluated steps for S steps, with revision 47·S,
+instead of the S²·K²·G/2 of running every skip to its end. tests/quality/test_calibrate.py runs skips to their ends and
+compares: within 0.2 % where the gain was measured, within an order of magnitude where it is interpolated.
 """
 
 from __future__ import annotations
@@ -122,7 +123,8 @@ def check_calibration(pipeline: Pipeline, options: CalibrationOptions) -> tuple[
     _check_spans(options, len(pipeline.manifest.model.units))
     # Residuals are kept on the host; the slots' one evaluation is there for the references beside it.
     history = 1 if options.spans else options.predictor.history
-    size = RunSize.of(request, history=history, whole_steps=options.predictor.whole_step)
+    outputs = options.predictor.revision.evaluations
+    size = RunSize.of(request, history=history, whole_steps=options.predictor.whole_step, outputs=outputs)
     require_memory(
         needed_bytes(pipeline.manifest.model, size, options),
         what=f"Calibrating {options.steps} steps on {options.images} images with predictor {options.predictor.label}",
@@ -190,5 +192,5 @@ def needed_bytes(model: ModelSpec, size: RunSize, options: CalibrationOptions) -
     tokens = model.precision.numpy.itemsize * size.rows * model.latents.tokens_at(size.latents) * model.width
     image = DType.FLOAT32.numpy.itemsize * size.batch * math.prod(model.latents.shape_at(size.latents))
     units = tokens * (len(options.spans) or sum(model.units)) if size.history else image
-    recorded = window_steps(options.predictor.history) * (tokens + units) + 2 * (size.steps + 1) * image
+    recorded = window_steps(options.predictor) * (tokens + units + image) + 2 * (size.steps + 1) * image
     return workspace_bytes(model, size) + recorded

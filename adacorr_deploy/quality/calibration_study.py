@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adacorr_deploy.caching.calibration import MAX_MEASURE, Calibration, CalibrationKey, Probe
+from adacorr_deploy.caching.predictors import Predictor
+from adacorr_deploy.caching.revision import Revision
 from adacorr_deploy.caching.scores import paper_score, robust_score
 from adacorr_deploy.core.errors import EngineError
 from adacorr_deploy.core.progress import Progress
@@ -34,9 +36,14 @@ _STORED: Final = 50  # times that partial results are stored, about
 _TYPICAL: Final = 2  # distance and gap at which gains and difficulties are measured
 
 
-def window_steps(history: int) -> int:
-    """Return from how many steps back the oldest evaluation is read that a prediction uses."""
-    return MAX_SKIPPED + (history - 1) * MAX_GAP
+def window_steps(predictor: Predictor) -> int:
+    """Return from how many steps back the oldest evaluation is read that a prediction or a revision uses."""
+    return MAX_SKIPPED + (_evaluations_read(predictor) - 1) * MAX_GAP
+
+
+def _evaluations_read(predictor: Predictor) -> int:
+    """Return how many evaluations before a skip its prediction and its revision use."""
+    return max(predictor.history, predictor.revision.evaluations - 1)
 
 
 class CalibrationStudy:
@@ -51,9 +58,11 @@ class CalibrationStudy:
         self._partials = partials
         # At three quarters of the depth, a block's errors follow the final one's best; whole steps have no blocks.
         self._probe_block = _probe_block(replay)
-        self._gaps = MAX_GAP if replay.predictor.history > 1 else 1  # what is held does not know any
+        self._revises = replay.predictor.revision is not Revision.NONE
+        self._gaps = MAX_GAP if _evaluations_read(replay.predictor) > 1 else 1  # what is held does not know any
         self._trajectory: list[State] = []  # what each step starts from, and what the last one leads to
         self._window: dict[int, Units] = {}  # the units of the last evaluations, by step
+        self._outputs: dict[int, Units] = {}  # the model's at these steps, where it or a revision keeps them
         self._first_inputs: dict[int, NDArray[np.generic]] = {}  # the first block's inputs, by step
         self._gain_stride = max(_GAIN_STRIDE, self._steps // _GAINS)
         self._found = SkipMeasurements.empty(steps=self._steps, blocks=blocks, batch=self._batch)
@@ -89,7 +98,7 @@ class CalibrationStudy:
 
     def measure(self) -> None:
         """Walk the trajectory again; at each step, look at what skipping from here does."""
-        reach = window_steps(self._replay.predictor.history)
+        reach = window_steps(self._replay.predictor)
         done = self._take_up(reach)
         for step in range(done, self._steps):
             self._progress("skipping from every step", step, self._steps)
@@ -97,6 +106,7 @@ class CalibrationStudy:
                 self._measure_skips(step)
             self._evaluate(step)
             self._window.pop(step - reach, None)
+            self._outputs.pop(step - reach, None)
             self._first_inputs.pop(step - reach, None)
             if self._partials is not None and (step + 1) % max(1, self._steps // _STORED) == 0:
                 self._partials.store("measured", {**self._found.arrays(), "done": np.asarray(step + 1)})
@@ -121,14 +131,25 @@ class CalibrationStudy:
             evaluations = self._evaluations(step - 1, gap)
             if evaluations is None:
                 continue
-            self._replay.fill({at: self._window[at] for at in evaluations})
-            for index, state in enumerate(self._replay.skipped_run(step, count, self._trajectory[step])):
-                images = self._image_errors(state.latents, step + index + 1)
-                self._found.skip_errors[step, gap - 1, index] = geometric_mean(images)
-                if gap == min(_TYPICAL, self._gaps) and index + 1 == _TYPICAL:
+            self._replay.fill(self._predicted_from(evaluations))
+            for skipped, state in enumerate(self._replay.skipped_run(step, count, self._trajectory[step]), start=1):
+                images = self._skip_errors(step, step + skipped, state, evaluations)
+                self._found.skip_errors[step, gap - 1, skipped - 1] = geometric_mean(images)
+                if gap == min(_TYPICAL, self._gaps) and skipped == _TYPICAL:
                     if np.isfinite(images).all():
                         self._found.skip_images[step] = images
-                    self._measure_gain(step + index + 1, state)
+                    self._measure_gain(step + skipped, state)
+
+    def _skip_errors(self, first: int, after: int, state: State, evaluations: Sequence[int]) -> NDArray[np.float64]:
+        """Return what skipping from `first` on leaves at `after`, or behind it once its evaluation has revised that."""
+        if self._revises and after < self._steps:
+            outputs = {at: self._outputs[at] for at in evaluations}
+            state, after = self._replay.revised_step(after, state, first, self._trajectory[first], outputs), after + 1
+        return self._image_errors(state.latents, after)
+
+    def _predicted_from(self, evaluations: Sequence[int]) -> dict[int, Units]:
+        """Return what the predictor reads of these evaluations, the newest of them."""
+        return {at: self._window[at] for at in evaluations[-self._replay.predictor.history :]}
 
     def _measure_gain(self, step: int, state: State) -> None:
         """Run on from a strayed state to the end: the share of its latents' squared error that arrives there."""
@@ -161,10 +182,12 @@ class CalibrationStudy:
             units += self._kept(block, entered)
             if measures and block == self._probe_block and not replay.predictor.whole_step:
                 self._measure_probe(step, units, entered)
-        if replay.predictor.whole_step:
+        if replay.predictor.whole_step or self._revises:
             entry = replay.space.slots.output.next_entry
             replay.finish(step)
-            units.append(replay.space.slots.output.ring[entry].read())
+            self._outputs[step] = [replay.space.slots.output.ring[entry].read()]
+        if replay.predictor.whole_step:
+            units = self._outputs[step]
             if measures:
                 self._measure_probe(step, units, entered)
         self._window[step] = units
@@ -204,19 +227,19 @@ class CalibrationStudy:
                 self._found.probe_images[step] = images
 
     def _probe_rows(self, step: int, evaluations: Sequence[int], fresh: Units, entered: Tokens) -> NDArray[np.float64]:
-        held = {at: self._window[at] for at in evaluations}
+        held = self._predicted_from(evaluations)
         if self._replay.predictor.whole_step:
             return self._replay.output_error(step, held, fresh[0])
         if self._replay.residuals is not None:
             self._replay.fill(held)
             return self._replay.span_error(len(fresh) - 1, step, entered)
         slot = self._replay.slots[self._probe_block]
-        slot.fill([(at, self._window[at][self._probe_block]) for at in evaluations])
+        slot.fill([(at, units[self._probe_block]) for at, units in held.items()])
         return self._replay.block_error(self._probe_block, step)
 
     def _evaluations(self, last: int, gap: int) -> list[int] | None:
-        """Return the evaluations that a prediction reads when the last was at `last`, oldest first."""
-        steps = [last - index * gap for index in range(self._replay.predictor.history)]
+        """Return the evaluations that a skip or the probe reads when the last was at `last`, oldest first."""
+        steps = [last - index * gap for index in range(_evaluations_read(self._replay.predictor))]
         return sorted(steps) if min(steps) >= 0 else None
 
     def _image_errors(self, latents: Latents, step: int) -> NDArray[np.float64]:
@@ -234,7 +257,7 @@ class CalibrationStudy:
             predictor=self._replay.predictor,
             spans=tuple(residuals.spans) if residuals is not None else (),
             images=self._batch,
-            skip_costs=_nested(self._found.costs()),
+            skip_costs=_nested(self._found.costs(delay=int(self._revises))),
             probe=Probe(block=self._probe_block, expected=_nested(self._found.probe_errors), slope=self._found.slope()),
             offset_limits=tuple(tuple(row) for row in bounded(self._found.offsets).tolist()),
             paper_floors=tuple(float(np.quantile(bounded(row[1:]), 0.75)) for row in self._found.paper_scores),

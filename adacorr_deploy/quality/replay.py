@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from adacorr_deploy.caching.predictors import Predictor
 from adacorr_deploy.plugins import oracle
 from adacorr_deploy.quality.span_residuals import SpanResiduals, Tokens
+from adacorr_deploy.runtime.revised_steps import take_again
 from adacorr_deploy.runtime.slots import CacheSlot, Window
 from adacorr_deploy.runtime.workspace import Workspace
 
@@ -46,9 +47,12 @@ class Replay:
 
     def start(self, step: int, state: State) -> None:
         """Put a state where `step` reads it, and make its tokens."""
+        self._put(step, state)
+        self.space.embed(step)
+
+    def _put(self, step: int, state: State) -> None:
         self.space.image.latents[step % 2].write(state.latents)
         self.space.image.carried[step % 2].write(state.carried)
-        self.space.embed(step)
 
     def finish(self, step: int) -> State:
         """Run the head, and return the state that `step` leads to."""
@@ -92,6 +96,26 @@ class Replay:
             state = self._skipped_step(step, state)
             results.append(state)
         return results
+
+    def revised_step(
+        self, evaluated: int, strayed: State, first: int, begun: State, outputs: Mapping[int, Units]
+    ) -> State:
+        """Evaluate the step after a skip, take the skipped steps again, and return the state that it leads to then.
+
+        Args:
+            evaluated: The step.
+            strayed: What the skip led to.
+            first: The first step that was skipped.
+            begun: What that one started from.
+            outputs: The model's, of the evaluations before, by step.
+        """
+        slot = self.space.slots.output
+        slot.fill([(step, outputs[step][-1]) for step in sorted(outputs)])
+        self.evaluated_step(evaluated, strayed)
+        slot.record(evaluated)
+        self._put(first, begun)
+        take_again(self.space, self.predictor.revision, first, evaluated)
+        return self._after(evaluated)
 
     def _skipped_step(self, step: int, state: State) -> State:
         self.start(step, state)

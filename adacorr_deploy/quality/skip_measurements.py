@@ -57,17 +57,21 @@ class SkipMeasurements:
         for cube in (self.skip_errors, self.probe_errors):
             cube[:] = cube[:, :1]
 
-    def costs(self) -> NDArray[np.float64]:
-        """Return the costs of skipping, (S, G, K), which never fall with k: a step that undoes an error is chance."""
-        costs = self.skip_errors * self._gain_after_skips()
+    def costs(self, *, delay: int = 0) -> NDArray[np.float64]:
+        """Return the costs of skipping, (S, G, K), which never fall with k: a step that undoes an error is chance.
+
+        Args:
+            delay: Steps after the skip that its errors were measured at.
+        """
+        costs = self.skip_errors * self._gain_after_skips(delay)
         costs[costs > MAX_MEASURE] = np.inf  # as good as can't be skipped
         rising: NDArray[np.float64] = np.maximum.accumulate(np.maximum(costs, MIN_COST), axis=-1)
         return rising
 
-    def _gain_after_skips(self) -> NDArray[np.float64]:
+    def _gain_after_skips(self, delay: int) -> NDArray[np.float64]:
         """Return the gain at the step after each skip, (S, 1, K), interpolated in the logarithm."""
         measured = np.flatnonzero(~np.isnan(self.gains))
-        after = np.arange(len(self.skip_errors))[:, None] + np.arange(1, MAX_SKIPPED + 1)
+        after = np.arange(len(self.skip_errors))[:, None] + np.arange(1, MAX_SKIPPED + 1) + delay
         logs = np.interp(after, measured, np.log(self.gains[measured]))
         gains: NDArray[np.float64] = np.exp(logs)[:, None, :]
         return gains

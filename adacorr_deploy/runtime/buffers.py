@@ -38,14 +38,24 @@ class RunSize:
     latents: LatentSize | None = None
 
     @classmethod
-    def of(cls, request: SampleRequest, *, history: int, whole_steps: bool, spans: tuple[Span, ...] = ()) -> RunSize:
-        """Return the size of a request whose policy keeps `history` evaluations, of blocks, spans or whole steps."""
+    def of(
+        cls, request: SampleRequest, *, history: int, whole_steps: bool, spans: tuple[Span, ...] = (), outputs: int = 0
+    ) -> RunSize:
+        """Return the size of a request.
+
+        Args:
+            request: What is sampled.
+            history: Evaluations that its policy keeps, of blocks, spans or whole steps.
+            whole_steps: Whether these are of whole steps, the model's outputs.
+            spans: Where not each part is one that keeps its units.
+            outputs: Outputs that are kept at least, for a revision.
+        """
         return cls(
             batch=request.batch,
             branches=request.branches,
             steps=request.steps,
             history=0 if whole_steps else history,
-            output_history=history if whole_steps else 0,
+            output_history=max(outputs, history if whole_steps else 0),
             spans=spans,
             latents=request.size,
         )
@@ -88,6 +98,7 @@ class ImageBuffers:
     noise: Buffer  # (B, C, H, W) float32
     noise_keys: Buffer  # (B, 2) int64: each image's generator
     noise_draw: Buffer  # (1,) int64: which of its draws
+    kept: tuple[Buffer, Buffer]  # (B, C, H, W) float32: latents and carried that the first skipped step started from
     scratch: Buffer  # (B, C, H, W) float32: latents of a step that is only measured
     scratch_carried: Buffer  # (B, C, H, W) float32: what such a step would carry
     predicted_output: Buffer  # (B, C, H, W) float32
@@ -141,6 +152,7 @@ def allocate_image_buffers(backend: Backend, model: ModelSpec, size: RunSize) ->
         noise=backend.allocate(image, DType.FLOAT32),
         noise_keys=backend.allocate((size.batch, 2), DType.INT64),
         noise_draw=backend.allocate((1,), DType.INT64),
+        kept=pair(),
         scratch=backend.allocate(image, DType.FLOAT32),
         scratch_carried=backend.allocate(image, DType.FLOAT32),
         predicted_output=backend.allocate(image, DType.FLOAT32),

@@ -27,6 +27,7 @@ from adacorr_deploy.caching.decisions import (
 )
 from adacorr_deploy.core.errors import EngineError, PolicyError, SamplingCancelledError
 from adacorr_deploy.runtime.observer import Observer, signals_of_branches
+from adacorr_deploy.runtime.revised_steps import RevisedSteps
 from adacorr_deploy.runtime.slots import CacheSlot
 from adacorr_deploy.runtime.span_launches import output_change, output_motion
 from adacorr_deploy.runtime.trace import Trace
@@ -96,10 +97,13 @@ class Denoiser:
     cancelled: Callable[[], bool] | None
     on_latents: LatentsObserver | None = None
     observer: Observer = field(init=False)
+    _revised: RevisedSteps = field(init=False)
+    _evaluated: bool = True  # all of the present step, as far as it was decided
     _errors: deque[tuple[int, int, Reading]] = field(default_factory=deque)  # step and span; not yet read
 
     def __post_init__(self) -> None:
         self.observer = Observer(space=self.space, controller=self.controller, batch=self.batch)
+        self._revised = RevisedSteps(space=self.space, revision=self.controller.revision)
 
     def run(self) -> NDArray[np.float32]:
         """Denoise this request alone, and return the final latents, (B, C, H, W).
@@ -124,6 +128,7 @@ class Denoiser:
         spans = self.controller.spans
         for step, noise in enumerate(self.draws):
             self._deliver_errors(step)
+            self._evaluated = True
             self.space.embed(step)
             if keeps_output(spans):
                 yield from self._whole_step(step, noise)
@@ -132,6 +137,9 @@ class Denoiser:
                     decision = self._decided(step, index, slot.history)
                     yield from self._act(step, index, span, slot, decision)
                 self.space.head(step, noise)
+                if self._evaluated:
+                    self.space.slots.output.record(step)
+            self._revised.finished(step, evaluated=self._evaluated)
             self._report(step)
 
     def final_latents(self) -> NDArray[np.float32]:
@@ -147,6 +155,7 @@ class Denoiser:
         self._stop_if_cancelled(step)
         decision = self.controller.decide(step, index, history, self.observer.signals(step, index, history))
         self.observer.keep(step, index, Kept.STEP)
+        self._evaluated &= decision.action is Action.EVALUATE
         for part in self.controller.spans[index].parts:
             self.trace.record(step, part, decision, history.age(step))
         return decision

@@ -133,6 +133,18 @@ class Workspace:
         after = (step + 1) % 2
         self._extrapolate(step, window, "reuse", (self.image.latents[after], self.image.carried[after]))
 
+    def keep_latents(self, step: int) -> None:
+        """Keep what a step started from, so that it can be taken again."""
+        latents, carried = self.image.kept
+        latents.copy_from(self.image.latents[step % 2])
+        carried.copy_from(self.image.carried[step % 2])
+
+    def restore_latents(self, step: int) -> None:
+        """Put what was kept back to where `step`, which it was kept of, reads it."""
+        latents, carried = self.image.kept
+        self.image.latents[step % 2].copy_from(latents)
+        self.image.carried[step % 2].copy_from(carried)
+
     def predict_output_aside(self, step: int, window: Window) -> None:
         """Predict the model's output without moving the latents."""
         self._extrapolate(step, window, "aside", (self.image.scratch, self.image.scratch_carried))
@@ -412,7 +424,7 @@ def workspace_bytes(model: ModelSpec, size: RunSize) -> int:
     image = DType.FLOAT32.numpy.itemsize * size.batch * math.prod(model.latents.shape_at(size.latents))
     prompt = model.conditions.prompt  # and its context, about as wide as the model's tokens
     text = 0 if prompt is None else size.rows * prompt.tokens * (4 * prompt.width + number * model.width)
-    return tokens * (units + references + 5) + table + text + image * (max(size.output_history, 1) + 9)
+    return tokens * (units + references + 5) + table + text + image * (max(size.output_history, 1) + 11)
 
 
 def _allocate_slots(backend: Backend, model: ModelSpec, size: RunSize, zeros: Buffer) -> list[CacheSlot]:

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adacorr_deploy.caching.predictors import Predictor, PredictorKind, extrapolation_coefficients
+from adacorr_deploy.caching.polynomials import polynomial_coefficients
+from adacorr_deploy.caching.predictors import Predictor, PredictorKind
 
 evaluations = st.lists(st.integers(0, 40), min_size=1, max_size=3, unique=True).map(lambda s: sorted(s, reverse=True))
 
@@ -23,7 +24,7 @@ def test_a_polynomial_of_the_order_is_predicted_exactly(
     def value(at: int) -> float:
         return sum(factor * at**power for power, factor in enumerate(powers))
 
-    coefficients = extrapolation_coefficients(step, evaluations)
+    coefficients = polynomial_coefficients(step, evaluations)
     predicted = sum(c * value(e) for c, e in zip(coefficients, evaluations, strict=True))
     assert predicted == pytest.approx(value(step), rel=1e-9, abs=1e-6)
     assert sum(coefficients) == pytest.approx(1.0, abs=1e-6)

@@ -48,13 +48,13 @@ def test_defaults_are_those_of_the_layer_below() -> None:
     )
 
 
-@pytest.mark.parametrize("given", [("--predictor", "hold"), ("--order", 2)])
+@pytest.mark.parametrize("given", [("--predictor", "hold"), ("--order", 2), ("--revision", "none")])
 @pytest.mark.parametrize("wanted", [("--policies", "fora"), ("--target-speedup", 2)])
 def test_a_predictor_that_would_not_be_used_is_refused(
     command: Command, own_bundle: Path, given: tuple[str, object], wanted: tuple[str, object]
 ) -> None:
     error = command("calibrate", own_bundle, *wanted, *given).error
-    assert "Leave --predictor and --order out" in error
+    assert "Leave --predictor, --order and --revision out" in error
 
 
 def test_measuring_again_gives_the_same_bytes(command: Command, own_bundle: Path) -> None:
@@ -72,7 +72,10 @@ def test_the_predictor_asked_for_is_the_one_measured(command: Command, own_bundl
         "calibrate", own_bundle, "--steps", 6, "--images", 1, "--predictor", "taylor", "--order", 2, "--json"
     )
     stored = json.loads(Path(str(found.json["calibration"])).read_text())
-    assert stored["predictor"] == {"kind": "taylor", "order": 2}
+    assert stored["predictor"] == {"kind": "taylor", "order": 2, "revision": "none"}
+    found = command("calibrate", own_bundle, "--steps", 6, "--images", 1, "--revision", "linear", "--json")
+    stored = json.loads(Path(str(found.json["calibration"])).read_text())
+    assert stored["predictor"] == {"kind": "output-taylor", "order": 1, "revision": "linear"}
 
 
 @pytest.mark.parametrize(

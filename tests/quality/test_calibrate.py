@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from adacorr_deploy.caching.calibration import Calibration, calibration_from_json
 from adacorr_deploy.caching.decisions import Action, Prediction, SlotHistory
-from adacorr_deploy.caching.predictors import Predictor, PredictorKind, extrapolation_coefficients
+from adacorr_deploy.caching.polynomials import polynomial_coefficients
+from adacorr_deploy.caching.predictors import Predictor, PredictorKind
+from adacorr_deploy.caching.revision import Revision
 from adacorr_deploy.caching.scores import robust_score
 from adacorr_deploy.core.errors import CalibrationError, EngineError, RequestError
 from adacorr_deploy.core.samplers import Sampler
@@ -32,6 +34,7 @@ from tests.runtime.tiny_dit import Part, Tensors, TinyDiT
 
 STEPS, IMAGES, GUIDANCE = 12, 2, 3.0
 PREDICTORS = (Predictor(), Predictor(kind=PredictorKind.OUTPUT_TAYLOR))
+REVISED = Predictor(kind=PredictorKind.OUTPUT_TAYLOR, revision=Revision.QUADRATIC)
 REQUEST = SampleRequest((0, 1), steps=STEPS, guidance=GUIDANCE, seed=CALIBRATION_SEED)
 RTOL = 2e-3  # errors are small differences of float32 latents; the two sides add up in another order
 
@@ -57,7 +60,7 @@ class SkipsAfter(Script):
 
     def prediction(self, step: int, block: int, history: SlotHistory) -> Prediction:
         nodes = history.steps[0], history.steps[self.gap]
-        newest, oldest = extrapolation_coefficients(step, nodes)
+        newest, oldest = polynomial_coefficients(step, nodes)
         coefficients = [newest, *[0.0] * (self.gap - 1), oldest]
         return Prediction(coefficients=tuple(coefficients), gate_steps=(step,) * len(coefficients))
 
@@ -106,7 +109,8 @@ def skipping_error(
     """Geometric mean over images of the final latents' squared error, by running with and without the skip."""
     whole = predictor.whole_step
     exact = final_latents(pipeline, SkipsAfter(whole_steps=whole), sampler)
-    strayed = final_latents(pipeline, SkipsAfter(first=first, count=count, gap=gap, whole_steps=whole), sampler)
+    skipping = SkipsAfter(first=first, count=count, gap=gap, whole_steps=whole, revision=predictor.revision)
+    strayed = final_latents(pipeline, skipping, sampler)
     return math.exp(np.log(np.square(strayed - exact).reshape(IMAGES, -1).mean(axis=1)).mean())
 
 
@@ -160,6 +164,28 @@ def test_a_multistep_samplers_skips_cost_what_they_really_do(
     cost = calibrate(pipeline, replace(options(predictor), sampler=sampler)).skip_costs[end - 2][1][1]
     really = skipping_error(pipeline, predictor, first=end - 2, count=2, gap=2, sampler=sampler)
     assert cost == pytest.approx(really, rel=RTOL)
+
+
+@pytest.mark.parametrize("sampler", [Sampler.DDIM, Sampler.DPMPP_2M])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_revised_skip_costs_what_is_left_after_the_evaluation_that_revises_it(
+    pipeline: Pipeline, count: int, sampler: Sampler
+) -> None:
+    """Of a skip before the last step nothing is interpolated: its revision is the end of the run."""
+    first = STEPS - 1 - count
+    found = calibrate(pipeline, replace(options(REVISED), sampler=sampler)).skip_costs[first][0]
+    really = skipping_error(pipeline, REVISED, first=first, count=count, gap=1, sampler=sampler)
+    assert found[count - 1] == pytest.approx(max(really, *found[: count - 1], 0.0), rel=RTOL)
+    unrevised = replace(options(PREDICTORS[1]), sampler=sampler)
+    assert found[0] != calibrate(pipeline, unrevised).skip_costs[first][0][0]
+
+
+@pytest.mark.parametrize(("first", "count"), [(2, 1), (3, 3), (6, 1), (7, 4)])
+def test_elsewhere_a_revised_skips_cost_is_within_an_order_of_magnitude(
+    pipeline: Pipeline, calibrated: Calibrate, first: int, count: int
+) -> None:
+    really = skipping_error(pipeline, REVISED, first=first, count=count, gap=1)
+    assert really / 10 < calibrated(REVISED).skip_costs[first][0][count - 1] < really * 10
 
 
 @both_predictors

@@ -86,7 +86,7 @@ def test_afterwards_every_policy_finds_what_it_looks_up(pipeline: Pipeline) -> N
         other = SampleRequest((0,), steps=STEPS, guidance=2.0)
         with pytest.raises(CalibrationError, match=r"is for another run \(guidance is 4.0, the run's is 2.0\)"):
             controller_for_request(opened, other, chosen[0])
-        with pytest.raises(CalibrationError, match=r"are for predictor .*residual-1-3.*, not residual-0-3"):
+        with pytest.raises(CalibrationError, match=r"are for .*residual-linear-1-3.*, not residual-linear-0-3"):
             controller_for_request(opened, REQUEST, policy_named("teacache+adacorrection"))
     assert not list(pipeline.bundle.path.rglob(".unfinished*"))
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from adacorr_deploy.caching.decisions import Action, Kept, Observation, Observed, Span, SpanCache
+from adacorr_deploy.caching.revision import Revision
 from adacorr_deploy.core.samplers import Sampler
 from adacorr_deploy.runtime import Pipeline, Progress, SampleRequest, SampleResult
 from adacorr_deploy.runtime.batch_ticket import Listeners, Outcome, Ticket
@@ -33,6 +34,7 @@ class Job:
     spans: tuple[Span, ...] = ()  # instead of a span for each part or the whole step
     watched: Observed = Observed.MODULATED  # of spans
     measures: bool = False
+    revision: Revision = Revision.NONE
     history: int = 2
     arrives_at: int = 0
     cancelled_at: int | None = None
@@ -58,6 +60,7 @@ class Job:
             measures=self.measures,
             wants_signals=self.measures,
             whole_steps=self.whole_steps,
+            revision=self._revision,
         )
 
     def _span_script(self) -> SpanScript:
@@ -71,6 +74,10 @@ class Job:
             compares=self.measures,
             wants_signals=self.measures,
         )
+
+    @property
+    def _revision(self) -> Revision:
+        return Revision.NONE if self.sampler.adds_noise(0.0) else self.revision  # fresh noise can't be drawn again
 
     def _observation(self, span: int) -> Observation:
         before_the_first = self.watched is Observed.RESIDUAL and not span

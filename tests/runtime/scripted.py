@@ -23,6 +23,7 @@ from adacorr_deploy.caching.decisions import (
     unit_spans,
     whole_step_spans,
 )
+from adacorr_deploy.caching.revision import Revision
 from adacorr_deploy.core.samplers import sampler_table
 from adacorr_deploy.runtime import SampleRequest
 from adacorr_deploy.runtime.request import NoiseStream
@@ -51,6 +52,7 @@ class Script:
 
     whole_steps: bool = False
     lags: bool = False
+    revision: Revision = Revision.NONE
 
     blocks: int = 3
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from adacorr_deploy.caching.decisions import Action, Observed, Placement, SpanCache
 from adacorr_deploy.caching.policy import PRESETS, UNCALIBRATED, IntervalGate, Policy, policy_named
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
+from adacorr_deploy.caching.revision import Revision
 from adacorr_deploy.core.errors import EngineError, PolicyError, RequestError
 from adacorr_deploy.core.samplers import allowed_samplers
 from adacorr_deploy.runtime import Pipeline, SampleRequest, controller_for_request, sample_with_policy
@@ -34,6 +35,7 @@ JOBS = st.builds(
     sampler=st.sampled_from(allowed_samplers(SCHEDULE)),
     actions=st.lists(st.sampled_from(Action), min_size=1, max_size=12).map(tuple),
     whole_steps=st.booleans(),
+    revision=st.sampled_from(Revision),
     spans=st.just(()) | divisions(),
     watched=st.sampled_from([Observed.INPUT, Observed.MODULATED, Observed.RESIDUAL]),
     measures=st.booleans(),

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from adacorr_deploy.caching.decisions import Action, Kept, Observation, Observed, Span, SpanCache
+from adacorr_deploy.caching.revision import Revision
 from adacorr_deploy.engines.device_launch import DeviceLaunch
 from adacorr_deploy.runtime import BatchingEngine, Pipeline, SampleRequest
 from adacorr_deploy.runtime.self_test import self_test
@@ -38,13 +39,21 @@ def engines(model: TinyDiT, tmp_path: Path) -> Iterator[DeviceEngines]:
     backend.close()
 
 
-def script(*, whole_steps: bool = True, lags: bool = False, measures: bool = False, corrects: bool = False) -> Script:
+def script(
+    *,
+    whole_steps: bool = True,
+    lags: bool = False,
+    measures: bool = False,
+    corrects: bool = False,
+    revision: Revision = Revision.NONE,
+) -> Script:
     """Evaluate three steps of four."""
     other = Action.CORRECT if corrects else Action.REUSE
     made = Script(
         choose=lambda step, block: other if step % 4 == 3 else Action.EVALUATE,
         wants_signals=measures,
         measures=measures,
+        revision=revision,
     )
     made.whole_steps, made.lags = whole_steps, lags
     return made
@@ -74,6 +83,9 @@ def spans(observation: Observation, *, lags: bool = False) -> SpanScript:
         script(),
         script(measures=True),
         script(measures=True, lags=True),
+        script(revision=Revision.QUADRATIC, measures=True),
+        script(revision=Revision.LINEAR, lags=True),
+        script(whole_steps=False, revision=Revision.LINEAR),
         script(whole_steps=False, measures=True),
         script(whole_steps=False, corrects=True),
     ],
@@ -85,6 +97,9 @@ def spans(observation: Observation, *, lags: bool = False) -> SpanScript:
         "whole steps",
         "measured",
         "lagging",
+        "revised",
+        "revised and lagging",
+        "blocks revised",
         "by block",
         "corrected",
     ],

@@ -26,7 +26,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from adacorr_deploy.caching.predictors import extrapolation_coefficients
+from adacorr_deploy.caching.polynomials import polynomial_coefficients
 from adacorr_deploy.caching.scores import robust_score
 from adacorr_deploy.core.samplers import sampler_table
 from adacorr_deploy.plugins import oracle
@@ -80,7 +80,7 @@ def recorded(pipeline: Pipeline, args: argparse.Namespace) -> Recorded:
             last = step - age
             if last - GAP < 0:
                 continue
-            newest, oldest = extrapolation_coefficients(step, (last, last - GAP))
+            newest, oldest = polynomial_coefficients(step, (last, last - GAP))
             predicted = newest * outputs[last] + oldest * outputs[last - GAP]
             error[step, index] = oracle.output_error(predicted, outputs[step])
             rows = oracle.signals(inputs[step], inputs[last])
