@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -139,7 +140,8 @@ def serve(  # noqa: PLR0913, PLR0917  one parameter is one option
     tiers = {tier.value: policy for tier, policy in repository.settings.quality.items()}
     if triton is not None:
         say(f"{output}: serving {repository.model} on ports {http_port} (HTTP), {http_port + 1} (gRPC); Ctrl-C ends it")
-        say(f"ask it from elsewhere: python {output}/client.py --server localhost:{http_port + 1} {repository.asked}")
+        client = shlex.quote(str(output / "client.py"))
+        say(f"ask it from elsewhere: python {client} --server localhost:{http_port + 1} {repository.asked}")
         raise typer.Exit(run_server(triton, repository.path, Ports.from_first(http_port)))
     if as_json:
         show_json({"repository": str(output), "model": repository.model, "quality": tiers})

@@ -43,3 +43,15 @@ def test_without_a_server_run_says_how_to_get_one(
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "tools/serving/install_triton.sh" in command("serve", bundle, "-o", tmp_path / "models", "--run").error
     assert not (tmp_path / "models").exists()
+
+
+def test_what_run_shows_to_ask_is_what_the_model_takes(
+    command: Command, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a server: only what is said before it starts, of a model with three classes."""
+    monkeypatch.setattr("adacorr_deploy.serving.local_server.installed_triton", object)
+    monkeypatch.setattr("adacorr_deploy.serving.local_server.run_server", lambda server, repository, ports: 0)
+    output = tmp_path / "my models"
+    outcome = command("serve", bundle, "-o", output, "--run", "--http-port", 9000, "--max-images", 2)
+    assert outcome.code == 0
+    assert f"python '{output}/client.py' --server localhost:9001 0 2\n" in outcome.stderr
