@@ -151,7 +151,7 @@ class Term:
 
 def run_size(policy: str, request: SampleRequest) -> RunSize:
     """Return the sizes that `Pipeline.sample` leases for a policy."""
-    history = {"none": (0, 0), "robust": (0, 2), "blocks": (2, 0)}[policy]
+    history = {"none": (0, 0), "robust": (0, 3), "blocks": (2, 0)}[policy]
     return RunSize(
         batch=request.batch,
         branches=request.branches,
@@ -181,9 +181,9 @@ def buffer_terms(model: ModelSpec, size: RunSize, references: int) -> list[Term]
         ),
         Term(
             name="images",
-            formula=f"{9 + outputs}·B·C·H·W·4 (two latents, two carried, noise, two scratch, prediction, zeros; "
-            f"{outputs} outputs)",
-            size_bytes=(9 + outputs) * image,
+            formula=f"{11 + outputs}·B·C·H·W·4 (two latents, two carried, two kept, noise, two scratch, prediction, "
+            f"zeros; {outputs} outputs)",
+            size_bytes=(11 + outputs) * image,
         ),
         Term(name="slots", formula=slots, size_bytes=max(size.history, 1) * units * tokens),
         Term(name="references", formula=f"{references}·R·N·D·p", size_bytes=references * tokens),
