@@ -63,3 +63,10 @@ def test_every_hook_attaches_and_counts_what_it_evaluates(tmp_path: Path) -> Non
     first, *_, last = [row for row in hooks if "TaylorSeer" in row.arm]
     assert 0.5 < first.evaluated < 0.75
     assert last.evaluated < first.evaluated
+
+
+def test_requests_are_of_as_many_images_as_were_asked_for(tmp_path: Path) -> None:
+    args = argparse.Namespace(steps=STEPS, guidance=2.0, images=5, batch=2)
+    model = TinyDiT()
+    with Pipeline.open(write_bundle(tmp_path / "tiny", model), backend=FakeBackend.of(model)) as pipeline:
+        assert [request.labels for request in requests(pipeline, args)] == [(0, 1), (2, 0), (1,)]

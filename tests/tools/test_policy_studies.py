@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tools" / "benchmarks"))  # scripts import their siblings
 
 from policies import TARGETS, Point, Study, corrected_names, interpolated
-from validity import explained, monotone
+from validity import AGES, GAP, explained, monotone, recorded
 
 from adacorr_deploy.runtime import Pipeline
 from tests.runtime.conftest import write_bundle
@@ -89,3 +89,13 @@ def test_a_study_goes_on_where_it_was_and_refuses_another_ones_folder(tmp_path: 
         for changed in ({"guidance": 3.0}, {"calibrated_guidance": 4.0}):
             with pytest.raises(SystemExit, match="holds another study"):
                 Study(pipeline, argparse.Namespace(output=tmp_path, **run | changed))
+
+
+def test_a_study_of_forecasts_records_as_many_images_as_it_was_asked_for(tmp_path: Path) -> None:
+    args = argparse.Namespace(images=3, batch=2, steps=6, guidance=2.0)
+    model = TinyDiT()
+    with Pipeline.open(write_bundle(tmp_path / "tiny", model), backend=FakeBackend.of(model)) as pipeline:
+        found = recorded(pipeline, args)
+    assert found.errors.shape == found.offsets.shape == (args.steps, len(AGES), args.images)
+    known = ~np.isnan(found.errors)
+    assert known[AGES[0] + GAP :, 0].all() and not known[: AGES[0] + GAP].any()

@@ -271,7 +271,7 @@ def requests(pipeline: Pipeline, args: argparse.Namespace) -> list[SampleRequest
     classes = pipeline.manifest.model.num_classes
     return [
         SampleRequest(
-            labels=tuple((first + image) % classes for image in range(args.batch)),
+            labels=tuple(image % classes for image in range(first, min(first + args.batch, args.images))),
             steps=args.steps,
             guidance=args.guidance,
             seed=FIRST_SEED + first,

@@ -53,7 +53,7 @@ def runs(pipeline: Pipeline, args: argparse.Namespace) -> Iterator[tuple[list[ND
     """Yield of each batch the first block's inputs (R, N, D) and the guided outputs (B, …), by step."""
     classes = pipeline.manifest.model.num_classes
     for first in range(0, args.images, args.batch):
-        labels = tuple((first + image) % classes for image in range(args.batch))
+        labels = tuple(image % classes for image in range(first, min(first + args.batch, args.images)))
         request = SampleRequest(labels, steps=args.steps, guidance=args.guidance, seed=SEED + first)
         table = sampler_table(pipeline.manifest.schedule, request.sampler, request.steps)
         size = RunSize.of(request, history=0, whole_steps=False)
@@ -74,7 +74,8 @@ def runs(pipeline: Pipeline, args: argparse.Namespace) -> Iterator[tuple[list[ND
 def recorded(pipeline: Pipeline, args: argparse.Namespace) -> Recorded:
     errors, offsets = [], []
     for inputs, outputs in runs(pipeline, args):
-        error = np.full((args.steps, len(AGES), args.batch), np.nan)
+        batch = len(outputs[0])
+        error = np.full((args.steps, len(AGES), batch), np.nan)
         offset = np.full_like(error, np.nan)
         for step, (index, age) in itertools.product(range(args.steps), enumerate(AGES)):
             last = step - age
@@ -84,8 +85,8 @@ def recorded(pipeline: Pipeline, args: argparse.Namespace) -> Recorded:
             predicted = newest * outputs[last] + oldest * outputs[last - GAP]
             error[step, index] = oracle.output_error(predicted, outputs[step])
             rows = oracle.signals(inputs[step], inputs[last])
-            images = rows.reshape(-1, args.batch, rows.shape[1])
-            for image in range(args.batch):
+            images = rows.reshape(-1, batch, rows.shape[1])
+            for image in range(batch):
                 branches = [signals_of_branches(images[[branch], image], 1)[0] for branch in range(len(images))]
                 offset[step, index, image] = max(robust_score(branch) for branch in branches)
         errors.append(error)
