@@ -21,7 +21,7 @@ from typing import Final
 from adacorr_deploy.caching.calibration import CalibrationKey
 from adacorr_deploy.core.errors import AdaCorrError, CalibrationError, EngineError, RequestError
 from adacorr_deploy.core.untrusted import clipped
-from adacorr_deploy.runtime import Prompts, SampleRequest, SampleResult
+from adacorr_deploy.runtime import Prompts, SampleRequest
 from adacorr_deploy.runtime.images import pixels_from_latents
 from adacorr_deploy.serving.engine import Engine, Finished, Ticket
 from adacorr_deploy.serving.logs import JsonLog, Level
@@ -40,7 +40,7 @@ from adacorr_deploy.serving.prompt_desk import OnDone, PromptDesk
 from adacorr_deploy.serving.replies import Incoming, Reply, Status, for_a_client, outcome_of, status_of
 from adacorr_deploy.serving.results import ImagesOfLatents, JsonValue, event_tensor, result_tensors
 from adacorr_deploy.serving.streams import Stream
-from adacorr_deploy.serving.telemetry import TRACEPARENT, NoTracing, Timeline, Tracing, trace_id
+from adacorr_deploy.serving.telemetry import TRACEPARENT, EndedRequest, Timeline, Tracing, trace_id
 from adacorr_deploy.serving.tensors import IMAGE_NAMES, OUTPUTS, Field, Tensors, fields_from_tensors
 
 COMMANDS: Final = ("sample", "submit", "next", "cancel", "status")
@@ -101,13 +101,13 @@ class SamplingService:
             log: Takes a line for each request.
             images: Decodes latents, and is called from one thread; None where latents are the images.
             prompts: Encodes the texts of orders; None where none has any. It is closed with the service.
-            tracing: Takes the spans of each request; None for nowhere.
+            tracing: Takes each request as it ends; None where nobody collects spans.
             runs: That the bundle is calibrated for: a client who asks for another is told of them.
         """
         self._engine = engine
         self._images = images or pixels_from_latents
         self._prompts = prompts
-        self._tracing = tracing or NoTracing()
+        self._tracing = tracing
         self._runs = tuple(runs)
         self._book = book
         self._recorder = recorder
@@ -400,7 +400,7 @@ class SamplingService:
             **values,
         }
         self._report(pending.incoming, outcome, about)
-        self._trace(pending.incoming, pending.timeline, outcome, about, finished.result)
+        self._trace(pending.incoming, pending.timeline, outcome, about, finished)
 
     def _trace(
         self,
@@ -408,19 +408,18 @@ class SamplingService:
         timeline: Timeline,
         outcome: Outcome,
         values: Mapping[str, JsonValue],
-        result: SampleResult | None = None,
+        finished: Finished | None = None,
     ) -> None:
-        waited = values.get("queue_seconds")
-        attributes = {"request_id": incoming.request_id, "outcome": outcome.value, **values}
-        self._guarded(
-            lambda: self._tracing.ended(
-                timeline,
+        if self._tracing is not None:
+            ended = EndedRequest(
+                timeline=timeline,
                 traceparent=incoming.traceparent,
-                result=result,
-                attributes=attributes,
-                queue_seconds=waited if isinstance(waited, float) else 0.0,
+                outcome=outcome,
+                attributes={"request_id": incoming.request_id, **values},
+                queue_seconds=0.0 if finished is None else finished.queue_seconds,
+                result=None if finished is None else finished.result,
             )
-        )
+            self._guarded(partial(self._tracing.ended, ended))
 
     def _report(self, incoming: Incoming, outcome: Outcome, values: Mapping[str, JsonValue]) -> None:
         self._recorder.count(REQUESTS, label=outcome.value)

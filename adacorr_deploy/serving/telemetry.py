@@ -15,10 +15,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from adacorr_deploy.caching.decisions import Action
 from adacorr_deploy.runtime import SampleResult
+from adacorr_deploy.serving.metrics import Outcome
 from adacorr_deploy.serving.results import JsonValue
 
 if TYPE_CHECKING:
@@ -64,76 +65,50 @@ class Timeline:
             self.steps.append((time.time_ns(), rho))
 
 
-class Tracing(Protocol):
-    """Where spans go."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndedRequest:
+    """What the spans of a request are made of.
 
-    def ended(
-        self,
-        timeline: Timeline,
-        *,
-        traceparent: str | None,
-        result: SampleResult | None,
-        attributes: Mapping[str, JsonValue],
-        queue_seconds: float,
-    ) -> None: ...
+    Attributes:
+        timeline: When it came, and its steps.
+        traceparent: The span that it belongs to; None makes it a trace of its own.
+        outcome: How it ended.
+        attributes: Of its span; those that are None are left out, and `message` says what went wrong.
+        queue_seconds: What it waited before its first step.
+        result: What it came to; None if it failed.
+    """
 
-    def close(self) -> None: ...
-
-
-class NoTracing:
-    """Where no collector is named."""
-
-    def ended(
-        self,
-        timeline: Timeline,
-        *,
-        traceparent: str | None,
-        result: SampleResult | None,
-        attributes: Mapping[str, JsonValue],
-        queue_seconds: float,
-    ) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
+    timeline: Timeline
+    traceparent: str | None
+    outcome: Outcome
+    attributes: Mapping[str, JsonValue]
+    queue_seconds: float = 0.0
+    result: SampleResult | None = None
 
 
-class OtlpTracing:
+class Tracing:
     """Spans by way of the OpenTelemetry SDK, which takes its settings from OTEL_… variables."""
 
     def __init__(self, provider: TracerProvider) -> None:
         self._provider = provider
         self._tracer = provider.get_tracer(_SERVICE)
 
-    def ended(
-        self,
-        timeline: Timeline,
-        *,
-        traceparent: str | None,
-        result: SampleResult | None,
-        attributes: Mapping[str, JsonValue],
-        queue_seconds: float,
-    ) -> None:
-        """Make the span of a request that has ended, and those of its steps.
-
-        Args:
-            timeline: Of the request.
-            traceparent: The span it belongs to; None makes it a trace of its own.
-            result: What it came to; None if it failed.
-            attributes: Of the request's span; those that are None are left out.
-            queue_seconds: What it waited.
-        """
+    def ended(self, request: EndedRequest) -> None:
+        """Make the span of a request, and those of its steps."""
         from opentelemetry import trace
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        parent = TraceContextTextMapPropagator().extract({TRACEPARENT: traceparent} if traceparent else {})
+        timeline = request.timeline
+        caller = {} if request.traceparent is None else {TRACEPARENT: request.traceparent}
+        parent = TraceContextTextMapPropagator().extract(caller)
         span = self._tracer.start_span("adacorr.request", parent, trace.SpanKind.SERVER, start_time=timeline.arrived)
-        span.set_attributes({f"adacorr.{name}": value for name, value in attributes.items() if value is not None})
-        if attributes.get("outcome") != "done":
-            span.set_status(trace.StatusCode.ERROR, str(attributes.get("message", "")))
+        about = {"outcome": request.outcome.value, **request.attributes}
+        span.set_attributes({f"adacorr.{name}": value for name, value in about.items() if value is not None})
+        if request.outcome is not Outcome.DONE:
+            span.set_status(trace.StatusCode.ERROR, str(about.get("message", "")))
         inside = trace.set_span_in_context(span)
-        begun = timeline.arrived + int(queue_seconds * 1e9)
-        decisions = _decisions_by_step(result) if result is not None else {}
+        begun = timeline.arrived + int(request.queue_seconds * 1e9)
+        decisions = {} if request.result is None else _decisions_by_step(request.result)
         for step, (ended, rho) in enumerate(timeline.steps):
             of_step = {"adacorr.step": step, "adacorr.rho": rho, **decisions.get(step, {})}
             self._tracer.start_span("adacorr.step", inside, start_time=begun, attributes=of_step).end(ended)
@@ -159,25 +134,25 @@ def _decisions_by_step(result: SampleResult) -> dict[int, dict[str, int | Sequen
     return found
 
 
-def tracing_from_environment(model: str) -> tuple[Tracing, str | None]:
-    """Return where spans go: to the collector that the standard variables name, or nowhere.
+def tracing_from_environment(model: str) -> tuple[Tracing | None, str | None]:
+    """Return what sends spans to the collector that the standard variables name; None where they name none.
 
     Returns:
-        The tracing, and what stands in the way of it if a collector is named but can't be had.
+        It, and what stands in its way if a collector is named but can't be had.
     """
     if not any(os.environ.get(name) for name in ENDPOINTS) or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
-        return NoTracing(), None
+        return None, None
     protocol = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")
     if protocol not in (None, "", "http/protobuf"):
-        return NoTracing(), f"OTEL_EXPORTER_OTLP_PROTOCOL is {protocol}, allowed is http/protobuf. No spans are sent."
+        return None, f"OTEL_EXPORTER_OTLP_PROTOCOL is {protocol}, allowed is http/protobuf. No spans are sent."
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import SERVICE_NAME, Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        return NoTracing(), f"A collector is named, but {error}. Install requirements-telemetry.txt. No spans are sent."
+        return None, f"A collector is named, but {error}. Install requirements-telemetry.txt. No spans are sent."
     name = {} if os.environ.get("OTEL_SERVICE_NAME") else {SERVICE_NAME: f"{_SERVICE}/{model}"}
     provider = TracerProvider(resource=Resource.create(name), shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    return OtlpTracing(provider), None
+    return Tracing(provider), None

@@ -90,7 +90,8 @@ class TritonPythonModel:
             tracing, obstacle = tracing_from_environment(args["model_name"])
             if obstacle:
                 log.write(Level.WARNING, "tracing", {"message": obstacle})
-            resources.callback(tracing.close)  # once the last request is answered
+            if tracing is not None:
+                resources.callback(tracing.close)  # once the last request is answered
             service = SamplingService(
                 engine,
                 book,

@@ -19,7 +19,6 @@ from adacorr_deploy.serving.local_server import installed_triton
 from adacorr_deploy.serving.repository import Repository
 from adacorr_deploy.serving.telemetry import (
     ENDPOINTS,
-    NoTracing,
     Timeline,
     trace_id,
     traceparent_from,
@@ -72,7 +71,7 @@ def test_without_a_collector_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) ->
     for name in (*ENDPOINTS, "OTEL_SDK_DISABLED"):
         monkeypatch.delenv(name, raising=False)
     tracing, obstacle = tracing_from_environment("tiny")
-    assert isinstance(tracing, NoTracing)
+    assert tracing is None
     assert obstacle is None
 
 
@@ -80,7 +79,7 @@ def test_a_collector_that_can_not_be_had_is_told_of(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv(ENDPOINTS[1], "http://127.0.0.1:4318")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
     tracing, obstacle = tracing_from_environment("tiny")
-    assert isinstance(tracing, NoTracing)
+    assert tracing is None
     assert obstacle == "OTEL_EXPORTER_OTLP_PROTOCOL is grpc, allowed is http/protobuf. No spans are sent."
     monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
     assert tracing_from_environment("tiny")[1] is None
