@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -62,7 +63,7 @@ class Incoming:
 
 
 class Reply(Protocol):
-    """The way back to one client; used once, from any thread."""
+    """The way back to one client: one answer, from any thread."""
 
     def send(self, tensors: Tensors) -> None: ...
 
@@ -71,6 +72,30 @@ class Reply(Protocol):
     def is_cancelled(self) -> bool:
         """Say whether the client cancelled or has gone; not to be asked after the answer."""
         ...
+
+
+class GuardedReply:
+    """A reply that can be asked at any time whether its client has gone."""
+
+    def __init__(self, reply: Reply) -> None:
+        self._reply = reply
+        self._answered = False
+        self._lock = threading.Lock()
+
+    def send(self, tensors: Tensors) -> None:
+        with self._lock:
+            self._answered = True
+            self._reply.send(tensors)
+
+    def fail(self, status: Status, message: str) -> None:
+        with self._lock:
+            self._answered = True
+            self._reply.fail(status, message)
+
+    def is_cancelled(self) -> bool:
+        """Say whether the client cancelled or has gone before it got its answer."""
+        with self._lock:
+            return not self._answered and self._reply.is_cancelled()
 
 
 def outcome_of(error: AdaCorrError) -> Outcome:
@@ -99,6 +124,6 @@ def for_a_client(policy: str, request: SampleRequest, runs: Sequence[Calibration
     )
 
 
-def status_of(outcome: Outcome) -> Status:
-    """Return the code of an unhappy end."""
-    return _CODES[outcome]
+def status_of(error: AdaCorrError) -> Status:
+    """Return the code that tells a client of an error."""
+    return _CODES[outcome_of(error)]

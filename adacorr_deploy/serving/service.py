@@ -11,7 +11,6 @@ import queue
 import secrets
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,23 +23,13 @@ from adacorr_deploy.core.untrusted import clipped
 from adacorr_deploy.runtime import Prompts, SampleRequest
 from adacorr_deploy.runtime.images import pixels_from_latents
 from adacorr_deploy.serving.engine import Engine, Finished, Ticket
-from adacorr_deploy.serving.logs import JsonLog, Level
-from adacorr_deploy.serving.metrics import (
-    IMAGES,
-    QUEUE_SECONDS,
-    REQUEST_SECONDS,
-    REQUESTS,
-    RHO,
-    STEP_SECONDS,
-    Outcome,
-    Recorder,
-)
 from adacorr_deploy.serving.orders import Order, OrderBook
 from adacorr_deploy.serving.prompt_desk import OnDone, PromptDesk
-from adacorr_deploy.serving.replies import Incoming, Reply, Status, for_a_client, outcome_of, status_of
+from adacorr_deploy.serving.replies import GuardedReply, Incoming, Reply, Status, for_a_client, status_of
+from adacorr_deploy.serving.reports import Reports
 from adacorr_deploy.serving.results import ImagesOfLatents, JsonValue, event_tensor, result_tensors
 from adacorr_deploy.serving.streams import Stream
-from adacorr_deploy.serving.telemetry import TRACEPARENT, EndedRequest, Timeline, Tracing, trace_id
+from adacorr_deploy.serving.telemetry import TRACEPARENT, Timeline
 from adacorr_deploy.serving.tensors import IMAGE_NAMES, OUTPUTS, Field, Tensors, fields_from_tensors
 
 COMMANDS: Final = ("sample", "submit", "next", "cancel", "status")
@@ -67,14 +56,10 @@ class _Pending:
 
     incoming: Incoming
     order: Order
-    reply: Reply | None  # None for a stream's, whose reader is asked elsewhere
-    stream: Stream | None = None
+    reply: Reply
     ticket: Ticket | None = None
     client_gone: bool = False
-    last_step: float = 0.0
     timeline: Timeline = field(default_factory=Timeline)
-    answered: bool = False
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class SamplingService:
@@ -84,12 +69,10 @@ class SamplingService:
         self,
         engine: Engine,
         book: OrderBook,
-        recorder: Recorder,
-        log: JsonLog,
+        reports: Reports,
         *,
         images: ImagesOfLatents | None = None,
         prompts: PromptDesk | None = None,
-        tracing: Tracing | None = None,
         runs: Sequence[CalibrationKey] = (),
     ) -> None:
         """Make a service; nothing runs before it is entered.
@@ -97,21 +80,17 @@ class SamplingService:
         Args:
             engine: Samples.
             book: Checks orders.
-            recorder: Takes what happens.
-            log: Takes a line for each request.
+            reports: Take what happens.
             images: Decodes latents, and is called from one thread; None where latents are the images.
             prompts: Encodes the texts of orders; None where none has any. It is closed with the service.
-            tracing: Takes each request as it ends; None where nobody collects spans.
             runs: That the bundle is calibrated for: a client who asks for another is told of them.
         """
         self._engine = engine
         self._images = images or pixels_from_latents
         self._prompts = prompts
-        self._tracing = tracing
         self._runs = tuple(runs)
         self._book = book
-        self._recorder = recorder
-        self._log = log
+        self._reports = reports
         self._pending: dict[int, _Pending] = {}
         self._streams: dict[str, Stream] = {}
         self._lock = threading.Lock()
@@ -149,14 +128,14 @@ class SamplingService:
     def handle(self, incoming: Incoming, reply: Reply) -> None:
         """Take a request in and return at once; the answer comes when it is there."""
         self._asked.set()
+        reply = GuardedReply(reply)
         try:
             self._dispatch(incoming, reply)
         except AdaCorrError as error:
             self._refuse(incoming, reply, error)
         except Exception as error:  # noqa: BLE001  a bug of ours: the client must not wait for ever
-            message = f"An error inside the server: {type(error).__name__}. Its log tells more."
-            self._report(incoming, Outcome.FAILED, {"message": traceback.format_exc()})
-            reply.fail(Status.INTERNAL, message)
+            self._reports.broke(incoming)
+            reply.fail(Status.INTERNAL, f"An error inside the server: {type(error).__name__}. Its log tells more.")
 
     def _dispatch(self, incoming: Incoming, reply: Reply) -> None:
         _check_parameters(incoming.parameters)
@@ -198,16 +177,12 @@ class SamplingService:
         named = incoming.wanted if len(incoming.wanted) < len(OUTPUTS) else frozenset[str]()
         return self._book.order(fields, wanted=[name for name in IMAGE_NAMES if name in named])
 
-    def _submit(self, pending: _Pending) -> None:
-        order, stream = pending.order, pending.stream
+    def _submit(self, pending: _Pending, stream: Stream | None = None) -> None:
+        order = pending.order
         deadline = None if order.timeout_seconds is None else time.monotonic() + order.timeout_seconds
 
         def stepped(step: int, steps: int, rho: float) -> None:
-            now = time.monotonic()
-            if pending.last_step:
-                self._recorder.observe(STEP_SECONDS, now - pending.last_step)
-            pending.last_step = now
-            pending.timeline.stepped(rho)
+            self._reports.stepped(pending.timeline, rho)
             if stream is not None:
                 stream.progressed(step, steps, rho)
                 self._to_answer.put(stream.answer)
@@ -255,8 +230,8 @@ class SamplingService:
 
     def _open_stream(self, incoming: Incoming, order: Order) -> Tensors:
         stream = Stream(name=secrets.token_hex(8), outputs=order.outputs, images=self._images)
-        pending = _Pending(incoming=incoming, order=order, reply=None, stream=stream)
-        self._submit(pending)
+        pending = _Pending(incoming=incoming, order=order, reply=stream)
+        self._submit(pending, stream)
         stream.ticket = pending.ticket
         with self._lock:
             self._streams[stream.name] = stream
@@ -283,72 +258,44 @@ class SamplingService:
 
     def _give_answers(self) -> None:
         while (answer := self._to_answer.get()) is not None:
-            self._guarded(answer)
-
-    def _guarded(self, work: Callable[[], None]) -> None:
-        """Do what concerns one client; nothing that goes wrong with it may end the thread that all need."""
-        try:
-            work()
-        except Exception:  # noqa: BLE001  a bug of ours, or of the server's
-            self._log.write(Level.ERROR, "bug", {"message": traceback.format_exc()})
+            self._reports.guarded(answer)
 
     def _answer(self, pending: _Pending, finished: Finished) -> None:
         self._forget(pending)
-        order = pending.order
-        self._recorder.observe(QUEUE_SECONDS, finished.queue_seconds)
-        if finished.error is None and finished.result is not None:
-            result = finished.result
-            try:
-                tensors = result_tensors(
-                    result,
-                    images=self._images,
-                    outputs=order.outputs,
-                    policy=order.policy.name,
-                    queue_seconds=finished.queue_seconds,
-                )
-            except AdaCorrError as error:
-                self._end_badly(pending, finished, error)
-                return
-            self._recorder.count(IMAGES, order.request.batch)
-            self._recorder.observe(REQUEST_SECONDS, finished.seconds)
-            self._recorder.observe(RHO, result.rho)
-            self._tell(pending, Outcome.DONE, finished, {"rho": result.rho, "launches": result.launches})
-            self._send(pending, tensors)
+        incoming, order = pending.incoming, pending.order
+        try:
+            tensors = self._tensors(order, finished)
+        except AdaCorrError as error:
+            self._reports.ended(incoming, order, pending.timeline, finished, error)
+            pending.reply.fail(status_of(error), str(self._for_a_client(order, error)))
         else:
-            self._end_badly(pending, finished, finished.error or EngineError("The engine gave no result."))
+            self._reports.ended(incoming, order, pending.timeline, finished)
+            pending.reply.send(tensors)
 
-    def _end_badly(self, pending: _Pending, finished: Finished, error: AdaCorrError) -> None:
-        outcome = outcome_of(error)
-        self._tell(pending, outcome, finished, {"message": str(error)})
-        self._fail(pending, status_of(outcome), str(self._for_a_client(pending.order, error)))
+    def _tensors(self, order: Order, finished: Finished) -> Tensors:
+        """Return the answer to a request.
 
-    def _send(self, pending: _Pending, tensors: Tensors) -> None:
-        if pending.stream is not None:
-            pending.stream.finished(tensors)
-        elif pending.reply is not None:
-            with pending.lock:
-                pending.answered = True
-                pending.reply.send(tensors)
-
-    def _fail(self, pending: _Pending, status: Status, message: str) -> None:
-        if pending.stream is not None:
-            pending.stream.failed(status, message)
-        elif pending.reply is not None:
-            with pending.lock:
-                pending.answered = True
-                pending.reply.fail(status, message)
+        Raises:
+            AdaCorrError: Why there is none.
+        """
+        if finished.result is None:
+            raise finished.error or EngineError("The engine gave no result.")
+        return result_tensors(
+            finished.result,
+            images=self._images,
+            outputs=order.outputs,
+            policy=order.policy.name,
+            queue_seconds=finished.queue_seconds,
+        )
 
     def _forget(self, pending: _Pending) -> None:
         with self._lock:
             self._pending.pop(id(pending), None)
 
     def _refuse(self, incoming: Incoming, reply: Reply, error: AdaCorrError) -> None:
-        outcome = outcome_of(error)
         of_operator = error.__cause__ if isinstance(error.__cause__, AdaCorrError) else error
-        values = {"message": str(of_operator)}
-        self._report(incoming, outcome, values)
-        reply.fail(status_of(outcome), str(error))
-        self._trace(incoming, Timeline(), outcome, values)
+        self._reports.refused(incoming, of_operator)
+        reply.fail(status_of(error), str(error))
 
     # --- Watching ------------------------------------------------------------------------------------------------
 
@@ -360,76 +307,29 @@ class SamplingService:
             with self._lock:
                 pending, streams = list(self._pending.values()), list(self._streams.values())
             if self._prompts is not None:
-                self._guarded(self._prompts.end_waiting)
+                self._reports.guarded(self._prompts.end_waiting)
             for each in pending:
-                self._guarded(partial(self._cancel_if_client_gone, each))
+                self._reports.guarded(partial(self._cancel_if_client_gone, each))
             for stream in streams:
-                self._guarded(partial(self._look_after, stream, now))
+                self._reports.guarded(partial(self._look_after, stream, now))
             if now - flushed >= _FLUSH_SECONDS:
                 flushed = now
-                self._guarded(lambda: self._recorder.flush(self._engine.stats(), waiting=self._waiting_prompts()))
-        self._recorder.flush(self._engine.stats())
+                self._reports.guarded(self._flush)
+        self._flush()
+
+    def _flush(self) -> None:
+        self._reports.recorder.flush(self._engine.stats(), waiting=self._waiting_prompts())
 
     def _cancel_if_client_gone(self, pending: _Pending) -> None:
-        if pending.reply is None or pending.client_gone:
-            return
-        with pending.lock:
-            gone = not pending.answered and pending.reply.is_cancelled()
-        if gone and pending.ticket is not None:
+        if pending.ticket is not None and not pending.client_gone and pending.reply.is_cancelled():
             pending.client_gone = True
             pending.ticket.cancel()
 
     def _look_after(self, stream: Stream, now: float) -> None:
         if stream.beat(now):
             self._to_answer.put(stream.answer)
-        if stream.is_read:
+        if stream.is_read or stream.is_cancelled():
             self._forget_stream(stream)
-        elif stream.is_abandoned(now):
-            self._close_stream(stream)
-
-    # --- Reports -------------------------------------------------------------------------------------------------
-
-    def _tell(self, pending: _Pending, outcome: Outcome, finished: Finished, values: Mapping[str, JsonValue]) -> None:
-        order = pending.order
-        about = {
-            "images": order.request.batch,
-            "steps": order.request.steps,
-            "policy": order.policy.name,
-            "queue_seconds": round(finished.queue_seconds, 6),
-            "seconds": round(finished.seconds, 6),
-            **values,
-        }
-        self._report(pending.incoming, outcome, about)
-        self._trace(pending.incoming, pending.timeline, outcome, about, finished)
-
-    def _trace(
-        self,
-        incoming: Incoming,
-        timeline: Timeline,
-        outcome: Outcome,
-        values: Mapping[str, JsonValue],
-        finished: Finished | None = None,
-    ) -> None:
-        if self._tracing is not None:
-            ended = EndedRequest(
-                timeline=timeline,
-                traceparent=incoming.traceparent,
-                outcome=outcome,
-                attributes={"request_id": incoming.request_id, **values},
-                queue_seconds=0.0 if finished is None else finished.queue_seconds,
-                result=None if finished is None else finished.result,
-            )
-            self._guarded(partial(self._tracing.ended, ended))
-
-    def _report(self, incoming: Incoming, outcome: Outcome, values: Mapping[str, JsonValue]) -> None:
-        self._recorder.count(REQUESTS, label=outcome.value)
-        level = {Outcome.DONE: Level.INFO, Outcome.FAILED: Level.ERROR}.get(outcome, Level.WARNING)
-        about = {
-            "request_id": incoming.request_id,
-            "trace_id": trace_id(incoming.traceparent),
-            "outcome": outcome.value,
-        }
-        self._log.write(level, "request", {**about, **values})
 
 
 def _check_parameters(parameters: Mapping[str, str | int | float | bool]) -> None:

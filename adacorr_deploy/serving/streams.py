@@ -25,7 +25,7 @@ HEARTBEAT_SECONDS: Final = 0.25  # after which a question is answered though not
 
 @dataclass(slots=True, kw_only=True)
 class Stream:
-    """One request, and the reader that may be waiting for its next message."""
+    """The reply to one request, and the reader that may be waiting for its next message."""
 
     name: str
     outputs: tuple[str, ...]
@@ -49,12 +49,12 @@ class Stream:
         with self._lock:
             self._preview = latents
 
-    def finished(self, tensors: Tensors) -> None:
+    def send(self, tensors: Tensors) -> None:
         with self._lock:
             self._final = {**tensors, "event": event_tensor("result", {})}
             self._answer()
 
-    def failed(self, status: Status, message: str) -> None:
+    def fail(self, status: Status, message: str) -> None:
         with self._lock:
             self._failure = (status, message)
             self._answer()
@@ -81,8 +81,9 @@ class Stream:
                 self._waiting = (self._waiting[0], -1)
             return waits
 
-    def is_abandoned(self, now: float) -> bool:
-        return self._waiting is None and now - self._asked > LEASE_SECONDS
+    def is_cancelled(self) -> bool:
+        """Say whether its reader has stopped asking."""
+        return self._waiting is None and time.monotonic() - self._asked > LEASE_SECONDS
 
     @property
     def is_read(self) -> bool:

@@ -59,29 +59,35 @@ class Timeline:
 
     arrived: int = field(default_factory=time.time_ns)
     steps: list[tuple[int, float]] = field(default_factory=list)  # end, and ρ so far
+    _last: float | None = None  # end of the last step, on `time.monotonic()`'s clock
 
-    def stepped(self, rho: float) -> None:
+    def stepped(self, rho: float) -> float | None:
+        """Note the end of a step, and return the seconds since that of the one before; None of the first."""
+        before, self._last = self._last, time.monotonic()
         if len(self.steps) < _MOST_STEPS:
             self.steps.append((time.time_ns(), rho))
+        return None if before is None else self._last - before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndedRequest:
-    """What the spans of a request are made of.
+    """What is told of a request that has ended.
 
     Attributes:
-        timeline: When it came, and its steps.
+        request_id: Its client's, or the server's own.
         traceparent: The span that it belongs to; None makes it a trace of its own.
         outcome: How it ended.
-        attributes: Of its span; those that are None are left out, and `message` says what went wrong.
+        attributes: What else is known of it; `message` says what went wrong, and those that are None are left out.
+        timeline: When it came, and its steps.
         queue_seconds: What it waited before its first step.
-        result: What it came to; None if it failed.
+        result: What was sampled; None where nothing was.
     """
 
-    timeline: Timeline
+    request_id: str
     traceparent: str | None
     outcome: Outcome
     attributes: Mapping[str, JsonValue]
+    timeline: Timeline = field(default_factory=Timeline)
     queue_seconds: float = 0.0
     result: SampleResult | None = None
 
@@ -102,7 +108,7 @@ class Tracing:
         caller = {} if request.traceparent is None else {TRACEPARENT: request.traceparent}
         parent = TraceContextTextMapPropagator().extract(caller)
         span = self._tracer.start_span("adacorr.request", parent, trace.SpanKind.SERVER, start_time=timeline.arrived)
-        about = {"outcome": request.outcome.value, **request.attributes}
+        about = {"request_id": request.request_id, "outcome": request.outcome.value, **request.attributes}
         span.set_attributes({f"adacorr.{name}": value for name, value in about.items() if value is not None})
         if request.outcome is not Outcome.DONE:
             span.set_status(trace.StatusCode.ERROR, str(about.get("message", "")))

@@ -32,6 +32,7 @@ from adacorr_deploy.serving.metrics import METRICS, Metric, MetricKind, Recorder
 from adacorr_deploy.serving.orders import OrderBook
 from adacorr_deploy.serving.prompt_desk import PromptDesk
 from adacorr_deploy.serving.replies import Incoming, Status
+from adacorr_deploy.serving.reports import Reports
 from adacorr_deploy.serving.service import SamplingService
 from adacorr_deploy.serving.settings import (
     BUNDLE_NAME,
@@ -95,11 +96,9 @@ class TritonPythonModel:
             service = SamplingService(
                 engine,
                 book,
-                Recorder(TritonMetrics()),
-                log,
+                Reports(recorder=Recorder(TritonMetrics()), log=log, tracing=tracing),
                 images=decoder,
                 prompts=prompts,
-                tracing=tracing,
                 runs=[each.key for each in calibrations(pipeline.bundle).values()],
             )
             self._service = resources.enter_context(service)

@@ -1,9 +1,10 @@
-"""An engine whose requests end when a test says so, and a client that keeps its answer."""
+"""An engine whose requests end when a test says so; a client that keeps its answer, and a registry its metrics."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ from adacorr_deploy.caching.policy import Policy
 from adacorr_deploy.core.errors import AdaCorrError, SamplingCancelledError
 from adacorr_deploy.runtime import Progress, SampleRequest, SampleResult, Trace
 from adacorr_deploy.serving.engine import Finished, OnPreview
+from adacorr_deploy.serving.metrics import Metric
 from adacorr_deploy.serving.replies import Status
 from adacorr_deploy.serving.tensors import Tensors
 
@@ -146,6 +148,24 @@ class Client:
         assert self._answered.wait(SECONDS)
         assert self._failure is not None
         return self._failure
+
+
+class CountingSink:
+    """A registry of metrics."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[tuple[str, str | None]] = Counter()
+        self.gauges: dict[str, float] = {}
+        self.observations: list[tuple[str, float]] = []
+
+    def increment(self, metric: Metric, value: float, label: str | None = None) -> None:
+        self.counts[metric.name, label] += int(value)
+
+    def set(self, metric: Metric, value: float) -> None:
+        self.gauges[metric.name] = value
+
+    def observe(self, metric: Metric, value: float) -> None:
+        self.observations.append((metric.name, value))
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -6,7 +6,6 @@ import io
 import json
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -36,33 +35,17 @@ from adacorr_deploy.serving.metrics import (
     REQUESTS,
     RHO,
     STEP_SECONDS,
-    Metric,
     Recorder,
 )
 from adacorr_deploy.serving.orders import Order, OrderBook
 from adacorr_deploy.serving.prompt_desk import PromptDesk, Texts
-from adacorr_deploy.serving.replies import Incoming, Status
+from adacorr_deploy.serving.replies import GuardedReply, Incoming, Status
+from adacorr_deploy.serving.reports import Reports
 from adacorr_deploy.serving.service import SamplingService
 from adacorr_deploy.serving.tensors import OUTPUTS, Field, Tensors, text_tensor
-from tests.serving.scripted_engine import SECONDS, Client, ScriptedEngine, wait_until
+from tests.serving.scripted_engine import SECONDS, Client, CountingSink, ScriptedEngine, wait_until
 
 ALL = frozenset(field.name for field in OUTPUTS)
-
-
-class CountingSink:
-    def __init__(self) -> None:
-        self.counts: Counter[tuple[str, str | None]] = Counter()
-        self.gauges: dict[str, float] = {}
-        self.observations: list[tuple[str, float]] = []
-
-    def increment(self, metric: Metric, value: float, label: str | None = None) -> None:
-        self.counts[metric.name, label] += int(value)
-
-    def set(self, metric: Metric, value: float) -> None:
-        self.gauges[metric.name] = value
-
-    def observe(self, metric: Metric, value: float) -> None:
-        self.observations.append((metric.name, value))
 
 
 class Bench:
@@ -70,7 +53,8 @@ class Bench:
 
     def __init__(self, book: OrderBook) -> None:
         self.engine, self.sink, self.lines = ScriptedEngine(), CountingSink(), io.StringIO()
-        self.service = SamplingService(self.engine, book, Recorder(self.sink), JsonLog("tiny", self.lines))
+        self.reports = Reports(recorder=Recorder(self.sink), log=JsonLog("tiny", self.lines))
+        self.service = SamplingService(self.engine, book, self.reports)
 
     def ask(
         self,
@@ -108,9 +92,7 @@ def test_a_client_is_told_what_to_ask_in_place_of_an_uncalibrated_run_and_the_lo
     held = [each.key for each in calibrations(served_bundle).values()]
     command = "policy robust needs a calibration. Make one with: adacorr-calibrate /srv/secret.bundle --steps 9"
     bench.engine.refusal = CalibrationError(command)
-    bench.service = SamplingService(
-        bench.engine, book, Recorder(bench.sink), JsonLog("tiny", bench.lines), runs=[*held, *held]
-    )
+    bench.service = SamplingService(bench.engine, book, bench.reports, runs=[*held, *held])
     with bench.service:
         client = bench.ask({"class_labels": np.array([1]), "steps": np.array([9])})
     status, text = client.failure
@@ -204,8 +186,7 @@ def test_prompts_are_encoded_beside_the_servers_thread_and_then_sampled(book: Or
     bench.service = SamplingService(
         bench.engine,
         WithTexts(),  # type: ignore[arg-type]
-        Recorder(bench.sink),
-        JsonLog("tiny", bench.lines),
+        bench.reports,
         prompts=desk,
     )
     with bench.service:
@@ -261,6 +242,18 @@ def test_a_client_that_goes_away_ends_its_request(bench: Bench) -> None:
     assert bench.outcomes() == {"cancelled": 1}
 
 
+def test_a_client_that_was_answered_is_not_asked_whether_it_has_gone() -> None:
+    client = Client()
+    reply = GuardedReply(client)
+    client.gone = True
+    assert reply.is_cancelled()
+    reply.fail(Status.CANCELLED, "Cancelled.")
+    assert not reply.is_cancelled()  # the client itself would raise
+    sent = GuardedReply(Client())
+    sent.send({})
+    assert not sent.is_cancelled()
+
+
 def test_a_bug_is_an_answer_too(bench: Bench) -> None:
     client = Client()
 
@@ -286,17 +279,15 @@ def test_images_come_from_the_decoder_and_its_error_is_the_requests_own(book: Or
             raise EngineError("The decoded images hold NaN.")
         return np.repeat(latents, 3, axis=1)
 
-    engine = ScriptedEngine()
-    with SamplingService(
-        engine, book, Recorder(CountingSink()), JsonLog("tiny", io.StringIO()), images=decoded
-    ) as service:
+    bench = Bench(book)
+    with SamplingService(bench.engine, book, bench.reports, images=decoded) as service:
         clients = [Client(), Client()]
         for seed, client in enumerate(clients):
             tensors: Tensors = {"class_labels": np.array([1]), "seed": np.array([seed], dtype=np.uint64)}
             wanted = frozenset({"pixels", "latents"})
             incoming = Incoming(request_id="r", tensors=partial(dict, tensors), parameters={}, wanted=wanted)
             service.handle(incoming, client)
-            engine.jobs[seed].finish()
+            bench.engine.jobs[seed].finish()
         assert clients[0].tensors["pixels"].shape == (1, 4, 4, 3)
         assert clients[0].tensors["latents"].shape == (1, 1, 4, 4)
         assert clients[1].failure == (Status.INTERNAL, "The decoded images hold NaN.")
