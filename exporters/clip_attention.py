@@ -36,18 +36,3 @@ class TemporalAttention(nn.Module):
         angles = [frame_positions[:, None] * torch.tensor(self.frequencies)] if self.frequencies else []
         result: Tensor = self.attention(places.flatten(0, 1), *angles)
         return result.reshape(places.shape).transpose(1, 2).flatten(1, 2)
-
-
-class TemporalPositions(nn.Module):
-    """The frames' position waves, which don't depend on the tokens: a unit that adds a constant to them."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.frequencies = (10000 ** (-torch.arange(width // 2, dtype=torch.float64) / (width // 2))).tolist()
-
-    def forward(self, x: Tensor, frame_positions: Tensor) -> Tensor:
-        """Return the positions (R, F·S, D), in the type of the tokens `x` (R, F·S, D), of frames (F,) float32."""
-        phases = frame_positions[:, None] * torch.tensor(self.frequencies, dtype=torch.float32)
-        waves = torch.cat([phases.sin(), phases.cos()], dim=-1).to(x.dtype)
-        places: Tensor = torch.zeros_like(x).unflatten(1, (frame_positions.shape[0], -1))
-        return (places + waves[:, None]).reshape(x.shape)

@@ -10,17 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adacorr_deploy.core.specs import MODULATIONS_PER_UNIT
+from adacorr_deploy.exporters.diffusers_modules import SelfAttention
 from adacorr_deploy.exporters.family_parts import FamilyModules, repeated
-from adacorr_deploy.exporters.fused_attention import fused_self_attention
 from adacorr_deploy.exporters.head import HeadPart
 from adacorr_deploy.exporters.units import Unit
 
 if TYPE_CHECKING:
     from diffusers.models.attention import BasicTransformerBlock
-    from diffusers.models.attention_processor import Attention
     from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
 
-_UNITS: Final = 2  # of a block: attention and MLP
+UNITS: Final = ("attention", "mlp")  # of a block
 
 
 class EmbedPart(nn.Module):
@@ -58,7 +57,7 @@ class ConditionModule(nn.Module):
         conditions = [self._condition(embedder, timesteps, labels) for embedder in self.embedders]
         of_blocks = conditions if len(conditions) > 1 else conditions * len(self.linears)
         rows = [
-            linear(condition).unflatten(-1, (MODULATIONS_PER_UNIT * _UNITS, -1))
+            linear(condition).unflatten(-1, (MODULATIONS_PER_UNIT * len(UNITS), -1))
             for linear, condition in zip(self.linears, of_blocks, strict=True)
         ]
         return (*rows, self.head_linear(conditions[0]).unflatten(-1, (2, -1)))
@@ -71,23 +70,10 @@ class ConditionModule(nn.Module):
         return functional.silu(steps[:, None] + embedder.class_embedder(labels)[None])
 
 
-class SelfAttention(nn.Module):
-    """A block's attention: diffusers' own, or, while it is traced, the form that compiles best."""
-
-    def __init__(self, attention: Attention) -> None:
-        super().__init__()
-        self.attention = attention
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the result (R, N, D) of `x`, the normalised, scaled and shifted tokens."""
-        fused = torch.compiler.is_exporting()
-        result: Tensor = fused_self_attention(self.attention, x) if fused else self.attention(x)
-        return result
-
-
 def units_of_block(block: BasicTransformerBlock) -> tuple[Unit, ...]:
     """Return a block's attention and MLP; its embedder and adaLN projection belong to the condition part."""
-    return Unit("attention", block.norm1.norm, SelfAttention(block.attn1)), Unit("mlp", block.norm3, block.ff)
+    attention, mlp = UNITS
+    return Unit(attention, block.norm1.norm, SelfAttention(block.attn1)), Unit(mlp, block.norm3, block.ff)
 
 
 def modules_of_dit(model: DiTTransformer2DModel) -> FamilyModules:

@@ -11,7 +11,7 @@ from torch import Tensor
 from adacorr_deploy.core.latents import LatentSpec
 from adacorr_deploy.core.schedules import NoiseSchedule
 from adacorr_deploy.core.specs import ConditionSpec, DType, ModelSpec, units_of_parts
-from adacorr_deploy.exporters.dit import modules_of_dit
+from adacorr_deploy.exporters.dit import UNITS, modules_of_dit
 from adacorr_deploy.exporters.dit_config import DiTConfig, empty_dit
 from adacorr_deploy.exporters.dit_original import diffusers_from_original, is_original_dit, original_schedule
 from adacorr_deploy.exporters.family_parts import FamilyModules
@@ -61,8 +61,7 @@ class DiTModel:
         return original_schedule(learned_variance=self.learned_variance)
 
     def spec(self, precision: DType, segment: int) -> ModelSpec:
-        config = self.module.config
-        blocks = (("attention", "mlp"),) * len(self.module.transformer_blocks)
+        config, blocks = self.module.config, (UNITS,) * len(self.module.transformer_blocks)
         return ModelSpec(
             family=DiTAdapter.family,
             precision=precision,

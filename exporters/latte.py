@@ -9,16 +9,16 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Final
 
+import torch
 from diffusers import LatteTransformer3DModel
 from torch import Tensor, nn
 
 from adacorr_deploy.core.specs import DType
 from adacorr_deploy.exporters.adaln_single import CONTEXT, AdaLNSingleCondition, context_specs
-from adacorr_deploy.exporters.clip_attention import SpatialAttention, TemporalAttention, TemporalPositions
-from adacorr_deploy.exporters.dit import SelfAttention
-from adacorr_deploy.exporters.family_parts import FamilyModules, repeated
+from adacorr_deploy.exporters.clip_attention import SpatialAttention, TemporalAttention
+from adacorr_deploy.exporters.diffusers_modules import CrossAttention, PatchEmbedPart, SelfAttention, position_waves
+from adacorr_deploy.exporters.family_parts import FamilyModules
 from adacorr_deploy.exporters.head import HeadPart
-from adacorr_deploy.exporters.pixart import CrossAttention, PatchTokens
 from adacorr_deploy.exporters.units import Unit
 
 if TYPE_CHECKING:
@@ -28,17 +28,14 @@ PROMPT_TOKENS: Final = 120  # T: what diffusers' pipeline pads prompts to
 _FRAMES: Final = ("frame_positions",)
 
 
-class EmbedPart(nn.Module):
-    """Latents to tokens, once, then repeated for every guidance branch."""
+class TemporalPositions(nn.Module):
+    """The frames' position waves, which don't depend on the tokens: a unit that adds a constant to them."""
 
-    def __init__(self, model: LatteTransformer3DModel) -> None:
-        super().__init__()
-        self.tokens = PatchTokens(model.pos_embed)
-
-    def forward(self, latents: Tensor, branches: Tensor) -> tuple[Tensor, ...]:
-        """Return tokens (R, F·S, D) of `latents` (B, C, F, H, W) and `branches` (K,) of ones."""
-        frames = self.tokens(latents.transpose(1, 2).flatten(0, 1))
-        return (repeated(frames.reshape(latents.shape[0], -1, frames.shape[-1]), branches),)
+    def forward(self, x: Tensor, frame_positions: Tensor) -> Tensor:
+        """Return the positions (R, F·S, D), in the type of the tokens `x` (R, F·S, D), of frames (F,) float32."""
+        waves = position_waves(frame_positions, x.shape[-1]).to(x.dtype)
+        places: Tensor = torch.zeros_like(x).unflatten(1, (frame_positions.shape[0], -1))
+        return (places + waves[:, None]).reshape(x.shape)
 
 
 def blocks_of_latte(model: LatteTransformer3DModel) -> list[BasicTransformerBlock]:
@@ -68,9 +65,9 @@ def modules_of_latte(model: LatteTransformer3DModel, precision: DType) -> Family
     kinds = itertools.cycle((spatial_units, temporal_units))
     blocks = [units_of(block) for units_of, block in zip(kinds, of_model, strict=False)]
     width = model.temp_pos_embed.shape[-1]
-    blocks[1] = (Unit("temporal_positions", nn.Identity(), TemporalPositions(width), _FRAMES), *blocks[1])
+    blocks[1] = (Unit("temporal_positions", nn.Identity(), TemporalPositions(), _FRAMES), *blocks[1])
     return FamilyModules(
-        embed=EmbedPart(model),
+        embed=PatchEmbedPart(model.pos_embed),
         condition=AdaLNSingleCondition(model, of_model, [[unit.name for unit in block] for block in blocks]),
         blocks=blocks,
         head=HeadPart(

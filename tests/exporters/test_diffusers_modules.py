@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 
-from adacorr_deploy.exporters.fused_attention import fused_cross_attention, fused_self_attention
+from adacorr_deploy.exporters.diffusers_modules import fused_cross_attention, fused_self_attention
 
 MASKED = -10000.0  # what diffusers' models add to the scores of padding
 
