@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 import torch
 from diffusers import DiTTransformer2DModel
-from diffusers.models.embeddings import PatchEmbed
 from pydantic import Field
 
+from adacorr_deploy.exporters.diffusers_modules import compute_positions
 from adacorr_deploy.exporters.model_config import PatchTransformerConfig
 
 
@@ -25,7 +25,5 @@ def empty_dit(config: DiTConfig) -> DiTTransformer2DModel:
     """Return the model with its weights on the meta device and its position embedding, which is no weight, computed."""
     with torch.device("meta"):
         model = DiTTransformer2DModel(**config.model_dump())
-    side = config.sample_size
-    positions = PatchEmbed(side, side, config.patch_size, in_channels=1, embed_dim=config.width).pos_embed
-    model.pos_embed.register_buffer("pos_embed", positions, persistent=False)
+    compute_positions(model.pos_embed)
     return model

@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 
 import torch
 from diffusers import LatteTransformer3DModel
-from diffusers.models.embeddings import PatchEmbed, get_1d_sincos_pos_embed_from_grid
+from diffusers.models.embeddings import get_1d_sincos_pos_embed_from_grid
 from pydantic import Field
 
+from adacorr_deploy.exporters.diffusers_modules import compute_positions
 from adacorr_deploy.exporters.model_config import Activation, Count, Layers, Patch, PatchTransformerConfig, Side, Size
 
 
@@ -41,10 +42,7 @@ def empty_latte(config: LatteConfig) -> LatteTransformer3DModel:
     """Return the model with its weights on the meta device; positions are no weights and computed as diffusers does."""
     with torch.device("meta"):
         model = LatteTransformer3DModel(**config.model_dump())
-    side = config.sample_size
-    scale = max(side // 64, 1)
-    positions = PatchEmbed(side, side, config.patch_size, 1, config.width, interpolation_scale=scale).pos_embed
-    model.pos_embed.register_buffer("pos_embed", positions, persistent=False)
+    compute_positions(model.pos_embed)
     frames = torch.arange(config.video_length).unsqueeze(1)
     temporal = get_1d_sincos_pos_embed_from_grid(config.width, frames, output_type="pt").float()[None]
     model.register_buffer("temp_pos_embed", temporal, persistent=False)

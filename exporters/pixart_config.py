@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 import torch
 from diffusers import PixArtTransformer2DModel
-from diffusers.models.embeddings import PatchEmbed
 from pydantic import Field
 
+from adacorr_deploy.exporters.diffusers_modules import compute_positions
 from adacorr_deploy.exporters.model_config import Epsilon, PatchTransformerConfig, Side, Size
 
 _CONDITIONED_SIZE = 128  # diffusers gives models of this sample_size the image's size, unless the config says otherwise
@@ -59,14 +59,5 @@ def empty_pixart(config: PixArtConfig) -> PixArtTransformer2DModel:
     """Return the model with its weights on the meta device; positions are no weights and computed as diffusers does."""
     with torch.device("meta"):
         model = PixArtTransformer2DModel(**config.diffusers_arguments())
-    side = config.sample_size
-    positions = PatchEmbed(
-        side,
-        side,
-        config.patch_size,
-        in_channels=1,
-        embed_dim=config.width,
-        interpolation_scale=model.pos_embed.interpolation_scale,
-    ).pos_embed
-    model.pos_embed.register_buffer("pos_embed", positions, persistent=False)
+    compute_positions(model.pos_embed)
     return model
