@@ -15,7 +15,7 @@ from adacorr_deploy.exporters.dit import UNITS, modules_of_dit
 from adacorr_deploy.exporters.dit_config import DiTConfig, empty_dit
 from adacorr_deploy.exporters.dit_original import diffusers_from_original, is_original_dit, original_schedule
 from adacorr_deploy.exporters.family_parts import FamilyModules
-from adacorr_deploy.exporters.weight_files import StateDict, require_tensors
+from adacorr_deploy.exporters.weight_files import StateDict, with_weights
 
 
 class DiTAdapter:
@@ -27,9 +27,7 @@ class DiTAdapter:
         self, config: Mapping[str, object], state: StateDict, *, where: str, pipeline: str | None = None
     ) -> DiTModel:
         model = empty_dit(DiTConfig.checked(config, where=where))
-        require_tensors(state, model.state_dict(), where=where, model="DiTTransformer2DModel")
-        model.load_state_dict(state, assign=True, strict=True)
-        return DiTModel(model.eval().requires_grad_(False))
+        return DiTModel(with_weights(model, state, where=where, name="DiTTransformer2DModel"))
 
     def is_original(self, state: StateDict) -> bool:
         return is_original_dit(state)

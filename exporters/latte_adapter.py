@@ -17,7 +17,7 @@ from adacorr_deploy.exporters.dit_original import original_schedule
 from adacorr_deploy.exporters.family_parts import FamilyModules
 from adacorr_deploy.exporters.latte import PROMPT_TOKENS, modules_of_latte
 from adacorr_deploy.exporters.latte_config import LatteConfig, empty_latte
-from adacorr_deploy.exporters.weight_files import StateDict, require_tensors
+from adacorr_deploy.exporters.weight_files import StateDict, with_weights
 
 
 class LatteAdapter:
@@ -29,9 +29,7 @@ class LatteAdapter:
         self, config: Mapping[str, object], state: StateDict, *, where: str, pipeline: str | None = None
     ) -> LatteModel:
         model = empty_latte(LatteConfig.checked(config, where=where))
-        require_tensors(state, model.state_dict(), where=where, model="LatteTransformer3DModel")
-        model.load_state_dict(state, assign=True, strict=True)
-        return LatteModel(model.eval().requires_grad_(False))
+        return LatteModel(with_weights(model, state, where=where, name="LatteTransformer3DModel"))
 
     def is_original(self, state: StateDict) -> bool:
         """No: checkpoints of the original code are read once diffusers' converter has made a folder of them."""

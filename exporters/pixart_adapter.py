@@ -18,13 +18,12 @@ from adacorr_deploy.exporters.dit_original import original_schedule
 from adacorr_deploy.exporters.family_parts import FamilyModules
 from adacorr_deploy.exporters.pixart import PIXELS_PER_LATENT, UNITS, modules_of_pixart
 from adacorr_deploy.exporters.pixart_config import PixArtConfig, empty_pixart
-from adacorr_deploy.exporters.weight_files import StateDict, require_tensors
+from adacorr_deploy.exporters.weight_files import StateDict, with_weights
 
 # Tokens that diffusers' pipelines pad prompts to. A mask hides the padding, so a longer one changes no result.
 PROMPT_TOKENS: Final[Mapping[str, int]] = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
-_LARGEST: Final = (
-    2  # sides of an image, in those that the model was trained with: the pipelines' aspect ratios end at 4
-)
+# Sides of an image, in those that the model was trained with: the pipelines' aspect ratios end at 4.
+_LARGEST: Final = 2
 
 
 class PixArtAdapter:
@@ -36,10 +35,9 @@ class PixArtAdapter:
         self, config: Mapping[str, object], state: StateDict, *, where: str, pipeline: str | None = None
     ) -> PixArtModel:
         model = empty_pixart(PixArtConfig.checked(config, where=where))
-        require_tensors(state, model.state_dict(), where=where, model="PixArtTransformer2DModel")
-        model.load_state_dict(state, assign=True, strict=True)
+        model = with_weights(model, state, where=where, name="PixArtTransformer2DModel")
         tokens = PROMPT_TOKENS.get(pipeline or "", max(PROMPT_TOKENS.values()))
-        return PixArtModel(module=model.eval().requires_grad_(False), prompt_tokens=tokens)
+        return PixArtModel(module=model, prompt_tokens=tokens)
 
     def is_original(self, state: StateDict) -> bool:
         return "y_embedder.y_proj.fc1.weight" in state and "blocks.0.scale_shift_table" in state

@@ -10,7 +10,7 @@ import torch
 from adacorr_deploy.core.errors import CheckpointError, UnsupportedModelError
 from adacorr_deploy.core.schedules import FlowSchedule
 from adacorr_deploy.exporters.stdit import PIXELS_PER_LATENT, STDiT, STDiTSize
-from adacorr_deploy.exporters.weight_files import StateDict, require_tensors
+from adacorr_deploy.exporters.weight_files import StateDict, with_weights
 
 _SHAPES = {  # what the size is read from, and its rank
     "x_embedder.proj.weight": 5,
@@ -48,9 +48,7 @@ def stdit_from_original(state: StateDict, *, where: str, heads: int | None = Non
         raise UnsupportedModelError(f"{where}: --heads is {heads}, but its rotary frequencies are of {size.heads}.")
     with torch.device("meta"):
         model = STDiT(size)
-    require_tensors(state, model.state_dict(), where=where, model="STDiT (Open-Sora 1.2)")
-    model.load_state_dict(state, assign=True, strict=True)
-    return model.eval().requires_grad_(False)
+    return with_weights(model, state, where=where, name="STDiT (Open-Sora 1.2)")
 
 
 def _size_from_shapes(state: StateDict, *, where: str) -> STDiTSize:

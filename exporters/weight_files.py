@@ -9,16 +9,17 @@ import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from adacorr_deploy.core.errors import CheckpointError
 from adacorr_deploy.exporters.mapped_file import release_pages, tensors_from_safetensors
 
 StateDict = dict[str, Tensor]
+_Model = TypeVar("_Model", bound=nn.Module)
 
 _WEIGHTS: Final = "diffusion_pytorch_model"
 _TRAINING_KEYS: Final = ("ema", "model", "state_dict")  # of a training checkpoint; averaged weights sample best
@@ -114,6 +115,17 @@ def require_tensors(state: Mapping[str, Tensor], expected: Mapping[str, Tensor],
         if not torch.isfinite(state[key]).all():
             raise CheckpointError(f"{where}: {key} holds NaN or infinity. Save it again from its training.")
         release_pages()
+
+
+def with_weights(model: _Model, state: StateDict, *, where: str, name: str) -> _Model:
+    """Return a model of the meta device with a checkpoint's weights in it, which are not copied.
+
+    Raises:
+        CheckpointError: As `require_tensors`.
+    """
+    require_tensors(state, model.state_dict(), where=where, model=name)
+    model.load_state_dict(state, assign=True, strict=True)
+    return model.eval().requires_grad_(False)
 
 
 def _named(keys: Sequence[str]) -> str:
