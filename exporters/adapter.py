@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from adacorr_deploy.core.errors import UnsupportedModelError
 from adacorr_deploy.core.schedules import Schedule
 from adacorr_deploy.core.specs import DType, ModelSpec
+from adacorr_deploy.core.untrusted import clipped
 from adacorr_deploy.exporters.dit_adapter import DiTAdapter
 from adacorr_deploy.exporters.family_parts import FamilyModules
 from adacorr_deploy.exporters.latte_adapter import LatteAdapter
@@ -105,10 +106,11 @@ EXPORTERS: Final[Mapping[str, ModelAdapter]] = {
     "PixArtTransformer2DModel": PixArtAdapter(),
     "STDiT3": STDiTAdapter(),
 }
+KNOWN_CLASSES: Final = f"{', '.join(EXPORTERS)}. How to add a family: adacorr_deploy/docs/families.md"  # in messages
 
 # diffusers wrote this class, told apart by its `norm_type`, before it gave each family its own.
 _LEGACY_CLASS: Final = "Transformer2DModel"
-_LEGACY_CLASSES: Final[Mapping[object, str]] = {
+_LEGACY_CLASSES: Final[Mapping[str, str]] = {
     "ada_norm_zero": "DiTTransformer2DModel",
     "ada_norm_single": "PixArtTransformer2DModel",
 }
@@ -122,11 +124,23 @@ def adapter_for(config: Mapping[str, object], *, where: str) -> ModelAdapter:
     """
     name = config.get("_class_name")
     if name == _LEGACY_CLASS:
-        name = _LEGACY_CLASSES.get(str(config.get("norm_type")), _LEGACY_CLASS)
+        norm_type = config.get("norm_type")
+        name = _LEGACY_CLASSES.get(str(norm_type), f"{name} with norm_type {clipped(norm_type)}")
+    return _adapter(name, where=where)
+
+
+def check_class(name: object, *, where: str) -> None:
+    """Refuse a class of diffusers' that no exporter knows, whatever its configuration.
+
+    Raises:
+        UnsupportedModelError: As `adapter_for`.
+    """
+    if name != _LEGACY_CLASS:  # its configuration tells what it is
+        _adapter(name, where=where)
+
+
+def _adapter(name: object, *, where: str) -> ModelAdapter:
     adapter = EXPORTERS.get(name) if isinstance(name, str) else None
     if adapter is None:
-        raise UnsupportedModelError(
-            f"{where}: no exporter knows the class {name!r}. Known: {', '.join(EXPORTERS)}. "
-            "How to add a family: adacorr_deploy/docs/families.md"
-        )
+        raise UnsupportedModelError(f"{where}: no exporter knows the class {clipped(name)}. Known: {KNOWN_CLASSES}")
     return adapter

@@ -13,7 +13,7 @@ from adacorr_deploy.core.scheduler_config import schedule_from_config
 from adacorr_deploy.core.schedules import NoiseSchedule, Schedule
 from adacorr_deploy.core.specs import DType
 from adacorr_deploy.core.untrusted import clipped
-from adacorr_deploy.exporters.adapter import EXPORTERS, ExportableModel, adapter_for
+from adacorr_deploy.exporters.adapter import EXPORTERS, KNOWN_CLASSES, ExportableModel, adapter_for, check_class
 from adacorr_deploy.exporters.config_files import json_object
 from adacorr_deploy.exporters.family_parts import family_parts, family_step_part
 from adacorr_deploy.exporters.part import Part
@@ -147,10 +147,11 @@ def _from_pipeline(path: Path, scheduler: Path | None) -> LoadedModel:
     entry = index.get("transformer")
     if not isinstance(entry, list) or len(entry) != 2:
         raise UnsupportedModelError(
-            f"{path}: the pipeline {index.get('_class_name')!r} has no transformer. Known: {', '.join(EXPORTERS)}."
+            f"{path}: the pipeline {clipped(index.get('_class_name'))} has no transformer. "
+            f"Known transformers: {KNOWN_CLASSES}"
         )
     pipeline = index.get("_class_name")
-    adapter_for({"_class_name": entry[1], "norm_type": "ada_norm_zero"}, where=str(path / "model_index.json"))
+    check_class(entry[1], where=str(path / "model_index.json"))
     own = path / "scheduler"
     return _from_transformer(
         path / "transformer",

@@ -14,6 +14,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 
+import adacorr_deploy
 from adacorr_deploy.core.errors import CheckpointError, SchedulerError, UnsupportedModelError
 from adacorr_deploy.core.schedules import NoiseSchedule
 from adacorr_deploy.core.specs import DType
@@ -251,16 +252,28 @@ def test_weights_that_are_not_finite_are_refused_by_name(pipeline: Path, value: 
         load_checkpoint(pipeline)
 
 
-def test_an_unknown_class_lists_the_known_ones(pipeline: Path) -> None:
-    known = f"Known: {', '.join(EXPORTERS)}"
+def test_an_unknown_class_lists_the_known_ones_and_says_how_to_add_another(pipeline: Path) -> None:
+    known = f"{', '.join(EXPORTERS)}\\. How to add a family: adacorr_deploy/docs/families\\.md$"
+    assert (Path(adacorr_deploy.__file__).parent / "docs" / "families.md").is_file()
     edit_json(pipeline / "transformer" / "config.json", _class_name="UNet2DModel")
-    with pytest.raises(UnsupportedModelError, match=f"config.json: no exporter knows the class 'UNet2DModel'. {known}"):
+    message = rf"config\.json: no exporter knows the class 'UNet2DModel'\. Known: {known}"
+    with pytest.raises(UnsupportedModelError, match=message):
         load_checkpoint(pipeline)
     edit_json(pipeline / "model_index.json", transformer=["diffusers", "FluxTransformer2DModel"])
-    with pytest.raises(UnsupportedModelError, match=f"model_index.json: .*'FluxTransformer2DModel'. {known}"):
+    message = rf"model_index\.json: no exporter knows the class 'FluxTransformer2DModel'\. Known: {known}"
+    with pytest.raises(UnsupportedModelError, match=message):
         load_checkpoint(pipeline)
     edit_json(pipeline / "model_index.json", _class_name="StableDiffusionPipeline", transformer=None)
-    with pytest.raises(UnsupportedModelError, match="'StableDiffusionPipeline' has no transformer"):
+    message = f"the pipeline 'StableDiffusionPipeline' has no transformer. Known transformers: {known}"
+    with pytest.raises(UnsupportedModelError, match=message):
+        load_checkpoint(pipeline)
+
+
+def test_the_legacy_class_of_no_known_family_is_refused(pipeline: Path) -> None:
+    edit_json(pipeline / "model_index.json", transformer=["diffusers", "Transformer2DModel"])
+    edit_json(pipeline / "transformer" / "config.json", _class_name="Transformer2DModel", norm_type="layer_norm")
+    message = r"no exporter knows the class .Transformer2DModel with norm_type 'layer_norm'.\. Known: .*families\.md$"
+    with pytest.raises(UnsupportedModelError, match=message):
         load_checkpoint(pipeline)
 
 
