@@ -14,7 +14,7 @@ from adacorr_deploy.core.schedules import NoiseSchedule, Schedule
 from adacorr_deploy.core.specs import DType
 from adacorr_deploy.core.untrusted import clipped
 from adacorr_deploy.exporters.adapter import EXPORTERS, KNOWN_CLASSES, ExportableModel, adapter_for, check_class
-from adacorr_deploy.exporters.config_files import json_object
+from adacorr_deploy.exporters.config_files import PIPELINE_INDEX, folder_in_pipeline, json_object
 from adacorr_deploy.exporters.family_parts import family_parts, family_step_part
 from adacorr_deploy.exporters.part import Part
 from adacorr_deploy.exporters.text_encoder import LoadedTextEncoder, load_text_encoder
@@ -91,8 +91,7 @@ def load_checkpoint(
             "models that are named as on a hub aren't fetched."
         )
     loaded = _loaded_model(path, scheduler, heads)
-    own = path / "vae"
-    folder = vae or (own if (path / "model_index.json").exists() and own.is_dir() else None)
+    folder = vae or folder_in_pipeline(path, "vae")
     if with_vae and folder is not None:
         loaded = replace(loaded, vae=load_vae(folder))
     return _with_text_encoder(loaded, path, text_encoder) if with_text_encoder else loaded
@@ -103,8 +102,7 @@ def _with_text_encoder(loaded: LoadedModel, path: Path, given: Path | None) -> L
     takes_prompts = loaded.model.spec(DType.FLOAT32, 1).conditions.prompt is not None
     if given is not None and not takes_prompts:
         raise UnsupportedModelError(f"{given}: {path} takes no prompts, so it has no use for a text encoder.")
-    own = path / "text_encoder"
-    folder = given or (own if (path / "model_index.json").exists() and own.is_dir() else None)
+    folder = given or folder_in_pipeline(path, "text_encoder")
     if folder is None or not takes_prompts:
         return loaded
     return replace(loaded, text_encoder=load_text_encoder(folder))
@@ -113,7 +111,7 @@ def _with_text_encoder(loaded: LoadedModel, path: Path, given: Path | None) -> L
 def _loaded_model(path: Path, scheduler: Path | None, heads: int | None) -> LoadedModel:
     if path.is_file():
         return _from_original(path, scheduler, heads)
-    if (path / "model_index.json").exists():
+    if (path / PIPELINE_INDEX).exists():
         return _from_pipeline(path, scheduler)
     if (path / "config.json").exists():
         return _from_transformer(path, name=path.resolve().name, scheduler=scheduler)
@@ -143,7 +141,7 @@ def _from_original(path: Path, scheduler: Path | None, heads: int | None) -> Loa
 
 
 def _from_pipeline(path: Path, scheduler: Path | None) -> LoadedModel:
-    index = json_object(path / "model_index.json", CheckpointError)
+    index = json_object(path / PIPELINE_INDEX, CheckpointError)
     entry = index.get("transformer")
     if not isinstance(entry, list) or len(entry) != 2:
         raise UnsupportedModelError(
@@ -151,13 +149,12 @@ def _from_pipeline(path: Path, scheduler: Path | None) -> LoadedModel:
             f"Known transformers: {KNOWN_CLASSES}"
         )
     pipeline = index.get("_class_name")
-    check_class(entry[1], where=str(path / "model_index.json"))
-    own = path / "scheduler"
+    check_class(entry[1], where=str(path / PIPELINE_INDEX))
     return _from_transformer(
         path / "transformer",
         name=path.resolve().name,
-        scheduler=scheduler or (own if own.exists() else None),
-        class_names=_class_names(index.get("id2label"), where=str(path / "model_index.json")),
+        scheduler=scheduler or folder_in_pipeline(path, "scheduler"),
+        class_names=_class_names(index.get("id2label"), where=str(path / PIPELINE_INDEX)),
         pipeline=pipeline if isinstance(pipeline, str) else None,
     )
 

@@ -1,4 +1,4 @@
-"""Reading configurations that nobody vouches for."""
+"""Folders of pipelines, and reading configurations that nobody vouches for."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Final
 from adacorr_deploy.core.errors import AdaCorrError
 from adacorr_deploy.core.untrusted import clipped
 
+PIPELINE_INDEX: Final = "model_index.json"  # of a diffusers pipeline's folder
 _MAX_CONFIG_BYTES: Final = 16 << 20
 
 
@@ -34,3 +35,9 @@ def _each_key_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"key {clipped(twice)} stands there twice")
     return content
+
+
+def folder_in_pipeline(path: Path, name: str) -> Path | None:
+    """Return where a pipeline keeps one of its models; None where it has none, or `path` is no pipeline's folder."""
+    folder = path / name
+    return folder if (path / PIPELINE_INDEX).exists() and folder.is_dir() else None

@@ -18,7 +18,7 @@ from adacorr_deploy.core.errors import CheckpointError, UnsupportedModelError
 from adacorr_deploy.core.prompts import TEXT_ENCODER_PART, TextEncoderSpec, text_encoder_spec
 from adacorr_deploy.core.specs import DType, PromptSpec
 from adacorr_deploy.core.tokenizer import PromptTokenizer
-from adacorr_deploy.exporters.config_files import json_object
+from adacorr_deploy.exporters.config_files import folder_in_pipeline, json_object
 from adacorr_deploy.exporters.part import Part
 from adacorr_deploy.exporters.t5_config import T5Config
 from adacorr_deploy.exporters.tokenizer_files import TokenizerJson, load_tokenizer
@@ -189,8 +189,7 @@ def load_text_encoder(folder: Path) -> LoadedTextEncoder:
             is missing or damaged.
         UnsupportedModelError: If it is no T5, or one with a feature that has no compiled form.
     """
-    if (folder / "model_index.json").exists() and (folder / "text_encoder").is_dir():
-        folder = folder / "text_encoder"
+    folder = folder_in_pipeline(folder, "text_encoder") or folder
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} holds no config.json. Give a T5 encoder's folder in transformers' layout.")
     config = T5Config.checked(json_object(folder / "config.json", CheckpointError), where=str(folder / "config.json"))

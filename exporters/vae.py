@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from adacorr_deploy.core.errors import CheckpointError, UnsupportedModelError
 from adacorr_deploy.core.specs import DECODE_PART, DecoderSpec, DType, ModelSpec, decode_spec
 from adacorr_deploy.core.untrusted import clipped
-from adacorr_deploy.exporters.config_files import json_object
+from adacorr_deploy.exporters.config_files import folder_in_pipeline, json_object
 from adacorr_deploy.exporters.part import Part
 from adacorr_deploy.exporters.vae_config import ANOTHER_VAE, ImageVaeConfig, TemporalVaeConfig, VaeConfig
 from adacorr_deploy.exporters.weight_files import (
@@ -167,8 +167,7 @@ def load_vae(folder: Path) -> LoadedVae:
         CheckpointError: If weights are missing, truncated, unsafe, or don't fit the configuration.
         UnsupportedModelError: If it is of no class of `_KINDS`, or has a feature without a compiled form.
     """
-    if (folder / "model_index.json").exists() and (folder / "vae").is_dir():
-        folder = folder / "vae"
+    folder = folder_in_pipeline(folder, "vae") or folder
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} holds no config.json. Give the folder of a VAE in diffusers' layout.")
     raw, where = json_object(folder / "config.json", CheckpointError), str(folder / "config.json")
