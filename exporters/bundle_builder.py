@@ -26,12 +26,13 @@ from adacorr_deploy.core.manifest import (
 from adacorr_deploy.core.null_prompt import NULL_PROMPT_FILE, content_of_null_prompt
 from adacorr_deploy.core.output_folder import check_output_folder, output_folder
 from adacorr_deploy.core.progress import Progress
-from adacorr_deploy.core.prompts import TEXT_ENCODER_PART, TOKENIZER_FILE
-from adacorr_deploy.core.specs import DECODE_PART, MAX_DECODER_SIZE, DType, ModelSpec, PartSpec
+from adacorr_deploy.core.prompts import TOKENIZER_FILE
+from adacorr_deploy.core.specs import MAX_DECODER_SIZE, DType, ModelSpec, PartSpec
 from adacorr_deploy.engines.backend import Backend
 from adacorr_deploy.engines.bundle_sessions import check_precision
 from adacorr_deploy.exporters.checkpoints import LoadedModel
-from adacorr_deploy.exporters.onnx_parts import export_decoder, export_parts, export_text_encoder
+from adacorr_deploy.exporters.onnx_parts import export_part, export_parts
+from adacorr_deploy.exporters.part import Part
 from adacorr_deploy.exporters.vae import DEFAULT_TILE, MIN_TILE
 from adacorr_deploy.plugins.onnx_functions import service_parts
 
@@ -110,15 +111,18 @@ def build_bundle(
         EngineError: If the backend doesn't run this precision, or a part can't be compiled.
     """
     model = loaded.model.spec(options.precision, options.segment)
+    beside: list[tuple[Part, DType]] = []  # what stands beside the model's own parts, and in which precision
     decoder = None
     if loaded.vae is not None:
         decoder = loaded.vae.spec(
             model, tile=options.vae_tile, chunk=options.vae_chunk, precision=options.vae_precision
         )
+        beside.append((loaded.vae.part(model, decoder), decoder.precision))
     prompt, text_encoder = model.conditions.prompt, None
     if loaded.text_encoder is not None and prompt is not None:
         text_encoder = loaded.text_encoder.spec(prompt, options.text_precision)
-    for precision in {options.precision, *(each.precision for each in (decoder, text_encoder) if each is not None)}:
+        beside.append((loaded.text_encoder.part(prompt), text_encoder.precision))
+    for precision in {options.precision, *(each for _, each in beside)}:
         check_precision(precision, backend)
     backend.for_model(model)
     with output_folder(output, overwrite=options.overwrite) as folder:
@@ -126,10 +130,8 @@ def build_bundle(
         started = time.perf_counter()
         specs = export_parts(loaded, parts_dir, options.precision, options.segment, progress)
         specs |= _write_service_parts(model, parts_dir)
-        if loaded.vae is not None and decoder is not None:
-            specs[DECODE_PART] = export_decoder(loaded.vae, model, decoder, parts_dir)
-        if loaded.text_encoder is not None and prompt is not None and text_encoder is not None:
-            specs[TEXT_ENCODER_PART] = export_text_encoder(loaded.text_encoder, prompt, text_encoder, parts_dir)
+        specs |= {part.spec.name: export_part(part, precision, parts_dir) for part, precision in beside}
+        if loaded.text_encoder is not None and text_encoder is not None:
             _write_file(folder / TOKENIZER_FILE, loaded.text_encoder.tokenizer.content)
         export_seconds = time.perf_counter() - started
         null_prompt = _write_null_prompt(loaded, folder)

@@ -4,29 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final
 
 import onnx
 from torch import Tensor, nn
 
 from adacorr_deploy.core.errors import OutputError
+from adacorr_deploy.core.latents import LatentSpec
 from adacorr_deploy.core.progress import Progress
-from adacorr_deploy.core.prompts import TextEncoderSpec
-from adacorr_deploy.core.specs import DecoderSpec, DType, ModelSpec, PartSpec, PromptSpec
+from adacorr_deploy.core.specs import DType, PartSpec
 from adacorr_deploy.exporters.checkpoints import LoadedModel
 from adacorr_deploy.exporters.mapped_file import release_pages
 from adacorr_deploy.exporters.part import Part
 from adacorr_deploy.exporters.streamed_module import StreamedModule
-from adacorr_deploy.exporters.text_encoder import LoadedTextEncoder
-from adacorr_deploy.exporters.tracing import TracedPart, trace_part, weights_of
-from adacorr_deploy.exporters.vae import LoadedVae
+from adacorr_deploy.exporters.tracing import ONNX_TYPES, TracedPart, trace_part, weights_of
 from adacorr_deploy.exporters.weights_file import StoredTensor, layout_of, write_weights
-
-_ONNX_TYPES: Final[Mapping[DType, int]] = {
-    DType.FLOAT32: onnx.TensorProto.FLOAT,
-    DType.FLOAT16: onnx.TensorProto.FLOAT16,
-    DType.BFLOAT16: onnx.TensorProto.BFLOAT16,
-}
 
 
 def export_parts(
@@ -65,29 +56,20 @@ def export_parts(
     return specs
 
 
-def export_decoder(vae: LoadedVae, model: ModelSpec, decoder: DecoderSpec, directory: Path) -> PartSpec:
-    """Write decode.onnx and decode.safetensors into an existing folder.
+def export_part(part: Part, precision: DType, directory: Path, latents: LatentSpec | None = None) -> PartSpec:
+    """Write NAME.onnx and NAME.safetensors of one part into an existing folder, and return its spec.
+
+    Args:
+        part: The part.
+        precision: float32, float16 or bfloat16, of its weights.
+        directory: Where to write.
+        latents: Of its model, if named axes of its contract depend on their size.
 
     Raises:
-        UnsupportedModelError: If a weight overflows the decoder's precision.
+        UnsupportedModelError: If a weight overflows `precision`.
         OutputError: If a file can't be written.
     """
-    part = vae.part(model, decoder)
-    _write_part(part, trace_part(part, decoder.precision), directory, decoder.precision)
-    return part.spec
-
-
-def export_text_encoder(
-    encoder: LoadedTextEncoder, prompt: PromptSpec, spec: TextEncoderSpec, directory: Path
-) -> PartSpec:
-    """Write text_encoder.onnx and text_encoder.safetensors into an existing folder.
-
-    Raises:
-        UnsupportedModelError: If a weight overflows the encoder's precision.
-        OutputError: If a file can't be written.
-    """
-    part = encoder.part(prompt)
-    _write_part(part, trace_part(part, spec.precision), directory, spec.precision)
+    _write_part(part, trace_part(part, precision, latents), directory, precision)
     return part.spec
 
 
@@ -103,10 +85,8 @@ def monolithic_step_onnx(
         UnsupportedModelError: If a weight overflows `precision`.
         OutputError: If a file can't be written.
     """
-    part = loaded.step_part(precision, segment)
     latents = loaded.model.spec(precision, segment).latents
-    _write_part(part, trace_part(part, precision, latents), directory, precision)
-    return part.spec
+    return export_part(loaded.step_part(precision, segment), precision, directory, latents)
 
 
 def reference_modules(loaded: LoadedModel, segment: int = 1) -> dict[str, nn.Module]:
@@ -154,7 +134,10 @@ def _with_external_weights(
     model.graph.input.extend(inputs)
     for name, place in stored.items():
         tensor = model.graph.initializer.add(
-            name=name, data_type=_ONNX_TYPES[precision], dims=place.shape, data_location=onnx.TensorProto.EXTERNAL
+            name=name,
+            data_type=ONNX_TYPES[precision].value,
+            dims=place.shape,
+            data_location=onnx.TensorProto.EXTERNAL,
         )
         entries = {"location": location, "offset": place.offset_bytes, "length": place.length_bytes}
         for key, value in entries.items():

@@ -39,7 +39,7 @@ OPSET: Final = 20  # the first with Gelu; ONNX Runtime and TensorRT both take it
 # Sizes of the example inputs: all different and none 0 or 1, which tracing would take for constants.
 _EXAMPLE_SIZES: Final = {BATCH: 3, BRANCHES: 2, ROWS: 6, STEPS: 5, CHUNK: 9, TILE_HEIGHT: 11, TILE_WIDTH: 13}
 _EXAMPLE_PATCHES: Final = {FRAMES: 4, HEIGHT: 7, WIDTH: 8}
-_ONNX_TYPES: Final[Mapping[DType, ir.DataType]] = {
+ONNX_TYPES: Final[Mapping[DType, ir.DataType]] = {
     DType.FLOAT32: ir.DataType.FLOAT,
     DType.FLOAT16: ir.DataType.FLOAT16,
     DType.BFLOAT16: ir.DataType.BFLOAT16,
@@ -145,7 +145,7 @@ def _apply_contract(model: ir.Model, spec: PartSpec) -> None:
     given = {value.name: value for value in (*model.graph.inputs, *model.graph.outputs)}
     for tensor in (*spec.inputs, *spec.outputs):
         given[tensor.name].shape = ir.Shape(tensor.shape)
-        given[tensor.name].type = ir.TensorType(_ONNX_TYPES[tensor.dtype])
+        given[tensor.name].type = ir.TensorType(ONNX_TYPES[tensor.dtype])
     model.graph.name = spec.name
     model.producer_name, model.producer_version = "adacorr-deploy", None
 

@@ -24,7 +24,7 @@ from adacorr_deploy.engines.tensorrt_compiler import TensorRTCompiler
 from adacorr_deploy.engines.tensorrt_modules import TENSORRT_RTX
 from adacorr_deploy.exporters import LoadedModel, bundle_builder
 from adacorr_deploy.exporters.bundle_builder import BuildOptions, build_bundle
-from adacorr_deploy.exporters.onnx_parts import export_decoder
+from adacorr_deploy.exporters.onnx_parts import export_part
 from adacorr_deploy.exporters.vae import load_vae
 from adacorr_deploy.plugins.service_parts import service_part_specs
 from adacorr_deploy.runtime import Pipeline
@@ -171,7 +171,7 @@ def test_a_vaes_decoder_compiles(precision: DType, weights: WeightLayout, tmp_pa
     """Its sizes are fixed, so the profile of the request's sizes says nothing to it."""
     vae = load_vae(write_vae(tmp_path / "vae"))
     model = model_spec(latent_shape=(4, 16, 8), precision=precision)
-    spec = export_decoder(vae, model, vae.spec(model, tile=8, precision=precision), tmp_path)
+    spec = export_part(vae.part(model, vae.spec(model, tile=8, precision=precision)), precision, tmp_path)
     options = CompilerOptions(profile=PROFILE, targets=TARGETS, weights=weights)
     artefact = TensorRTBackend(TENSORRT_RTX, options).build(tmp_path / "decode.onnx", spec, tmp_path / "engines")
     assert artefact.path.name == "decode.engine"
@@ -192,7 +192,7 @@ def test_a_decoder_that_mixes_frames_compiles(precision: DType, weights: WeightL
     vae = load_vae(write_vae(tmp_path / "vae", random_temporal_vae()))
     fixed = model_spec(latent_shape=(4, 5, 8, 8), patch=(1, 1, 1), precision=precision)
     model = replace(fixed, latents=replace(fixed.latents, smallest=(1, 4, 8), largest=(5, 8, 8)))
-    spec = export_decoder(vae, model, vae.spec(model, chunk=3, precision=precision), tmp_path)
+    spec = export_part(vae.part(model, vae.spec(model, chunk=3, precision=precision)), precision, tmp_path)
     assert spec.inputs[0].shape == (CHUNK, 4, TILE_HEIGHT, 8)
     options = CompilerOptions(profile=PROFILE, targets=TARGETS, weights=weights)
     artefact = TensorRTBackend(TENSORRT_RTX, options).build(tmp_path / "decode.onnx", spec, tmp_path / "engines")

@@ -18,7 +18,7 @@ from adacorr_deploy.core.specs import DType, PromptSpec
 from adacorr_deploy.core.tokenizer import PromptTokenizer
 from adacorr_deploy.engines.backend import Artefact
 from adacorr_deploy.engines.onnxruntime_cpu import OnnxRuntimeBackend
-from adacorr_deploy.exporters.onnx_parts import export_text_encoder
+from adacorr_deploy.exporters.onnx_parts import export_part
 from adacorr_deploy.exporters.text_encoder import LoadedTextEncoder, load_text_encoder
 from adacorr_deploy.runtime.conditions import Prompts
 from adacorr_deploy.runtime.prompt_encoder import PromptEncoder
@@ -39,7 +39,7 @@ def encoder_in_ort(loaded: LoadedTextEncoder, folder: Path, prompt: PromptSpec =
     """Export an encoder, and open it as a pipeline does."""
     folder.mkdir(exist_ok=True)
     spec = loaded.spec(prompt)
-    part = export_text_encoder(loaded, prompt, spec, folder)
+    part = export_part(loaded.part(prompt), spec.precision, folder)
     backend = OnnxRuntimeBackend(threads=1)
     session = backend.open(Artefact(path=folder / "text_encoder.onnx"), part)
     return PromptEncoder(PromptTokenizer(loaded.tokenizer.content, spec, prompt, where="it"), session, backend)
@@ -201,6 +201,6 @@ def test_it_compiles_with_tensorrt_for_rtx(precision: DType, tmp_path: Path) -> 
     from adacorr_deploy.engines.tensorrt_modules import TENSORRT_RTX
 
     loaded = load_text_encoder(write_text_encoder(tmp_path))
-    part = export_text_encoder(loaded, PROMPT, loaded.spec(PROMPT, precision), tmp_path)
+    part = export_part(loaded.part(PROMPT), loaded.spec(PROMPT, precision).precision, tmp_path)
     compiler = TensorRTCompiler(TENSORRT_RTX, CompilerOptions(targets=("sm_86", "sm_120")))
     assert compiler.compile(tmp_path / "text_encoder.onnx", part, tmp_path / "engines").path.stat().st_size > 0

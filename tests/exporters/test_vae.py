@@ -19,7 +19,7 @@ from adacorr_deploy.core.tiles import tile_starts
 from adacorr_deploy.engines.backend import Artefact
 from adacorr_deploy.engines.onnxruntime_cpu import OnnxRuntimeBackend
 from adacorr_deploy.exporters.checkpoints import load_checkpoint
-from adacorr_deploy.exporters.onnx_parts import export_decoder
+from adacorr_deploy.exporters.onnx_parts import export_part
 from adacorr_deploy.exporters.vae import LoadedVae, load_vae
 from adacorr_deploy.runtime.decoder import Decoder
 from tests.exporters.random_vae import random_vae, write_vae
@@ -36,7 +36,7 @@ def model_of(height: int, width: int, precision: DType = DType.FLOAT32, channels
 def decoded(vae: LoadedVae, model: ModelSpec, decoder: DecoderSpec, folder: Path, latents: Array) -> Array:
     """Export the decoder, and decode with it as a pipeline does."""
     folder.mkdir(parents=True, exist_ok=True)
-    spec = export_decoder(vae, model, decoder, folder)
+    spec = export_part(vae.part(model, decoder), decoder.precision, folder)
     backend = OnnxRuntimeBackend(threads=1)
     session = backend.open(Artefact(path=folder / "decode.onnx"), spec)
     return Decoder(decoder, session, backend).images(latents)
