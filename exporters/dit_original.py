@@ -9,16 +9,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Final
 
 import torch
 from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
-from adacorr_deploy.core.errors import CheckpointError, UnsupportedModelError
+from adacorr_deploy.core.errors import UnsupportedModelError
 from adacorr_deploy.core.schedules import NoiseSchedule
 from adacorr_deploy.exporters.dit_config import DiTConfig, empty_dit
-from adacorr_deploy.exporters.weight_files import StateDict, require_tensors
+from adacorr_deploy.exporters.weight_files import StateDict, require_tensors, shape_of
 
 # (width, depth) → name and heads, which the shapes don't tell: table 1 of arXiv 2212.09748.
 ORIGINAL_SIZES: Final[Mapping[tuple[int, int], tuple[str, int]]] = {
@@ -48,6 +49,7 @@ _BLOCK: Final[Mapping[str, str]] = {  # original → diffusers, within a block; 
 }
 _PROJECTIONS: Final = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
 _POSITIONS: Final = "pos_embed"
+_MODEL: Final = "DiT (original layout)"
 
 
 def is_original_dit(state: Mapping[str, Tensor]) -> bool:
@@ -88,7 +90,7 @@ def diffusers_from_original(state: StateDict, *, where: str, heads: int | None =
     """
     config = _config_from_shapes(state, where=where, heads=heads)
     model = empty_dit(config)
-    require_tensors(state, original_from_diffusers(model), where=where, model="DiT (original layout)")
+    require_tensors(state, original_from_diffusers(model), where=where, model=_MODEL)
     model.load_state_dict(_renamed(state, config.num_layers), assign=True, strict=True)
     model.pos_embed.pos_embed = state[_POSITIONS]
     for block in model.transformer_blocks:
@@ -133,10 +135,11 @@ def _renamed(state: StateDict, depth: int) -> StateDict:
 
 
 def _config_from_shapes(state: StateDict, *, where: str, heads: int | None) -> DiTConfig:
-    width, channels, patch, _ = _shape(state, "x_embedder.proj.weight", 4, where)
-    _, tokens, _ = _shape(state, _POSITIONS, 3, where)
-    rows, _ = _shape(state, "y_embedder.embedding_table.weight", 2, where)
-    outputs, _ = _shape(state, "final_layer.linear.weight", 2, where)
+    shape = partial(shape_of, state, where=where, model=_MODEL)
+    width, channels, patch, _ = shape("x_embedder.proj.weight", 4)
+    _, tokens, _ = shape(_POSITIONS, 3)
+    rows, _ = shape("y_embedder.embedding_table.weight", 2)
+    outputs, _ = shape("final_layer.linear.weight", 2)
     depth = len({match[1] for key in state if (match := re.match(r"blocks\.(\d+)\.", key))})
     return DiTConfig.checked(
         {
@@ -167,12 +170,3 @@ def _heads(width: int, depth: int, heads: int | None, where: str) -> int:
     if heads < 1 or width % heads:
         raise UnsupportedModelError(f"{where}: {heads} attention heads don't divide the width {width}. Give a divisor.")
     return heads
-
-
-def _shape(state: StateDict, key: str, rank: int, where: str) -> tuple[int, ...]:
-    if key not in state:
-        raise CheckpointError(f"{where} lacks {key}, which a DiT (original layout) has. Check that it is one.")
-    shape = tuple(state[key].shape)
-    if len(shape) != rank or 0 in shape:
-        raise CheckpointError(f"{where}: {key} has shape {shape}, a DiT needs {rank} dimensions. Check the checkpoint.")
-    return shape

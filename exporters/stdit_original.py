@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
+from typing import Final
 
 import torch
 
-from adacorr_deploy.core.errors import CheckpointError, UnsupportedModelError
+from adacorr_deploy.core.errors import UnsupportedModelError
 from adacorr_deploy.core.schedules import FlowSchedule
 from adacorr_deploy.exporters.stdit import PIXELS_PER_LATENT, STDiT, STDiTSize
-from adacorr_deploy.exporters.weight_files import StateDict, with_weights
+from adacorr_deploy.exporters.weight_files import StateDict, shape_of, with_weights
 
-_SHAPES = {  # what the size is read from, and its rank
-    "x_embedder.proj.weight": 5,
-    "final_layer.linear.weight": 2,
-    "y_embedder.y_embedding": 2,
-    "rope.freqs": 1,
-}
+_MODEL: Final = "STDiT (Open-Sora 1.2)"
 
 
 def is_original_stdit(state: StateDict) -> bool:
@@ -48,26 +45,20 @@ def stdit_from_original(state: StateDict, *, where: str, heads: int | None = Non
         raise UnsupportedModelError(f"{where}: --heads is {heads}, but its rotary frequencies are of {size.heads}.")
     with torch.device("meta"):
         model = STDiT(size)
-    return with_weights(model, state, where=where, name="STDiT (Open-Sora 1.2)")
+    return with_weights(model, state, where=where, name=_MODEL)
 
 
 def _size_from_shapes(state: StateDict, *, where: str) -> STDiTSize:
-    shapes = {}
-    for key, rank in _SHAPES.items():
-        shape = tuple(state[key].shape) if key in state else ()
-        if len(shape) != rank or 0 in shape:
-            raise CheckpointError(
-                f"{where}: {key} has shape {shape or 'none'}, an STDiT (Open-Sora 1.2) needs {rank} dimensions. "
-                "Check that it is one."
-            )
-        shapes[key] = shape
-    width, channels, *patch = shapes["x_embedder.proj.weight"]
-    (pairs,) = shapes["rope.freqs"]
-    outputs, side = shapes["final_layer.linear.weight"][0], patch[1]
+    shape = partial(shape_of, state, where=where, model=_MODEL)
+    width, channels, *patch = shape("x_embedder.proj.weight", 5)
+    (pairs,) = shape("rope.freqs", 1)
+    outputs, _ = shape("final_layer.linear.weight", 2)
+    prompt_tokens, prompt_width = shape("y_embedder.y_embedding", 2)
+    side = patch[1]
     if patch != [1, side, side] or width % (2 * pairs) or width % 4 or outputs % side**2:
         raise UnsupportedModelError(
             f"{where}: patches of {patch}, a width of {width}, {pairs} rotary frequencies and {outputs} outputs a "
-            "token are of no STDiT (Open-Sora 1.2), whose patches are of one frame. Check that it is one."
+            f"token are of no {_MODEL}, whose patches are of one frame. Check that it is one."
         )
     out_channels = outputs // math.prod(patch)
     if out_channels not in (channels, 2 * channels):
@@ -82,6 +73,6 @@ def _size_from_shapes(state: StateDict, *, where: str) -> STDiTSize:
         patch=side,
         channels=channels,
         out_channels=out_channels,
-        prompt_width=shapes["y_embedder.y_embedding"][1],
-        prompt_tokens=shapes["y_embedder.y_embedding"][0],
+        prompt_width=prompt_width,
+        prompt_tokens=prompt_tokens,
     )

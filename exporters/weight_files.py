@@ -117,6 +117,20 @@ def require_tensors(state: Mapping[str, Tensor], expected: Mapping[str, Tensor],
         release_pages()
 
 
+def shape_of(state: StateDict, key: str, rank: int, *, where: str, model: str) -> tuple[int, ...]:
+    """Return the shape of a weight that tells a model's size.
+
+    Raises:
+        CheckpointError: If the weight is missing, or has not so many axes or an empty one.
+    """
+    if key not in state:
+        raise CheckpointError(f"{where} lacks {key}, which {model} has. Check that it is one.")
+    shape = tuple(state[key].shape)
+    if len(shape) != rank or 0 in shape:
+        raise CheckpointError(f"{where}: {key} has shape {shape}, {model} needs {rank} axes. Check the checkpoint.")
+    return shape
+
+
 def with_weights(model: _Model, state: StateDict, *, where: str, name: str) -> _Model:
     """Return a model of the meta device with a checkpoint's weights in it, which are not copied.
 

@@ -189,7 +189,7 @@ def without(state: dict[str, Tensor], key: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("key", "value", "error", "message"),
     [
-        ("rope.freqs", None, CheckpointError, "rope.freqs has shape none"),
+        ("rope.freqs", None, CheckpointError, "x lacks rope.freqs, which STDiT"),
         ("spatial_blocks.1.attn.q_norm.weight", None, CheckpointError, "1 missing: spatial_blocks.1.attn.q_norm"),
         ("rope.freqs", torch.ones(5), UnsupportedModelError, "5 rotary frequencies"),
         ("x_embedder.proj.weight", torch.ones(48, 4, 2, 2, 2), UnsupportedModelError, "patches are of one frame"),
