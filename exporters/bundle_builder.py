@@ -34,7 +34,7 @@ from adacorr_deploy.exporters.checkpoints import LoadedModel
 from adacorr_deploy.exporters.onnx_parts import export_part, export_parts
 from adacorr_deploy.exporters.part import Part
 from adacorr_deploy.exporters.vae import DEFAULT_TILE, MIN_TILE
-from adacorr_deploy.plugins.onnx_functions import service_parts
+from adacorr_deploy.plugins.onnx_service_parts import service_parts
 
 _TOOLS = ("adacorr-deploy", "torch", "diffusers", "transformers", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx")
 

@@ -1,8 +1,8 @@
 """The op's kernels as TensorRT 11 plugins: quickly deployable ones, compiled ahead of time.
 
 Their PTX goes into the plan, so what serves it needs neither Python nor a library of ours. TensorRT's ONNX parser takes
-them for the nodes of `onnx_functions.py`, whose `plugin_namespace` asks for them; where they aren't registered it takes
-the functions' bodies.
+them for the nodes of `onnx_service_parts.py` whose `plugin_namespace` asks for them; where they aren't registered it
+takes the functions' bodies.
 
 Never run against TensorRT in this project: its library can't be installed where it is developed. The tests hold what
 can be held without it: names, signatures, the kernels' arguments, the launches. By hand, these functions went once
@@ -21,7 +21,7 @@ from adacorr_deploy.core.errors import EngineError
 from adacorr_deploy.plugins.kernels import KERNELS, TOKEN_STATISTICS, KernelSpec, kernel_launch
 from adacorr_deploy.plugins.service_parts import SIGNAL_COUNT, SIGNALS_PART
 
-NAMESPACE: Final = "adacorr"  # onnx_functions.PLUGIN_NAMESPACE
+NAMESPACE: Final = "adacorr"  # TensorRT allows no dot in it
 PLUGINS: Final[Mapping[str, KernelSpec]] = {  # by the op type of the ONNX node, which is the plugin's name
     "AdaCorrSignals": KERNELS[SIGNALS_PART],
     "AdaCorrPredict": KERNELS["predict"],

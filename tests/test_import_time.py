@@ -24,8 +24,12 @@ BUILD_TIME_ONLY = (
     "transformers",
 )
 
-# The only two modules below the quality layer that may load them; they are imported by name, when a build needs them.
-BUILD_TIME_MODULES = ("adacorr_deploy.engines.torch_reference", "adacorr_deploy.plugins.onnx_functions")
+# The only modules below the quality layer that may load them; they are imported by name, when a build needs them.
+BUILD_TIME_MODULES = (
+    "adacorr_deploy.engines.torch_reference",
+    "adacorr_deploy.plugins.onnx_functions",
+    "adacorr_deploy.plugins.onnx_service_parts",
+)
 
 LOADED = f"""
 loaded = sorted(name for name in {BUILD_TIME_ONLY!r} if name in sys.modules)

@@ -16,7 +16,7 @@ from adacorr_deploy.engines.backend import Artefact, Backend
 from adacorr_deploy.engines.host_memory import HostBuffer
 from adacorr_deploy.engines.onnxruntime_cpu import OnnxRuntimeBackend
 from adacorr_deploy.engines.torch_reference import TorchBackend
-from adacorr_deploy.plugins.onnx_functions import service_parts
+from adacorr_deploy.plugins.onnx_service_parts import service_parts
 from tests.engines.onnx_graphs import WIDTH, part_spec, tensor
 from tests.models import model_spec
 

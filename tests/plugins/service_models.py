@@ -9,7 +9,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from adacorr_deploy.core.specs import DType, ModelSpec
-from adacorr_deploy.plugins.onnx_functions import service_parts
+from adacorr_deploy.plugins.onnx_service_parts import service_parts
 from tests.models import model_spec as any_model_spec
 
 PRECISIONS = (DType.FLOAT32, DType.FLOAT16)

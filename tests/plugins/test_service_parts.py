@@ -10,7 +10,8 @@ import pytest
 
 from adacorr_deploy.core.specs import DType, PartSpec
 from adacorr_deploy.plugins import blend_part_name, common_unit_count, predict_part_name, service_part_specs
-from adacorr_deploy.plugins.onnx_functions import DOMAIN, service_parts
+from adacorr_deploy.plugins.onnx_functions import DOMAIN
+from adacorr_deploy.plugins.onnx_service_parts import service_parts
 from tests.plugins.service_models import PRECISIONS, model_spec
 
 ELEMENT_TYPES = {

@@ -10,7 +10,7 @@ import pytest
 
 from adacorr_deploy.core.errors import EngineError
 from adacorr_deploy.core.specs import DType
-from adacorr_deploy.plugins.onnx_functions import PLUGIN_NAMESPACE, service_parts
+from adacorr_deploy.plugins.onnx_service_parts import service_parts
 from adacorr_deploy.plugins.tensorrt_op import NAMESPACE, PLUGINS, register_plugins
 from tests.plugins.fake_tensorrt import DataType, FakeTensorRT, Registered, TensorDesc, install
 from tests.plugins.service_models import model_spec
@@ -41,8 +41,8 @@ def described(name: str, precision: DType = DType.FLOAT16) -> list[TensorDesc]:
 
 def test_a_plugin_is_registered_for_each_node_that_asks_for_one(fake: FakeTensorRT) -> None:
     nodes = [proto.graph.node[0] for _, proto in service_parts(model_spec()).values() if proto.functions]
-    assert {f"{PLUGIN_NAMESPACE}::{node.op_type}" for node in nodes} == set(fake.plugins)
-    assert NAMESPACE == PLUGIN_NAMESPACE and "." not in NAMESPACE
+    assert {f"{NAMESPACE}::{node.op_type}" for node in nodes} == set(fake.plugins)
+    assert "." not in NAMESPACE
     for node in nodes:
         assert tuple(node.input) == PLUGINS[node.op_type].inputs
         assert tuple(node.output) == PLUGINS[node.op_type].outputs, "a scratch comes after the node's own outputs"

@@ -22,7 +22,7 @@ from adacorr_deploy.engines import Artefact, Launch, backend_by_name
 from adacorr_deploy.engines.bundle_sessions import check_precision
 from adacorr_deploy.engines.gpu_backend import GpuBackend
 from adacorr_deploy.exporters import LoadedModel, export_parts, monolithic_step_onnx
-from adacorr_deploy.plugins.onnx_functions import service_parts
+from adacorr_deploy.plugins.onnx_service_parts import service_parts
 from adacorr_deploy.runtime import Pipeline
 
 STEP_PART: Final = "step"
