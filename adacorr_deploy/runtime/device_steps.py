@@ -93,9 +93,9 @@ class DecidedSteps:
             graphs.record(
                 f"step {parity}",
                 [
-                    *space.launches(partial(space.embed, parity)),
+                    *space.bound.collected(partial(space.embed, parity)),
                     *blocks,
-                    *space.launches(partial(space.head, parity, None)),
+                    *space.bound.collected(partial(space.head, parity, None)),
                 ],
             )
             for parity in (0, 1)
@@ -145,20 +145,21 @@ class _Block:
         step, filled, reference = space.image.step, buffers.filled[block], _reference(slot)
         given, following = space.block_input(block), space.block_output(block)
         factors = Factors(coefficients=buffers.one, gate_steps=step if fresh_gates else filled)
+        launches = space.bound.collected
 
         def predicted(tokens: Buffer, tokens_out: Buffer) -> Callable[[], None]:
             return lambda: space.predict_held(block, slot, factors, tokens, tokens_out)
 
-        evaluate = space.launches(lambda: space.evaluate(block, slot))
+        evaluate = launches(lambda: space.evaluate(block, slot))
         refill = (
             graphs.copy(reference, given),
             graphs.note_evaluation(step=step, filled=filled, launches=buffers.launches[block]),
         )
         correct = (
-            *space.launches(predicted(reference, space.blocks.estimate)),  # before the evaluation replaces the entry
-            *space.launches(lambda: space.evaluate(block, slot, aside=True)),
+            *launches(predicted(reference, space.blocks.estimate)),  # before the evaluation replaces the entry
+            *launches(lambda: space.evaluate(block, slot, aside=True)),
             *refill,
-            *space.launches(lambda: space.blend_scored(block, slot, buffers.thresholds[block])),
+            *launches(lambda: space.blend_scored(block, slot, buffers.thresholds[block])),
         )
         decision = BlockDecision(
             signals=space.blocks.signals,
@@ -170,10 +171,10 @@ class _Block:
             images=images,
             block=block,
         )
-        cases = ((*evaluate, *refill), space.launches(predicted(given, following)), correct)
+        cases = ((*evaluate, *refill), launches(predicted(given, following)), correct)
         self.evaluation = evaluate[0]
         self.work: tuple[Launch | Switch, ...] = (
-            *space.launches(lambda: space.input_signals(block, slot)),
+            *launches(lambda: space.input_signals(block, slot)),
             Switch(decision=decision, cases=cases),
         )
 

@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from adacorr_deploy.caching.decisions import Prediction, SlotHistory
+from adacorr_deploy.caching.decisions import Prediction, SlotHistory, Span, SpanCache
 from adacorr_deploy.core.errors import EngineError, PolicyError
-from adacorr_deploy.engines.backend import Buffer
+from adacorr_deploy.core.specs import DType, ModelSpec
+from adacorr_deploy.engines.backend import Backend, Buffer
+from adacorr_deploy.runtime.buffers import RunSize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,3 +179,62 @@ class SlotPool:
     def _clear(self) -> None:
         for slot in {id(slot): slot for slot in (*self._slots, *self.spans, self.output)}.values():
             slot.clear()
+
+
+def allocate_slots(backend: Backend, model: ModelSpec, size: RunSize, zeros: Buffer) -> SlotPool:
+    """Allocate the slots of a run: of block parts, of spans that keep residuals, and of the model's output.
+
+    Args:
+        backend: Allocates.
+        model: The model.
+        size: Of the run.
+        zeros: (R, N, D) in the model's precision, never written.
+    """
+    parts = _slots_of_parts(backend, model, size, zeros)
+    return SlotPool(
+        parts,
+        _output_slot(backend, model, size),
+        allocate_reference=lambda: backend.allocate(zeros.shape, zeros.dtype),
+        spans=[_span_slot(backend, span, size, parts, zeros) for span in size.spans],
+    )
+
+
+def _slots_of_parts(backend: Backend, model: ModelSpec, size: RunSize, zeros: Buffer) -> list[CacheSlot]:
+    """Allocate a slot per block part. Units that nobody keeps must still go somewhere: into one ring for all."""
+    kept = size.kept_parts(len(model.units))
+
+    def ring(units: int, entries: int) -> Buffer:
+        return backend.allocate((entries, units, *zeros.shape), model.precision)
+
+    shared = {
+        units: ring(units, 1) for units in {model.units[part] for part in range(len(model.units)) if part not in kept}
+    }
+    return [
+        CacheSlot(
+            ring=ring(units, size.history) if part in kept else shared[units],
+            zeros=zeros,
+            history=SlotHistory(capacity=size.history if part in kept else 0),
+        )
+        for part, units in enumerate(model.units)
+    ]
+
+
+def _span_slot(backend: Backend, span: Span, size: RunSize, parts: Sequence[CacheSlot], zeros: Buffer) -> CacheSlot:
+    """Return the slot of a span: its part's where it keeps units or nothing, else a ring of residuals."""
+    if span.cache is not SpanCache.RESIDUAL:
+        return parts[span.first]
+    return CacheSlot(
+        ring=backend.allocate((max(size.history, 1), 1, *zeros.shape), zeros.dtype),
+        zeros=zeros,
+        history=SlotHistory(capacity=size.history),
+    )
+
+
+def _output_slot(backend: Backend, model: ModelSpec, size: RunSize) -> CacheSlot:
+    """Allocate the slot of the model's output: a unit of its own, an image large."""
+    image = (size.batch, *model.latents.shape_at(size.latents))
+    return CacheSlot(
+        ring=backend.allocate((max(size.output_history, 1), 1, *image), DType.FLOAT32),
+        zeros=backend.allocate(image, DType.FLOAT32),
+        history=SlotHistory(capacity=size.output_history),
+    )

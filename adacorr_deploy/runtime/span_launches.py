@@ -85,7 +85,7 @@ class SpanLaunches:
     def motion(self) -> Reading:
         """Measure how much what `keep_compared` has just stored moves from frame to frame: (R,)."""
         result = self._row_result("motion")
-        self._space.run(
+        self._space.bound.run(
             (MOTION_PART,),
             lambda: {
                 "tokens": self._space.blocks.estimate,
@@ -98,7 +98,7 @@ class SpanLaunches:
     def _combine_residuals(self, index: int, window: Window, use: str, tokens_out: Buffer) -> None:
         factors = self._space.factors(window)
         span = self._spans[index]
-        self._space.run(
+        self._space.bound.run(
             (combine_part_name(window.entries), use, index, window.start),
             lambda: {
                 "base": self._space.block_input(span.first),
@@ -112,7 +112,7 @@ class SpanLaunches:
 
     def _subtract(self, use: tuple[str | int, ...], span: Span, difference: Buffer, *, aside: bool = False) -> None:
         """Compute what a span has added: its output minus its input, which its parts have left as it was."""
-        self._space.run(
+        self._space.bound.run(
             (combine_part_name(1), *use),
             lambda: {
                 "base": self._space.blocks.fresh if aside else self._space.block_output(span.stop - 1),
@@ -147,7 +147,7 @@ class SpanLaunches:
     def probe(self, index: int) -> Reading:
         """Probe the modulated input of a span's first part: (R,)."""
         first, result = self._spans[index].first, self._row_result("probe")
-        self._space.run(
+        self._space.bound.run(
             (probe_part_name(self._model, units=self._model.units[first]), index),
             lambda: {
                 **self._modulation(first),
@@ -159,7 +159,7 @@ class SpanLaunches:
         return result.read_later()
 
     def _modulate(self, part: int) -> None:
-        self._space.run(
+        self._space.bound.run(
             (modulated_part_name(self._model, units=self._model.units[part]), part),
             lambda: {**self._modulation(part), "tokens_out": self._target()},
         )

@@ -1,4 +1,4 @@
-"""A workspace: the buffers of one run size, and every launch over them, bound when first needed and kept."""
+"""A workspace: the buffers of one run size, and what is launched over them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from adacorr_deploy.caching.decisions import SlotHistory, Span, SpanCache
-from adacorr_deploy.core.errors import EngineError
 from adacorr_deploy.core.samplers import SamplerTable
-from adacorr_deploy.core.specs import MODULATIONS_PER_UNIT, DType, ModelSpec, PartSpec
+from adacorr_deploy.core.specs import MODULATIONS_PER_UNIT, DType, ModelSpec
 from adacorr_deploy.engines.backend import Backend, Buffer, Launch, Session
 from adacorr_deploy.plugins.kernels import NOISE_KERNEL
 from adacorr_deploy.plugins.service_parts import SIGNALS_PART, blend_part_name, predict_part_name
+from adacorr_deploy.runtime.bound_launches import BoundLaunches
 from adacorr_deploy.runtime.buffers import (
     BlockBuffers,
     Factors,
@@ -26,7 +25,7 @@ from adacorr_deploy.runtime.buffers import (
 )
 from adacorr_deploy.runtime.conditions import Prompts, condition_rows
 from adacorr_deploy.runtime.request import NoiseStream, SampleRequest
-from adacorr_deploy.runtime.slots import CacheSlot, SlotPool, Window
+from adacorr_deploy.runtime.slots import CacheSlot, SlotPool, Window, allocate_slots
 from adacorr_deploy.runtime.span_launches import Allocate, SpanLaunches
 
 if TYPE_CHECKING:
@@ -51,14 +50,10 @@ class Workspace:
         null_prompt: Prompts | None = None,
     ) -> None:
         self._model = model
-        self._sessions = sessions
         self._null_prompt = null_prompt
         self.named = {**image.request, **blocks.context}  # what parts are given by the name of their input
-        self._launches: dict[tuple[str | int, ...], Launch] = {}
-        self._fuse = fuse
-        self._fused: dict[tuple[int, ...], Launch | None] = {}
+        self.bound = BoundLaunches(sessions, self.named, fuse)
         self._factors_written: dict[int, Window] = {}
-        self._collected: list[Launch] | None = None  # instead of being run, while `launches` asks for them
         self.image = image
         self.blocks = blocks
         self.slots = slots
@@ -83,7 +78,7 @@ class Workspace:
         for name, values in {"timesteps": table.timesteps, **rows}.items():
             image.request[name].write(values)
         outputs = {f"modulation_{index:02d}": buffer for index, buffer in enumerate(self.blocks.modulation)}
-        self.run(("condition",), lambda: {**outputs, "modulation_head": self.blocks.modulation_head})
+        self.bound.run(("condition",), lambda: {**outputs, "modulation_head": self.blocks.modulation_head})
 
     def begin_step(self, step: int, noise: Noise | None) -> None:
         """Say which step is next, and what its head adds, to work that was bound before."""
@@ -94,7 +89,7 @@ class Workspace:
     def embed(self, step: int) -> None:
         """Start a step: latents → tokens."""
         self.begin_step(step, None)
-        self.run(
+        self.bound.run(
             ("embed", step % 2),
             lambda: {
                 "latents": self.image.latents[step % 2],
@@ -109,7 +104,7 @@ class Workspace:
         entry = self.slots.output.next_entry
         if noise is not None:
             self._fill(image.noise, noise)
-        self.run(
+        self.bound.run(
             ("head", step % 2, entry),
             lambda: {
                 "tokens": self.block_input(len(self._model.units)),
@@ -152,7 +147,7 @@ class Workspace:
     def output_error(self, entry: int) -> Reading:
         """Compare the output predicted aside with the fresh one in a ring entry: relative error, (B,)."""
         image = self.image
-        self.run(
+        self.bound.run(
             ("output_error", entry),
             lambda: {
                 "predicted": image.predicted_output,
@@ -166,7 +161,7 @@ class Workspace:
         image = self.image
         factors = image.output_factors[window.entries - 1]
         factors.write(np.asarray(window.coefficients, dtype=np.float32))
-        self.run(
+        self.bound.run(
             (f"extrapolate_{window.entries}", use, step % 2, window.start),
             lambda: {
                 "latents": image.latents[step % 2],
@@ -184,10 +179,10 @@ class Workspace:
 
     def _fill(self, target: Buffer, noise: Noise) -> None:
         """Write normals, or make those of a draw where the buffer is, if the backend does."""
-        if isinstance(noise, int) and NOISE_KERNEL in self._sessions:
+        if isinstance(noise, int) and self.bound.has_part(NOISE_KERNEL):
             image = self.image
             image.noise_draw.write(np.asarray([noise], dtype=np.int64))
-            self.run(
+            self.bound.run(
                 (NOISE_KERNEL, target.address),
                 lambda: {"keys": image.noise_keys, "draw": image.noise_draw, "noise": target},
             )
@@ -226,21 +221,12 @@ class Workspace:
                 **{name: units[unit] for unit, name in enumerate(self._model.unit_names(block))},
             }
 
-        self.run((self._model.block_names[block], entry, int(aside)), tensors)
+        self.bound.run((self._model.block_names[block], entry, int(aside)), tensors)
 
     def evaluate_fused(self, first: int, slots: Sequence[CacheSlot]) -> bool:
         """Run consecutive blocks in one launch, if the backend makes one of those that have run: say whether."""
-        entries = (first, *(slot.next_entry for slot in slots))
-        if entries not in self._fused:
-            names = self._model.block_names[first : first + len(slots)]
-            keys = [(name, slot.next_entry, 0) for name, slot in zip(names, slots, strict=True)]
-            if not all(key in self._launches for key in keys):
-                return False
-            self._fused[entries] = self._fuse([self._launches[key] for key in keys])
-        fused = self._fused[entries]
-        if fused is not None:
-            fused.run()
-        return fused is not None
+        names = self._model.block_names[first : first + len(slots)]
+        return self.bound.run_fused([(name, slot.next_entry, 0) for name, slot in zip(names, slots, strict=True)])
 
     def reuse(self, block: int, slot: CacheSlot, window: Window) -> None:
         """Let the slot's prediction stand for the block's output."""
@@ -258,7 +244,7 @@ class Workspace:
         self, block: int, slot: CacheSlot, window: Window, use: str, tokens: Buffer, tokens_out: Buffer
     ) -> None:
         factors = self.factors(window)
-        self.run(
+        self.bound.run(
             (self._predict_part(block, window.entries), use, block, window.start),
             lambda: {
                 "tokens": tokens,
@@ -283,7 +269,7 @@ class Workspace:
 
     def predict_held(self, block: int, slot: CacheSlot, factors: Factors, tokens: Buffer, tokens_out: Buffer) -> None:
         """Predict from the ring's first entry, by factors that are not the host's to write."""
-        self.run(
+        self.bound.run(
             (self._predict_part(block, 1), "held", block, tokens.address, factors.gate_steps.address),
             lambda: {
                 "tokens": tokens,
@@ -313,7 +299,7 @@ class Workspace:
     def blend_scored(self, block: int, slot: CacheSlot, thresholds: Buffer) -> None:
         """Do the same where the scores stand in their buffer already, and the thresholds, (3,), in one of their own."""
         blocks = self.blocks
-        self.run(
+        self.bound.run(
             (blend_part_name(self._model, units=self._model.units[block], evaluations=1), block, thresholds.address),
             lambda: {
                 "base": blocks.estimate,
@@ -343,50 +329,11 @@ class Workspace:
     def compare(self, use: tuple[str | int, ...], tokens: Buffer, reference: Buffer) -> Reading:
         """Compare tokens with a reference, (R, 9); `use` names the pair, always the same two buffers."""
         signals = self.blocks.signals
-        self.run((SIGNALS_PART, *use), lambda: {"tokens": tokens, "reference": reference, "signals": signals})
+        self.bound.run((SIGNALS_PART, *use), lambda: {"tokens": tokens, "reference": reference, "signals": signals})
         return signals.read_later()
-
-    # --- Launches ------------------------------------------------------------------------------------------------
-
-    def launches(self, work: Callable[[], object]) -> tuple[Launch, ...]:
-        """Return what calls of the methods above would launch, bound and in order, without running it."""
-        collected: list[Launch] = []
-        self._collected = collected
-        try:
-            work()
-        finally:
-            self._collected = None
-        return tuple(collected)
 
     def _predict_part(self, block: int, evaluations: int) -> str:
         return predict_part_name(self._model, units=self._model.units[block], evaluations=evaluations)
-
-    def run(self, key: tuple[str | int, ...], tensors: Callable[[], Mapping[str, Buffer]]) -> None:
-        """Run the launch called `key`, whose first word is the part's name; bind it if it is the first time.
-
-        What `tensors` leaves out, the part is given by name: of the request, or of what the condition part made.
-        """
-        launch = self._launches.get(key)
-        if launch is None:
-            session = self._session(str(key[0]))
-            launch = self._launches[key] = session.bind({**named_tensors(session.spec, self.named), **tensors()})
-        if self._collected is None:
-            launch.run()
-        else:
-            self._collected.append(launch)
-
-    def _session(self, part: str) -> Session:
-        if part not in self._sessions:
-            raise EngineError(
-                f"The bundle has no part {part}, which this policy needs; it has {', '.join(sorted(self._sessions))}. "
-                "Rebuild it with adacorr-build."
-            )
-        return self._sessions[part]
-
-
-def named_tensors(spec: PartSpec, named: Mapping[str, Buffer]) -> dict[str, Buffer]:
-    """Return those of the named buffers that a part takes, or gives."""
-    return {tensor.name: named[tensor.name] for tensor in (*spec.inputs, *spec.outputs) if tensor.name in named}
 
 
 def allocate_workspace(
@@ -401,13 +348,7 @@ def allocate_workspace(
     outputs = sessions["condition"].spec.outputs if "condition" in sessions else ()
     context = [tensor for tensor in outputs if not tensor.name.startswith("modulation_")]
     blocks = allocate_block_buffers(backend, model, size, context)
-    parts = _allocate_slots(backend, model, size, blocks.zeros)
-    slots = SlotPool(
-        parts,
-        _allocate_output_slot(backend, model, size),
-        allocate_reference=lambda: backend.allocate(blocks.zeros.shape, blocks.zeros.dtype),
-        spans=[_span_slot(backend, span, size, parts, blocks.zeros) for span in size.spans],
-    )
+    slots = allocate_slots(backend, model, size, blocks.zeros)
     return Workspace(model, sessions, image, blocks, slots, backend.fuse, backend.allocate, null_prompt)
 
 
@@ -425,44 +366,3 @@ def workspace_bytes(model: ModelSpec, size: RunSize) -> int:
     prompt = model.conditions.prompt  # and its context, about as wide as the model's tokens
     text = 0 if prompt is None else size.rows * prompt.tokens * (4 * prompt.width + number * model.width)
     return tokens * (units + references + 5) + table + text + image * (max(size.output_history, 1) + 11)
-
-
-def _allocate_slots(backend: Backend, model: ModelSpec, size: RunSize, zeros: Buffer) -> list[CacheSlot]:
-    """Allocate a slot per block part. Units that nobody keeps must still go somewhere: into one ring for all."""
-    kept = size.kept_parts(len(model.units))
-
-    def ring(units: int, entries: int) -> Buffer:
-        return backend.allocate((entries, units, *zeros.shape), model.precision)
-
-    shared = {
-        units: ring(units, 1) for units in {model.units[part] for part in range(len(model.units)) if part not in kept}
-    }
-    return [
-        CacheSlot(
-            ring=ring(units, size.history) if part in kept else shared[units],
-            zeros=zeros,
-            history=SlotHistory(capacity=size.history if part in kept else 0),
-        )
-        for part, units in enumerate(model.units)
-    ]
-
-
-def _span_slot(backend: Backend, span: Span, size: RunSize, parts: Sequence[CacheSlot], zeros: Buffer) -> CacheSlot:
-    """Return the slot of a span: its part's where it keeps units or nothing, else a ring of residuals."""
-    if span.cache is not SpanCache.RESIDUAL:
-        return parts[span.first]
-    return CacheSlot(
-        ring=backend.allocate((max(size.history, 1), 1, *zeros.shape), zeros.dtype),
-        zeros=zeros,
-        history=SlotHistory(capacity=size.history),
-    )
-
-
-def _allocate_output_slot(backend: Backend, model: ModelSpec, size: RunSize) -> CacheSlot:
-    """Allocate the slot of the model's output: a unit of its own, an image large."""
-    image = (size.batch, *model.latents.shape_at(size.latents))
-    return CacheSlot(
-        ring=backend.allocate((max(size.output_history, 1), 1, *image), DType.FLOAT32),
-        zeros=backend.allocate(image, DType.FLOAT32),
-        history=SlotHistory(capacity=size.output_history),
-    )

@@ -156,7 +156,7 @@ def test_the_self_test_runs_the_graphs_of_parts_and_of_whole_steps(
     with Pipeline.open(own, backend=engines) as pipeline:
         result = self_test(pipeline)
         assert result.hardware == f"GPU 0 (stand-in), {engines.device.compute_capability}"
-        fused = [launch for space in pipeline._workspaces.values() for launch in space._fused.values()]
+        fused = [launch for space in pipeline._workspaces.values() for launch in space.bound._fused.values()]
         assert [launch.captured for launch in fused if isinstance(launch, DeviceLaunch)] == [True]
 
 
