@@ -21,15 +21,8 @@ from tests.serving.scripted_engine import wait_until
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tools" / "benchmarks"))
 
-from hostile_requests import (
-    ANSWERED,
-    HostileCall,
-    HostilePost,
-    hostile_calls,
-    hostile_posts,
-    lethal_calls,
-    send,
-)
+from hostile_calls import ANSWERED, HostileCall, hostile_calls, lethal_calls, send
+from hostile_posts import HostilePost, hostile_posts
 
 pytestmark = [pytest.mark.triton, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -19,7 +19,7 @@ from typing import Final
 import grpc
 import numpy as np
 import tritonclient.grpc as triton
-from hostile_requests import ANSWERED, HostileCall, hostile_calls, send
+from hostile_calls import ANSWERED, HostileCall, hostile_calls, send
 from numpy.typing import NDArray
 from serving_sides import Asked, Sides, fingerprint, sampled
 from tritonclient.utils import InferenceServerException

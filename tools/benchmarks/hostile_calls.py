@@ -1,12 +1,11 @@
-"""Requests that no honest client sends, as bytes on the wire, and how each is to be refused.
+"""Calls over gRPC that no honest client sends, as bytes on the wire, and how each is to be refused.
 
-Over gRPC they are messages of the inference protocol, over HTTP whole requests. The table serves the tests, which check
-every text, and the soak, which mixes them with honest requests.
+They are messages of the inference protocol, or what is to pass for one. The table serves the tests, which check every
+text, and the soak, which mixes them with honest requests.
 """
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +19,8 @@ METHOD: Final = "/inference.GRPCInferenceService/ModelInfer"
 INVALID: Final = "INVALID_ARGUMENT"
 ANSWERED: Final = "OK"
 LABELS: Final = "class_labels"
-_MANY: Final = 5_000
-_IMAGES: Final = 1_000_000
+MANY: Final = 5_000  # parameters, outputs
+IMAGES: Final = 1_000_000  # more than any model takes
 Parameter = bool | int | str | float
 _NO_FIELD: Final = "is no field of a request. See the repository's README for those."
 
@@ -55,29 +54,6 @@ class HostileCall:
     by_model: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostilePost:
-    """A request over HTTP: a body for `path`, or bytes that are no request at all."""
-
-    name: str
-    path: str
-    body: bytes
-    code: int  # 0: the connection is closed without an answer
-    text: str = ""
-    headers: Mapping[str, str] | None = None  # beside, or in place of, those that an honest client sends
-
-    def on_the_wire(self) -> bytes:
-        headers = {
-            "Host": "localhost",
-            "Connection": "close",
-            "Content-Type": "application/json",
-            "Content-Length": str(len(self.body)),
-            **(self.headers or {}),
-        }
-        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items() if value)
-        return f"POST {self.path} HTTP/1.1\r\n{lines}\r\n".encode("latin1") + self.body
-
-
 def send(channel: grpc.Channel, message: bytes, *, seconds: float = 30.0) -> tuple[str, str]:
     """Send bytes as a call, and return the code and the text of the answer."""
     call = channel.unary_unary(METHOD, request_serializer=None, response_deserializer=None)
@@ -86,9 +62,6 @@ def send(channel: grpc.Channel, message: bytes, *, seconds: float = 30.0) -> tup
     except grpc.RpcError as error:
         return error.code().name, error.details() or ""
     return ANSWERED, ""
-
-
-# --- gRPC --------------------------------------------------------------------------------------------------------
 
 
 def whole_numbers(*values: int) -> bytes:
@@ -126,7 +99,7 @@ def message(
 
 
 def hostile_calls(model: str) -> list[HostileCall]:
-    """Return every case over gRPC, for a model of fewer than `_IMAGES` classes and images."""
+    """Return every case over gRPC, for a model of fewer than `IMAGES` classes and images."""
     return [*_shapes(model), *_texts(model), *_values(model), *_parameters(model), *_messages(model), *_harmless(model)]
 
 
@@ -156,7 +129,7 @@ def _shapes(model: str) -> list[HostileCall]:
         ),
         HostileCall(
             name="a million images",
-            message=message(model, labels(*[0] * _IMAGES)),
+            message=message(model, labels(*[0] * IMAGES)),
             text="the number of class_labels is 1000000, allowed are whole numbers from 1 to ",
             by_model=True,
         ),
@@ -190,7 +163,7 @@ def _values(model: str) -> list[HostileCall]:
         raw = np.full(shape, value, dtype=np.float32).tobytes()
         return Tensor(name="latents", datatype="FP32", shape=shape, raw=raw)
 
-    formats = Tensor(name="outputs", datatype="BYTES", shape=[_MANY], raw=text(b"png") * _MANY)
+    formats = Tensor(name="outputs", datatype="BYTES", shape=[MANY], raw=text(b"png") * MANY)
     return [
         case("least steps", single("steps", "INT64", whole_numbers(-(2**63))), "steps: Input should be greater"),
         case("most steps", single("steps", "INT64", whole_numbers(2**63 - 1)), "is 9223372036854775807, allowed are"),
@@ -235,7 +208,7 @@ def _parameters(model: str) -> list[HostileCall]:
             name=name, message=message(model, labels(1), edit=edit), code=code, text=text, by_model=by_model
         )
 
-    many = {f"p{index}": index for index in range(_MANY)}
+    many = {f"p{index}": index for index in range(MANY)}
     reserved = "parameter keys starting with 'triton_' are reserved for Triton usage"
     return [
         case("misspelt field", f"'sede' {_NO_FIELD}", {"sede": 7}, by_model=True),
@@ -325,109 +298,8 @@ def _harmless(model: str) -> list[HostileCall]:
         HostileCall(name="long id", message=message(model, labels(1), edit=named), code=ANSWERED),
         HostileCall(name="sequence and priority", message=message(model, labels(1), edit=sequence), code=ANSWERED),
         HostileCall(
-            name="an output many times", message=message(model, labels(1), outputs=["rho"] * _MANY), code=ANSWERED
+            name="an output many times", message=message(model, labels(1), outputs=["rho"] * MANY), code=ANSWERED
         ),
-    ]
-
-
-# --- HTTP --------------------------------------------------------------------------------------------------------
-
-
-def hostile_posts(model: str) -> list[HostilePost]:
-    """Return every case over HTTP."""
-    return [*_bodies(model), *_framing(model)]
-
-
-def _body(**fields: object) -> bytes:
-    return json.dumps({LABELS: [1], "outputs": ["png_base64"], **fields}).encode()
-
-
-def _bodies(model: str) -> list[HostilePost]:
-    path = f"/v2/models/{model}/generate"
-    unparsed = "failed to parse the request JSON buffer"
-    many = {f"p{index}": index for index in range(_MANY)}
-    cases: list[tuple[str, bytes, int, str]] = [
-        ("no JSON", b"hello", 500, unparsed),
-        ("no body", b"", 500, unparsed),
-        ("deep JSON", b"[" * 100_000, 500, unparsed),
-        ("deep field", b'{"class_labels":' + b"[" * 100_000, 500, unparsed),
-        ("number beyond all", b'{"class_labels":[1],"guidance":1e400}', 500, "Number too big to be stored in double"),
-        ("NaN", b'{"class_labels":[1],"guidance":NaN}', 400, "guidance: Input should be a finite number, got nan."),
-        ("a field twice", b'{"class_labels":[1],"class_labels":[2]}', 400, "'class_labels' already exists in request"),
-        ("text for numbers", _body(class_labels="x"), 500, "Unable to parse 'data'"),
-        ("fraction", _body(class_labels=[1.5]), 500, "Unable to parse 'data'"),
-        ("null", _body(class_labels=None), 500, "Unable to parse 'data'"),
-        ("seed beyond all", _body(seed=10**30), 500, "Unable to parse 'data'"),
-        ("no UTF-8", b'{"class_labels":[1],"policy":"\xff\xfe"}', 400, "policy is not UTF-8 text"),
-        ("half a character", b'{"class_labels":[1],"policy":"\\ud800"}', 500, "surrogate pair in string is invalid"),
-        ("a list", b"[1]", 500, "attempt to get members for non-object"),
-        ("more after the end", _body() + b"xx", 500, "must not be followed by other values"),
-        ("thousands of fields", _body(**many), 400, "is no field of a request"),
-        ("a million images", _body(class_labels=[0] * _IMAGES), 400, "the number of class_labels is 1000000, allowed"),
-        ("huge text", _body(policy="x" * 5_000_000), 400, "policy: String should have at most 80 characters"),
-        (
-            "the server's own key",
-            _body(triton_trace="[" * 100_000),
-            200,
-            "png_base64",
-        ),  # it has no meaning in a plain call
-    ]
-    return [HostilePost(name=name, path=path, body=body, code=code, text=text) for name, body, code, text in cases]
-
-
-def _framing(model: str) -> list[HostilePost]:
-    generate, infer = f"/v2/models/{model}/generate", f"/v2/models/{model}/infer"
-    length = "Inference-Header-Content-Length"
-    too_long, below = (
-        json.dumps(
-            {"inputs": [{"name": LABELS, "shape": [1], "datatype": "INT64", "parameters": {"binary_data_size": size}}]}
-        ).encode()
-        for size in (80, -8)
-    )
-    return [
-        HostilePost(name="cut body", path=generate, body=_body()[:20], headers={"Content-Length": "200"}, code=0),
-        HostilePost(name="length below 0", path=generate, body=_body(), headers={"Content-Length": "-5"}, code=0),
-        HostilePost(
-            name="no gzip",
-            path=generate,
-            body=_body(),
-            headers={"Content-Encoding": "gzip"},
-            code=400,
-            text="Unsupported content-encoding",
-        ),
-        HostilePost(
-            name="header length below 0",
-            path=infer,
-            body=_body(),
-            headers={length: "-1"},
-            code=400,
-            text="inference header size should be in range",
-        ),
-        HostilePost(
-            name="header length beyond all",
-            path=infer,
-            body=_body(),
-            headers={length: "9" * 20},
-            code=400,
-            text="inference header size should be in range",
-        ),
-        HostilePost(
-            name="fewer bytes than announced",
-            path=infer,
-            body=too_long + whole_numbers(1),
-            headers={length: str(len(too_long))},
-            code=400,
-            text="unexpected size for input 'class_labels', expecting 72 additional bytes",
-        ),
-        HostilePost(
-            name="bytes below 0",
-            path=infer,
-            body=below + whole_numbers(1),
-            headers={length: str(len(below))},
-            code=500,
-            text="Unable to parse 'binary_data_size'",
-        ),
-        HostilePost(name="path", path=f"/v2/models/../../etc/{model}/infer", body=_body(), code=404),
     ]
 
 
