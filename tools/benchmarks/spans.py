@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,6 +23,7 @@ import numpy as np
 from machine import cpu_model, say
 from models import GUIDANCE, HISTORY, Opened, loaded_model, static_controller, timed
 from numpy.typing import NDArray
+from round_figures import Figure, Times, figure, median_times, print_figures
 
 from adacorr_deploy.caching.controllers import Run
 from adacorr_deploy.caching.decisions import Observed, Prediction
@@ -40,19 +40,6 @@ from adacorr_deploy.runtime.workspace import Workspace
 
 REPEATS: Final = 5  # of launches that are too short to be timed alone
 STEPS: Final = 4
-
-Times = dict[str, float]  # seconds by arm, of one round
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figure:
-    """A ratio of two arms' times of the same round: over the rounds, and of each arm's fastest."""
-
-    name: str
-    median: float
-    low: float
-    high: float
-    of_fastest: float
 
 
 FIGURES: Final[Mapping[str, tuple[str, str]]] = {
@@ -165,8 +152,8 @@ def measure(args: argparse.Namespace, folder: Path) -> Report:
         },
         halves_max_abs_difference=difference,
         halves_equal_bits=difference == 0.0,
-        median_seconds={arm: statistics.median(times[arm] for times in rounds[1:]) for arm in rounds[0]},
-        figures=[_figure(name, *arms, rounds[1:]) for name, arms in FIGURES.items()],
+        median_seconds=median_times(rounds[1:]),
+        figures=[figure(name, partial(_ratio, arms), rounds[1:]) for name, arms in FIGURES.items()],
     )
 
 
@@ -177,10 +164,9 @@ def _pipeline(
     return Opened.of(build_bundle(loaded, path, backend, options), backend, resources).pipeline()
 
 
-def _figure(name: str, arm: str, base: str, rounds: Sequence[Times]) -> Figure:
-    ratios = [times[arm] / times[base] for times in rounds]
-    fastest = min(times[arm] for times in rounds) / min(times[base] for times in rounds)
-    return Figure(name=name, median=statistics.median(ratios), low=min(ratios), high=max(ratios), of_fastest=fastest)
+def _ratio(arms: tuple[str, str], times: Times) -> float:
+    arm, base = arms
+    return times[arm] / times[base]
 
 
 def print_report(report: Report) -> None:
@@ -188,10 +174,7 @@ def print_report(report: Report) -> None:
         print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in getattr(report, name).items()))
     same = "the same bits" if report.halves_equal_bits else f"{report.halves_max_abs_difference:.2e} apart at most"
     print(f"tokens after the chain of halves and the chain of blocks: {same}\n")
-    print(f"{'figures':<42}{'median':>9}{'low':>9}{'high':>9}{'fastest':>9}")
-    for each in report.figures:
-        numbers = (each.median, each.low, each.high, each.of_fastest)
-        print(f"{each.name:<42}" + "".join(f"{value:>9.4f}" for value in numbers))
+    print_figures(report.figures)
 
 
 def main() -> None:
