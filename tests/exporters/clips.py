@@ -73,3 +73,14 @@ class Chain:
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     assert actual.shape == expected.shape
     return float(torch.linalg.vector_norm(actual - expected) / torch.linalg.vector_norm(expected))
+
+
+def random_prompts(lengths: Sequence[int], *, tokens: int, width: int) -> dict[str, Tensor]:
+    """Random embeddings of so many rows, of which the first `lengths` tokens are real."""
+    embeddings = torch.randn(len(lengths), tokens, width, generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(tokens)[None] < torch.tensor(lengths)[:, None]
+    return {"prompt_embeddings": embeddings, "prompt_mask": mask.long()}
+
+
+def latents_of(batch: int, frames: int, height: int, width: int) -> Tensor:
+    return torch.randn(batch, 4, frames, height, width, generator=torch.Generator().manual_seed(2))

@@ -17,8 +17,9 @@ import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from numpy.typing import NDArray
 
+from adacorr_deploy.core.schedules import Schedule
 from adacorr_deploy.core.specs import DType, PartSpec
-from adacorr_deploy.exporters import LoadedModel, export_parts, monolithic_step_onnx
+from adacorr_deploy.exporters import ExportableModel, LoadedModel, export_parts, monolithic_step_onnx
 from adacorr_deploy.exporters.dit_adapter import DiTModel
 
 Arrays = Mapping[str, NDArray[np.generic]]
@@ -33,10 +34,10 @@ CONFIG = {
 }
 
 
-def random_dit(*, learned_variance: bool = True, seed: int = 0) -> DiTTransformer2DModel:
+def random_dit(*, learned_variance: bool = True, seed: int = 0, **changes: object) -> DiTTransformer2DModel:
     """A model whose every weight matters: no gate is zero, and all blocks embed alike as in released checkpoints."""
     torch.manual_seed(seed)
-    model = DiTTransformer2DModel(**CONFIG, out_channels=8 if learned_variance else 4)
+    model = DiTTransformer2DModel(**{**CONFIG, "out_channels": 8 if learned_variance else 4, **changes})
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.1)
     for block in model.transformer_blocks:
@@ -45,11 +46,15 @@ def random_dit(*, learned_variance: bool = True, seed: int = 0) -> DiTTransforme
 
 
 def loaded(model: DiTTransformer2DModel) -> LoadedModel:
-    adapted = DiTModel(model)
+    return loaded_as("random", DiTModel(model))
+
+
+def loaded_as(name: str, model: ExportableModel, schedule: Schedule | None = None) -> LoadedModel:
+    """Return a model as a checkpoint that was loaded, by default with its family's schedule."""
     return LoadedModel(
-        name="random",
-        model=adapted,
-        schedule=adapted.training_schedule(),
+        name=name,
+        model=model,
+        schedule=schedule or model.training_schedule(),
         checkpoint_sha256="0" * 64,
         class_names=None,
     )

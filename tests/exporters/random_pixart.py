@@ -10,6 +10,7 @@ from diffusers import PixArtTransformer2DModel
 from adacorr_deploy.core.schedules import NoiseSchedule
 from adacorr_deploy.exporters import LoadedModel
 from adacorr_deploy.exporters.pixart_adapter import PixArtModel
+from tests.exporters.conftest import loaded_as
 
 PROMPT_TOKENS = 7  # T
 PROMPT_WIDTH = 20  # E
@@ -41,11 +42,4 @@ def adapted(model: PixArtTransformer2DModel) -> PixArtModel:
 
 
 def loaded_pixart(model: PixArtTransformer2DModel, schedule: NoiseSchedule | None = None) -> LoadedModel:
-    pixart = adapted(model)
-    return LoadedModel(
-        name="random-pixart",
-        model=pixart,
-        schedule=schedule or pixart.training_schedule(),
-        checkpoint_sha256="0" * 64,
-        class_names=None,
-    )
+    return loaded_as("random-pixart", adapted(model), schedule)

@@ -21,8 +21,8 @@ from adacorr_deploy.engines.onnxruntime_cpu import OnnxRuntimeBackend
 from adacorr_deploy.exporters import load_checkpoint
 from adacorr_deploy.exporters.bundle_builder import BuildOptions, build_bundle
 from adacorr_deploy.runtime import Pipeline, Prompts, SampleRequest, sample_with_policy
-from tests.exporters.test_latte import FRAMES, random_latte
-from tests.exporters.test_stdit import SIZE, random_stdit
+from tests.exporters.random_latte import FRAMES, random_latte
+from tests.exporters.random_stdit import SIZE, random_stdit
 
 STEPS = 20
 TOLERANCE = 1e-3  # of a whole run's latents, relative

@@ -2,62 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
 from diffusers import LatteTransformer3DModel
-from torch import Tensor
 
 from adacorr_deploy.core.errors import CheckpointError, UnsupportedModelError
 from adacorr_deploy.core.specs import HALVES, DType
 from adacorr_deploy.exporters.latte_adapter import LatteAdapter, LatteModel
-from tests.exporters.clips import Chain, relative_error
+from tests.exporters.clips import Chain, latents_of, random_prompts, relative_error
+from tests.exporters.random_latte import CONFIG, FRAMES, random_latte
 
-FRAMES = 5
-CONFIG: dict[str, Any] = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "in_channels": 4,
-    "out_channels": 8,
-    "num_layers": 2,
-    "cross_attention_dim": 32,
-    "attention_bias": True,
-    "sample_size": 8,
-    "patch_size": 2,
-    "activation_fn": "gelu-approximate",
-    "norm_type": "ada_norm_single",
-    "norm_elementwise_affine": False,
-    "norm_eps": 1e-6,
-    "caption_channels": 24,
-    "video_length": FRAMES,
-}
 TOLERANCE = 1e-4
-
-
-def random_latte(**changes: object) -> LatteTransformer3DModel:
-    """A model whose every weight matters: no gate, table or output is zero."""
-    torch.manual_seed(0)
-    model = LatteTransformer3DModel(**{**CONFIG, **changes})
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.15)
-    return model.eval().requires_grad_(False)
+prompts = partial(random_prompts, tokens=120, width=24)
 
 
 @pytest.fixture(scope="module")
 def latte() -> LatteTransformer3DModel:
     return random_latte()
-
-
-def prompts(lengths: list[int], tokens: int = 120, width: int = 24) -> dict[str, Tensor]:
-    """Random embeddings of so many rows, of which the first `lengths` tokens are real."""
-    embeddings = torch.randn(len(lengths), tokens, width, generator=torch.Generator().manual_seed(1))
-    mask = torch.arange(tokens)[None] < torch.tensor(lengths)[:, None]
-    return {"prompt_embeddings": embeddings, "prompt_mask": mask.long()}
-
-
-def latents_of(batch: int, frames: int, height: int, width: int) -> Tensor:
-    return torch.randn(batch, 4, frames, height, width, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.mark.parametrize("segment", [HALVES, 1, 2, 3])

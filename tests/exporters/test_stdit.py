@@ -15,20 +15,10 @@ from adacorr_deploy.core.specs import HALVES, DType
 from adacorr_deploy.exporters.adapter import EXPORTERS
 from adacorr_deploy.exporters.stdit import STDiT, STDiTSize, grid_positions, rotated, rotation_frequencies
 from adacorr_deploy.exporters.stdit_adapter import STDiTAdapter, STDiTModel
-from tests.exporters.clips import Chain, relative_error
+from tests.exporters.clips import Chain, latents_of, random_prompts, relative_error
+from tests.exporters.random_stdit import SIZE, random_stdit
 
-SIZE = STDiTSize(width=48, heads=2, depth=2, patch=2, channels=4, out_channels=8, prompt_width=20, prompt_tokens=10)
 TOLERANCE = 1e-4
-
-
-def random_stdit(size: STDiTSize = SIZE) -> STDiT:
-    """A model whose every weight matters: no gate, table or output is zero."""
-    torch.manual_seed(0)
-    model = STDiT(size)
-    for name, weight in model.named_parameters():
-        if name != "rope.freqs":
-            torch.nn.init.normal_(weight, mean=float(name.endswith("_norm.weight")), std=0.15)
-    return model.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +28,8 @@ def stdit() -> STDiT:
 
 def conditions_of(lengths: list[int], rates: list[float]) -> dict[str, Tensor]:
     """Random prompts of so many rows, of which the first `lengths` tokens are real, and frame rates."""
-    tokens = SIZE.prompt_tokens
-    embeddings = torch.randn(len(lengths), tokens, SIZE.prompt_width, generator=torch.Generator().manual_seed(1))
-    mask = torch.arange(tokens)[None] < torch.tensor(lengths)[:, None]
-    return {"prompt_embeddings": embeddings, "prompt_mask": mask.long(), "frame_rate": torch.tensor(rates)}
-
-
-def latents_of(batch: int, frames: int, height: int, width: int) -> Tensor:
-    return torch.randn(batch, 4, frames, height, width, generator=torch.Generator().manual_seed(2))
+    prompts = random_prompts(lengths, tokens=SIZE.prompt_tokens, width=SIZE.prompt_width)
+    return {**prompts, "frame_rate": torch.tensor(rates)}
 
 
 @pytest.mark.parametrize("segment", [HALVES, 1, 2, 3])

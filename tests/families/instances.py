@@ -11,10 +11,10 @@ from adacorr_deploy.exporters import ExportableModel, LoadedModel
 from adacorr_deploy.exporters.dit_adapter import DiTModel
 from adacorr_deploy.exporters.latte_adapter import LatteModel
 from adacorr_deploy.exporters.stdit_adapter import STDiTModel
-from tests.exporters.conftest import random_dit
+from tests.exporters.conftest import loaded_as, random_dit
+from tests.exporters.random_latte import FRAMES, random_latte
 from tests.exporters.random_pixart import ALPHA_1024, adapted, random_pixart
-from tests.exporters.test_latte import FRAMES, random_latte
-from tests.exporters.test_stdit import random_stdit
+from tests.exporters.random_stdit import random_stdit
 from tests.families.text_to_image import random_text_to_image
 
 
@@ -42,7 +42,4 @@ FAMILIES: Final[Mapping[str, Family]] = {
 
 def loaded_family(name: str) -> LoadedModel:
     """Return the instance as a loaded checkpoint."""
-    model = FAMILIES[name].make()
-    return LoadedModel(
-        name=name, model=model, schedule=model.training_schedule(), checkpoint_sha256="0" * 64, class_names=None
-    )
+    return loaded_as(name, FAMILIES[name].make())

@@ -7,17 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from diffusers import DiTTransformer2DModel
 
 from adacorr_deploy.caching.policy import policy_named
 from adacorr_deploy.core.samplers import Sampler
 from adacorr_deploy.core.specs import DType
 from adacorr_deploy.engines.onnxruntime_cpu import OnnxRuntimeBackend
-from adacorr_deploy.exporters import LoadedModel
 from adacorr_deploy.exporters.bundle_builder import BuildOptions, build_bundle
-from adacorr_deploy.exporters.dit_adapter import DiTModel
 from adacorr_deploy.runtime import BatchingEngine, Pipeline, SampleRequest, sample_with_policy
+from tests.exporters.conftest import loaded, random_dit
 from tests.runtime.batching_world import Box
 
 pytestmark = pytest.mark.slow  # a bundle is exported
@@ -28,9 +25,7 @@ POLICIES = ("none", "fora@2", "paper-exact", "fewer-steps")
 @pytest.fixture(scope="module")
 def real_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two random blocks over 256 tokens: attention sums over more of them than a kernel takes at once."""
-    torch.manual_seed(0)
-    model = DiTTransformer2DModel(
-        num_attention_heads=2,
+    model = random_dit(
         attention_head_dim=24,
         in_channels=2,
         out_channels=4,
@@ -38,21 +33,9 @@ def real_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sample_size=32,
         num_embeds_ada_norm=5,
     )
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.1)
-    for block in model.transformer_blocks:
-        block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
-    adapted = DiTModel(model.eval().requires_grad_(False))
-    loaded = LoadedModel(
-        name="random",
-        model=adapted,
-        schedule=adapted.training_schedule(),
-        checkpoint_sha256="0" * 64,
-        class_names=None,
-    )
     output = tmp_path_factory.mktemp("real") / "bundle"
     options = BuildOptions(precision=DType.FLOAT32)
-    return build_bundle(loaded, output, OnnxRuntimeBackend(threads=1), options).path
+    return build_bundle(loaded(model), output, OnnxRuntimeBackend(threads=1), options).path
 
 
 @pytest.mark.parametrize(("threads", "lanes"), [(1, 2), (2, 1), (5, 1)])

@@ -47,9 +47,14 @@ def loaded_model(size: str) -> LoadedModel:
     if size == "demo":
         return load_checkpoint(Path(adacorr_deploy.__file__).parent / "demo")
     shape, patch = shape_and_patch(size)
-    model = DiTModel(random_dit(*shape, patch=patch))
+    return loaded_dit(f"random-DiT-{size.replace('/', '-')}", random_dit(*shape, patch=patch))
+
+
+def loaded_dit(name: str, dit: DiTTransformer2DModel) -> LoadedModel:
+    """Return a model as a checkpoint that was loaded."""
+    model = DiTModel(dit)
     return LoadedModel(
-        name=f"random-DiT-{size.replace('/', '-')}",
+        name=name,
         model=model,
         schedule=model.training_schedule(),
         checkpoint_sha256="0" * 64,

@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -106,13 +106,7 @@ class PeerModel:
     ) -> None:
         self._pipeline = pipeline
         self._model = DiTModel(copy.deepcopy(loaded.model.module))
-        self._loaded = LoadedModel(
-            name=loaded.name,
-            model=self._model,
-            schedule=loaded.schedule,
-            checkpoint_sha256=loaded.checkpoint_sha256,
-            class_names=loaded.class_names,
-        )
+        self._loaded = replace(loaded, model=self._model)
         self._runs = 0
         self._reset = reset
         blocks = self._model.module.transformer_blocks

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from models import GUIDANCE, random_dit
+from models import GUIDANCE, loaded_dit, random_dit
 
 from adacorr_deploy.engines import backend_by_name
-from adacorr_deploy.exporters import LoadedModel
 from adacorr_deploy.exporters.bundle_builder import BuildOptions, build_bundle
-from adacorr_deploy.exporters.dit_adapter import DiTModel
 from adacorr_deploy.quality.calibrate import CalibrationOptions
 from adacorr_deploy.quality.policy_calibration import store_calibration
 from adacorr_deploy.runtime import Pipeline
@@ -20,14 +18,7 @@ STEPS: Final = 6  # that it is calibrated for
 
 def write_tiny_bundle(path: Path) -> Path:
     """Build a DiT of three blocks and nine tokens, whose latents are grey pixels, and calibrate it."""
-    model = DiTModel(random_dit(16, 3, 2, 12, patch=4, channels=1))
-    loaded = LoadedModel(
-        name="random-DiT",
-        model=model,
-        schedule=model.training_schedule(),
-        checkpoint_sha256="0" * 64,
-        class_names=None,
-    )
+    loaded = loaded_dit("random-DiT", random_dit(16, 3, 2, 12, patch=4, channels=1))
     build_bundle(loaded, path, backend_by_name("onnxruntime"), BuildOptions())
     with Pipeline.open(path) as pipeline:
         store_calibration(pipeline, CalibrationOptions(steps=STEPS, guidance=GUIDANCE, images=2))
