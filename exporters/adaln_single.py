@@ -24,8 +24,50 @@ MASKED: Final = -1e4  # added to the scores of a prompt's padding, as in diffuse
 _TABLE_ROWS: Final = 6  # shift, scale, gate of the self-attention, then of the MLP
 
 
-class AdaLNSingleCondition(nn.Module):
-    """Timesteps and prompts to the modulation of all steps, and the context of cross-attention."""
+class AdaLNSingle(nn.Module):
+    """Conditions and prompts to the modulation of all steps, and the context of cross-attention."""
+
+    def __init__(
+        self,
+        *,
+        linear: nn.Linear,
+        tables: Sequence[nn.Parameter],
+        units: Sequence[Sequence[str]],
+        head_table: nn.Parameter,
+        projection: nn.Module,
+    ) -> None:
+        """Take a model's own.
+
+        Args:
+            linear: Condition → shift, scale and gate of the self-attention, then of the MLP.
+            tables: (6, D) of each block, in the order in which they run.
+            units: Names of each block's units.
+            head_table: (2, D).
+            projection: Of prompts.
+        """
+        super().__init__()
+        self.linear = linear
+        self.tables = nn.ParameterList(tables)
+        self.units = units
+        self.head_table = head_table
+        self.projection = projection
+
+    def outputs(self, condition: Tensor, prompt_embeddings: Tensor, prompt_mask: Tensor) -> tuple[Tensor, ...]:
+        """Return what a condition part does, of the condition (S, R, D) and the prompts.
+
+        It is (S, R, 3U, D) per block, (S, R, 2, D) of the head, the context (R, T, D) and its bias (R, T).
+        """
+        shared = self.linear(functional.silu(condition)).unflatten(-1, (_TABLE_ROWS, -1))
+        of_blocks = [
+            modulation_of_block(shared, table, units) for table, units in zip(self.tables, self.units, strict=True)
+        ]
+        head = condition[:, :, None] + self.head_table
+        context = self.projection(prompt_embeddings.to(shared.dtype))
+        return (*of_blocks, head, context, context_bias(prompt_mask, shared.dtype))
+
+
+class AdaLNSingleCondition(AdaLNSingle):
+    """Timesteps and prompts to what a condition part gives, by diffusers' embedders."""
 
     def __init__(
         self,
@@ -40,38 +82,32 @@ class AdaLNSingleCondition(nn.Module):
             blocks: Its transformer blocks, in the order in which they run.
             units: Names of each block's units.
         """
-        super().__init__()
+        super().__init__(
+            linear=model.adaln_single.linear,
+            tables=[block.scale_shift_table for block in blocks],
+            units=units,
+            head_table=model.scale_shift_table,
+            projection=nn.Identity() if model.caption_projection is None else model.caption_projection,
+        )
         self.embedder = model.adaln_single.emb
-        self.linear = model.adaln_single.linear
-        self.tables = nn.ParameterList([block.scale_shift_table for block in blocks])
-        self.units = units
-        self.head_table = model.scale_shift_table
-        self.projection = nn.Identity() if model.caption_projection is None else model.caption_projection
 
     def forward(self, timesteps: Tensor, prompt_embeddings: Tensor, prompt_mask: Tensor) -> tuple[Tensor, ...]:
-        """Return (S, R, 3U, D) per block, (S, R, 2, D) of the head, the context (R, T, D) and its bias (R, T).
+        """Return `outputs`.
 
         Args:
             timesteps: (S,) float32, in training steps.
             prompt_embeddings: (R, T, E) float32.
             prompt_mask: (R, T) int64: 1 where the prompt is, 0 where it is padded.
         """
-        return self.outputs(self.of_timesteps(timesteps), prompt_embeddings, prompt_mask)
+        return self.for_rows(self.of_timesteps(timesteps), prompt_embeddings, prompt_mask)
 
     def of_timesteps(self, timesteps: Tensor) -> Tensor:
         """Return the condition (S, 1, D) of timesteps (S,)."""
         return self.embedded(self.embedder.timestep_embedder, timesteps)[:, None]
 
-    def outputs(self, condition: Tensor, prompt_embeddings: Tensor, prompt_mask: Tensor) -> tuple[Tensor, ...]:
-        """Return what `forward` does of the condition (S, 1, D)."""
-        condition = condition.expand(-1, prompt_embeddings.shape[0], -1)
-        shared = self.linear(functional.silu(condition)).unflatten(-1, (_TABLE_ROWS, -1))
-        of_blocks = [
-            modulation_of_block(shared, table, units) for table, units in zip(self.tables, self.units, strict=True)
-        ]
-        head = condition[:, :, None] + self.head_table
-        context = self.projection(prompt_embeddings.to(shared.dtype))
-        return (*of_blocks, head, context, context_bias(prompt_mask, shared.dtype))
+    def for_rows(self, condition: Tensor, prompt_embeddings: Tensor, prompt_mask: Tensor) -> tuple[Tensor, ...]:
+        """Return `outputs` of the condition (S, 1, D), the same for all rows."""
+        return self.outputs(condition.expand(-1, prompt_embeddings.shape[0], -1), prompt_embeddings, prompt_mask)
 
     def embedded(self, embedder: nn.Module, values: Tensor) -> Tensor:
         """Return (M, …) of values (M,), embedded as timesteps are."""

@@ -33,7 +33,7 @@ class SizedCondition(AdaLNSingleCondition):
         resolution = self.embedded(self.embedder.resolution_embedder, torch.cat([height, width])).flatten()
         aspect = self.embedded(self.embedder.aspect_ratio_embedder, height / width).flatten()
         condition = self.of_timesteps(timesteps) + torch.cat([resolution, aspect])
-        return self.outputs(condition, prompt_embeddings, prompt_mask)
+        return self.for_rows(condition, prompt_embeddings, prompt_mask)
 
 
 def units_of_block(block: BasicTransformerBlock) -> tuple[Unit, ...]:

@@ -7,12 +7,12 @@ frame. Frames that are given rather than made (Open-Sora's masks, for a clip tha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, cast
 
 from torch import Tensor, nn
 
 from adacorr_deploy.core.specs import DType
-from adacorr_deploy.exporters.adaln_single import CONTEXT, context_bias, context_specs, modulation_of_block
+from adacorr_deploy.exporters.adaln_single import CONTEXT, AdaLNSingle, context_specs
 from adacorr_deploy.exporters.clip_attention import SpatialAttention, TemporalAttention
 from adacorr_deploy.exporters.family_parts import FamilyModules, repeated
 from adacorr_deploy.exporters.head import HeadPart
@@ -40,25 +40,25 @@ class EmbedPart(nn.Module):
         return (repeated(placed.to(tokens.dtype).flatten(1, 2), branches),)
 
 
-class ConditionModule(nn.Module):
-    """Timesteps, frame rates and prompts to the modulation of every block and of the head, and to the prompts' tokens.
-
-    All blocks share one modulation, to which each adds its table.
-    """
+class ConditionModule(AdaLNSingle):
+    """Timesteps, frame rates and prompts to what a condition part gives."""
 
     def __init__(self, model: STDiT) -> None:
-        super().__init__()
+        tables = [block.scale_shift_table for pair in model.pairs() for block in pair]
+        super().__init__(
+            linear=cast(nn.Linear, model.t_block[1]),
+            tables=tables,
+            units=[UNITS_OF_BLOCK] * len(tables),  # a temporal block's are modulated alike
+            head_table=model.final_layer.scale_shift_table,
+            projection=model.y_embedder.y_proj,
+        )
         self.timestep_embedder = model.t_embedder
         self.frame_rate_embedder = model.fps_embedder
-        self.shared = model.t_block
-        self.tables = nn.ParameterList([block.scale_shift_table for pair in model.pairs() for block in pair])
-        self.head_table = model.final_layer.scale_shift_table
-        self.projection = model.y_embedder.y_proj
 
     def forward(
         self, timesteps: Tensor, frame_rate: Tensor, prompt_embeddings: Tensor, prompt_mask: Tensor
     ) -> tuple[Tensor, ...]:
-        """Return (S, R, 9, D) per block, (S, R, 2, D) for the head, the context (R, T, D) and its bias (R, T).
+        """Return `outputs`.
 
         Args:
             timesteps: (S,) float32, 1000 for noise and 0 for a clip.
@@ -67,11 +67,7 @@ class ConditionModule(nn.Module):
             prompt_mask: (R, T) int64, 1 where a prompt's token is real.
         """
         condition = self.timestep_embedder(timesteps)[:, None] + self.frame_rate_embedder(frame_rate)
-        shared = self.shared(condition).unflatten(-1, (6, -1))
-        of_blocks = [modulation_of_block(shared, table, UNITS_OF_BLOCK) for table in self.tables]  # the same of both
-        context = self.projection(prompt_embeddings.to(condition.dtype))
-        bias = context_bias(prompt_mask, condition.dtype)
-        return (*of_blocks, condition[:, :, None] + self.head_table, context, bias)
+        return self.outputs(condition, prompt_embeddings, prompt_mask)
 
 
 def units_of_blocks(spatial: Block, temporal: Block, frequencies: Sequence[float]) -> list[tuple[Unit, ...]]:
