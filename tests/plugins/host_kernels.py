@@ -31,6 +31,7 @@ Arrays = Mapping[str, Array]
 KernelArgument = ctypes.c_void_p | ctypes.c_int | ctypes.c_ulonglong
 Outputs = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
 FLOAT32 = np.dtype(np.float32)
+OF_PRECISION = frozenset({"base", "fresh", "history", "modulation", "reference", "tokens"})  # inputs in p
 PRECISIONS = tuple(ELEMENT_BYTES)
 ROUNDING = {"float32": 2.0**-23, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # of a result in p
 # Tokens that are whole vectors and that aren't, in each precision; blocks full, nearly, and just begun; DiT-XL's width.
@@ -237,6 +238,13 @@ def run_launch(
     return {name: buffers[name].bytes.copy().view(dtype).reshape(shape) for name, (shape, dtype) in outputs.items()}
 
 
+def run_kernel_over(
+    kernel: str, precision: str, inputs: Arrays, outputs: Outputs, *, seed: int = 0, unaligned: Collection[str] = ()
+) -> Arrays:
+    """Run a kernel over these tensors as the runtime would, and return its outputs; see `run_launch`."""
+    return run_launch(launch_of(kernel, precision, inputs, outputs), inputs, outputs, seed=seed, unaligned=unaligned)
+
+
 def _arguments(launch: KernelLaunch, buffers: Mapping[str, GuardedBuffer]) -> list[ctypes.c_void_p | ctypes.c_int]:
     addresses = {name: ctypes.c_void_p(buffer.address) for name, buffer in buffers.items()}
     arguments: list[ctypes.c_void_p | ctypes.c_int] = [addresses[name] for name in launch.inputs]
@@ -263,6 +271,17 @@ def decoded(tokens: Array, precision: str) -> NDArray[np.float32]:
     if precision != "bfloat16":
         return np.asarray(tokens).astype(np.float32)
     return (np.asarray(tokens).astype(np.uint32) << 16).view(np.float32)
+
+
+def wide(inputs: Arrays, precision: str) -> Arrays:
+    """Return the inputs of a part with the tensors of p as float32, for the oracle."""
+    return {name: decoded(value, precision) if name in OF_PRECISION else value for name, value in inputs.items()}
+
+
+def assert_close(found: Array, expected: Array, precision: str, *, atol: float = 2e-5) -> None:
+    """Within a rounding to p and a few of float32: `atol`, by default of terms of up to 100."""
+    tolerance = ROUNDING[precision] * np.abs(expected) + atol
+    assert (np.abs(decoded(found, precision) - expected) <= tolerance).all()
 
 
 def normal(seed: int, shape: tuple[int, ...], precision: str = "float32", size: float = 1.0) -> Array:

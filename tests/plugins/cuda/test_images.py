@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from adacorr_deploy.plugins import oracle
-from tests.plugins.host_kernels import FLOAT32, Array, launch_of, needs_compiler, normal, run_launch
+from tests.plugins.host_kernels import FLOAT32, Array, needs_compiler, normal, run_kernel_over
 
 pytestmark = needs_compiler
 
@@ -27,18 +27,17 @@ def test_extrapolate_matches_the_oracle(image: tuple[int, ...], evaluations: int
         "carried": normal(4, batch),
     }
     outputs = dict.fromkeys(("latents_out", "model_output", "carried_out"), (batch, FLOAT32))
-    launch = launch_of("extrapolate", "float16", inputs, outputs)  # whatever the tokens are made of
     named = {name: inputs[name] for name in ("latents", "history", "factors", "noise", "carried")}
     expected = oracle.extrapolate(**named, sampler_row=table[step])
     for seed in (0, 1, 2):
-        found = run_launch(launch, inputs, outputs, seed=seed)
+        found = run_kernel_over("extrapolate", "float16", inputs, outputs, seed=seed)  # whatever the tokens are made of
         for name, wanted in zip(outputs, expected, strict=True):
             np.testing.assert_allclose(found[name], wanted, rtol=1e-5, atol=2e-6)
 
 
 def output_error(predicted: Array, fresh: Array, seed: int = 0) -> Array:
     inputs, outputs = {"predicted": predicted, "fresh": fresh}, {"error": ((len(fresh),), FLOAT32)}
-    return run_launch(launch_of("output_error", "float32", inputs, outputs), inputs, outputs, seed=seed)["error"]
+    return run_kernel_over("output_error", "float32", inputs, outputs, seed=seed)["error"]
 
 
 @pytest.mark.parametrize("image", [(1, 1, 1), (1, 28, 28), (4, 32, 32), (3, 7, 5)])

@@ -7,7 +7,7 @@ import pytest
 
 from adacorr_deploy.plugins import oracle
 from adacorr_deploy.plugins.kernels import NOISE_KERNEL
-from tests.plugins.host_kernels import FLOAT32, Array, launch_of, needs_compiler, run_launch
+from tests.plugins.host_kernels import FLOAT32, Array, needs_compiler, run_kernel_over
 
 pytestmark = needs_compiler
 
@@ -15,7 +15,7 @@ pytestmark = needs_compiler
 def philox_normal(keys: list[tuple[int, int]], draw: int, image: tuple[int, ...], seed: int = 0) -> Array:
     inputs = {"keys": np.array(keys, np.uint64).view(np.int64), "draw": np.array([draw], np.int64)}
     outputs = {"noise": ((len(keys), *image), FLOAT32)}
-    return run_launch(launch_of(NOISE_KERNEL, "float32", inputs, outputs), inputs, outputs, seed=seed)["noise"]
+    return run_kernel_over(NOISE_KERNEL, "float32", inputs, outputs, seed=seed)["noise"]
 
 
 @pytest.mark.parametrize("image", [(1, 1, 1), (1, 3, 3), (4, 32, 32)])

@@ -24,6 +24,7 @@ from tests.plugins.host_kernels import (
     launch_of,
     needs_compiler,
     normal,
+    run_kernel_over,
     run_launch,
 )
 
@@ -37,8 +38,7 @@ def run_signals(
     tokens: Array, reference: Array, precision: str, *, seed: int = 0, unaligned: Collection[str] = ()
 ) -> Array:
     inputs, outputs = {"tokens": tokens, "reference": reference}, {"signals": ((len(tokens), SIGNAL_COUNT), FLOAT32)}
-    launch = launch_of("signals", precision, inputs, outputs)
-    return run_launch(launch, inputs, outputs, seed=seed, unaligned=unaligned)["signals"]
+    return run_kernel_over("signals", precision, inputs, outputs, seed=seed, unaligned=unaligned)["signals"]
 
 
 def pair(shape: tuple[int, ...], precision: str, *, change: float = 0.1, size: float = 1.0) -> tuple[Array, Array]:

@@ -15,12 +15,13 @@ from tests.plugins.host_kernels import (
     SHAPES,
     Array,
     Arrays,
+    assert_close,
     decoded,
     encoded,
-    launch_of,
     needs_compiler,
     normal,
-    run_launch,
+    run_kernel_over,
+    wide,
 )
 
 pytestmark = needs_compiler
@@ -31,14 +32,7 @@ def run_kernel(name: str, precision: str, inputs: Arrays, *, seed: int = 0, unal
     output, made = (
         ("probe", ((len(first),), FLOAT32)) if name == "probe" else ("tokens_out", (first.shape, first.dtype))
     )
-    launch = launch_of(name, precision, inputs, {output: made})
-    return run_launch(launch, inputs, {output: made}, seed=seed, unaligned=unaligned)[output]
-
-
-def wide(inputs: Arrays, precision: str) -> Arrays:
-    """Return the inputs with the tensors of p as float32, for the oracle."""
-    tokens = ("base", "history", "tokens", "modulation")
-    return {name: decoded(value, precision) if name in tokens else value for name, value in inputs.items()}
+    return run_kernel_over(name, precision, inputs, {output: made}, seed=seed, unaligned=unaligned)[output]
 
 
 def residual_inputs(shape: tuple[int, ...], precision: str, evaluations: int = 2) -> dict[str, Array]:
@@ -79,7 +73,7 @@ def test_combine_matches_the_oracle(precision: str, shape: tuple[int, ...], eval
     inputs = residual_inputs(shape, precision, evaluations)
     expected = oracle.combine(**wide(inputs, precision))
     found = run_kernel("combine", precision, inputs)
-    assert (np.abs(decoded(found, precision) - expected) <= ROUNDING[precision] * np.abs(expected) + 2e-5).all()
+    assert_close(found, expected, precision)
     assert run_kernel("combine", precision, inputs, seed=1).tobytes() == found.tobytes()
 
 
@@ -103,8 +97,7 @@ def test_modulated_matches_the_oracle(precision: str, shape: tuple[int, ...], ro
     inputs = modulated_inputs(shape, precision, rows, mean=2.0)
     expected = oracle.modulated(**wide(inputs, precision))
     found = run_kernel("modulated", precision, inputs)
-    tolerance = ROUNDING[precision] * np.abs(expected) + 1e-4  # of terms of up to about 40
-    assert (np.abs(decoded(found, precision) - expected) <= tolerance).all()
+    assert_close(found, expected, precision, atol=1e-4)  # of terms of up to about 40
     assert run_kernel("modulated", precision, inputs, seed=1).tobytes() == found.tobytes()
 
 

@@ -12,16 +12,16 @@ from adacorr_deploy.plugins.kernels import KERNELS
 from tests.plugins.host_kernels import (
     FLOAT32,
     PRECISIONS,
-    ROUNDING,
     SHAPES,
     Array,
     Arrays,
+    assert_close,
     decoded,
     encoded,
-    launch_of,
     needs_compiler,
     normal,
-    run_launch,
+    run_kernel_over,
+    wide,
 )
 
 pytestmark = needs_compiler
@@ -44,19 +44,7 @@ def run_update(
     base = inputs["base" if kernel == "blend" else "tokens"]
     outputs = {"tokens_out": (base.shape, base.dtype), "weight": ((len(base),), FLOAT32)}
     outputs = {name: outputs[name] for name in KERNELS[kernel].outputs}
-    return run_launch(launch_of(kernel, precision, inputs, outputs), inputs, outputs, seed=seed, unaligned=unaligned)
-
-
-def wide(inputs: Arrays, precision: str) -> Arrays:
-    """Return the inputs with the tensors of p as float32, for the oracle."""
-    kept = ("gate_steps", "coefficients", "estimate", "thresholds")
-    return {name: value if name in kept else decoded(value, precision) for name, value in inputs.items()}
-
-
-def assert_close(found: Array, expected: Array, precision: str) -> None:
-    """Within a rounding to p and a few of float32, of terms of up to 100."""
-    tolerance = ROUNDING[precision] * np.abs(expected) + 2e-5
-    assert (np.abs(decoded(found, precision) - expected) <= tolerance).all()
+    return run_kernel_over(kernel, precision, inputs, outputs, seed=seed, unaligned=unaligned)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
