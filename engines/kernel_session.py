@@ -65,21 +65,13 @@ class KernelSession:
     """An opened service part; any number of bindings of it may be alive at once, for the same or other axis sizes."""
 
     def __init__(self, spec: PartSpec, library: KernelLibrary, kernel: KernelSpec) -> None:
-        self._spec = spec
+        self.spec = spec
         self._library = library
         self._kernel = kernel
         tensors = {tensor.name: tensor for tensor in (*spec.inputs, *spec.outputs)}
         self._precision = tensors[kernel.rows].dtype
         self._function: CudaKernel | None = library.kernel(kernel.entry(self._precision))
-        self._launches = 0
-
-    @property
-    def spec(self) -> PartSpec:
-        return self._spec
-
-    @property
-    def launches(self) -> int:
-        return self._launches
+        self.launches = 0
 
     def bind(self, buffers: Mapping[str, Buffer]) -> DeviceLaunch:
         """Bind every input and output by address.
@@ -89,8 +81,8 @@ class KernelSession:
                 beyond what a kernel takes.
         """
         if self._function is None:
-            raise EngineError(f"{self._spec.name}: the session is closed. Open the bundle again.")
-        check_binding(self._spec, buffers)
+            raise EngineError(f"{self.spec.name}: the session is closed. Open the bundle again.")
+        check_binding(self.spec, buffers)
         device, function = self._library.device, self._function
         bound = {name: device_buffer(buffer, device) for name, buffer in buffers.items()}
         launch = kernel_launch(self._kernel, self._precision, {name: buffer.shape for name, buffer in bound.items()})
@@ -108,7 +100,7 @@ class KernelSession:
 
         return DeviceLaunch(
             device,
-            self._spec.name,
+            self.spec.name,
             enqueue,
             on_run=self._count,
             keeps=(*bound.values(), scratch, self._library),
@@ -120,4 +112,4 @@ class KernelSession:
         self._function = None
 
     def _count(self) -> None:
-        self._launches += 1
+        self.launches += 1

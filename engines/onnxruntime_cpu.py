@@ -21,18 +21,17 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final
 
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_native
 
-from adacorr_deploy.core.engine_build import EngineBuild
 from adacorr_deploy.core.errors import EngineError
-from adacorr_deploy.core.specs import DType, ModelSpec, PartSpec, TensorSpec
-from adacorr_deploy.engines.backend import Artefact, Buffer, Launch
+from adacorr_deploy.core.specs import DType, PartSpec, TensorSpec
+from adacorr_deploy.engines.backend import Artefact, Buffer
 from adacorr_deploy.engines.binding import check_binding
-from adacorr_deploy.engines.decision_graphs import no_decisions
-from adacorr_deploy.engines.host_memory import HostBuffer, host_array
+from adacorr_deploy.engines.host_backend import HostBackend
+from adacorr_deploy.engines.host_memory import host_array
 
 _PROVIDERS: Final = ["CPUExecutionProvider"]
 _ONNX_TYPES: Final[Mapping[DType, str]] = {
@@ -54,23 +53,17 @@ _ORT_ERRORS: Final[tuple[type[Exception], ...]] = (
 )
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(HostBackend):
     """Builds and opens parts for the CPU."""
 
     name: Final = "onnxruntime"
     precisions: Final = frozenset({DType.FLOAT32, DType.FLOAT16})  # its CPU kernels know no bfloat16
-    hardware: Final = "CPU"
-    opens_onnx: Final = True
-    engine_build: Final = None
 
     def __init__(self, *, threads: int = 0) -> None:
         """Take a number of threads per launch; 0 means one per physical core that the process may use."""
         if threads < 0:
             raise EngineError(f"The number of threads must be 0 (all cores) or more, got {threads}.")
         self.threads: Final = threads
-
-    def for_model(self, model: ModelSpec) -> None:
-        """Take note of nothing: parts run at any size."""
 
     def build(self, onnx_path: Path, spec: PartSpec, artefact_dir: Path) -> Artefact:
         """Check that ONNX Runtime takes the part, and return the ONNX file itself: nothing is compiled.
@@ -82,13 +75,6 @@ class OnnxRuntimeBackend:
         self.open(artefact, spec).close()
         return artefact
 
-    def is_available(self) -> bool:
-        """Return True: a CPU is."""
-        return True
-
-    def check_compatible(self, build: EngineBuild | None) -> None:
-        """Return at once: nothing is compiled for a machine."""
-
     def open(self, artefact: Artefact, spec: PartSpec) -> OnnxRuntimeSession:
         """Open a part.
 
@@ -96,30 +82,6 @@ class OnnxRuntimeBackend:
             EngineError: If the file is missing, corrupt, needs what this version lacks, or has other tensors.
         """
         return OnnxRuntimeSession(spec, inference_session(artefact, spec, self._options(), _PROVIDERS), _place)
-
-    def open_noise(self, spec: PartSpec) -> None:
-        """Return None: buffers are in the host's memory."""
-
-    def allocate(self, shape: tuple[int, ...], dtype: DType) -> HostBuffer:
-        """Return a zeroed buffer, 64-byte aligned."""
-        return HostBuffer.allocate(shape, dtype)
-
-    def synchronize(self) -> None:
-        """Return at once: a launch on the CPU is finished when `run` returns."""
-
-    def close(self) -> None:
-        """Return at once: buffers and sessions hold what there is."""
-
-    def fuse(self, launches: Sequence[Launch]) -> None:
-        """Return None: there is nothing to save."""
-
-    def decision_graphs(self) -> NoReturn:
-        """Refuse.
-
-        Raises:
-            EngineError: Always: there are no graphs on a CPU.
-        """
-        raise no_decisions(self.name, "it runs on the CPU")
 
     def _options(self) -> ort.SessionOptions:
         _register_shared_arena()
@@ -155,19 +117,11 @@ class OnnxRuntimeSession:
         run_options: ort.RunOptions | None = None,
     ) -> None:
         """Take an open session, and what says where a buffer is; the latter refuses buffers of other backends."""
-        self._spec = spec
+        self.spec = spec
         self._session: ort.InferenceSession | None = session
         self._place = place
         self._run_options = run_options
-        self._launches = 0
-
-    @property
-    def spec(self) -> PartSpec:
-        return self._spec
-
-    @property
-    def launches(self) -> int:
-        return self._launches
+        self.launches = 0
 
     def bind(self, buffers: Mapping[str, Buffer]) -> OnnxRuntimeLaunch:
         """Bind every input and output by address.
@@ -175,12 +129,12 @@ class OnnxRuntimeSession:
         Raises:
             EngineError: If a tensor is missing, doesn't fit, or an output overlaps another tensor.
         """
-        check_binding(self._spec, buffers)
+        check_binding(self.spec, buffers)
         binding = self._open_session().io_binding()
-        with _engine_errors(f"{self._spec.name}: ONNX Runtime refused a buffer"):
-            for tensor in self._spec.inputs:
+        with _engine_errors(f"{self.spec.name}: ONNX Runtime refused a buffer"):
+            for tensor in self.spec.inputs:
                 binding.bind_input(*self._place(tensor, buffers[tensor.name]))
-            for tensor in self._spec.outputs:
+            for tensor in self.spec.outputs:
                 binding.bind_output(*self._place(tensor, buffers[tensor.name]))
         return OnnxRuntimeLaunch(self, binding, tuple(buffers.values()))
 
@@ -194,8 +148,8 @@ class OnnxRuntimeSession:
         try:  # not `_engine_errors`: this is the one hot line of the backend
             session.run_with_iobinding(binding, self._run_options)
         except _ORT_ERRORS as error:
-            raise EngineError(f"{self._spec.name}: the engine failed while running: {error}") from error
-        self._launches += 1
+            raise EngineError(f"{self.spec.name}: the engine failed while running: {error}") from error
+        self.launches += 1
 
     def close(self) -> None:
         """Give the session up; its weights are freed with the last launch that refers to it."""
@@ -203,7 +157,7 @@ class OnnxRuntimeSession:
 
     def _open_session(self) -> ort.InferenceSession:
         if self._session is None:
-            raise EngineError(f"{self._spec.name}: the session is closed. Open the bundle again.")
+            raise EngineError(f"{self.spec.name}: the session is closed. Open the bundle again.")
         return self._session
 
 

@@ -131,21 +131,13 @@ class TensorRTSession:
         Raises:
             EngineError: If it can't be opened here, or takes other tensors than the spec and the weights give.
         """
-        self._spec = spec
+        self.spec = spec
         self._plans = plans
         self._engine: Engine | None = plans.engine(artefact.path, spec.name)
         self._weights = plans.upload(artefact.weights, spec.name) if artefact.weights is not None else {}
         self._contexts: dict[tuple[tuple[str, int], ...], tuple[Context, DeviceBuffer]] = {}
-        self._launches = 0
+        self.launches = 0
         self._check_tensors(self._engine)
-
-    @property
-    def spec(self) -> PartSpec:
-        return self._spec
-
-    @property
-    def launches(self) -> int:
-        return self._launches
 
     def bind(self, buffers: Mapping[str, Buffer]) -> DeviceLaunch:
         """Bind every input and output by address.
@@ -155,24 +147,24 @@ class TensorRTSession:
                 outside the plan's profile.
         """
         if self._engine is None:
-            raise EngineError(f"{self._spec.name}: the session is closed. Open the bundle again.")
-        sizes = check_binding(self._spec, buffers)
+            raise EngineError(f"{self.spec.name}: the session is closed. Open the bundle again.")
+        sizes = check_binding(self.spec, buffers)
         device = self._plans.device
         bound = {name: device_buffer(buffer, device) for name, buffer in buffers.items()} | self._weights
         key = tuple(sorted(sizes.items()))
         if key not in self._contexts:
-            shapes = {tensor.name: buffers[tensor.name].shape for tensor in self._spec.inputs}
-            self._contexts[key] = self._plans.context(self._engine, shapes, self._spec.name)
+            shapes = {tensor.name: buffers[tensor.name].shape for tensor in self.spec.inputs}
+            self._contexts[key] = self._plans.context(self._engine, shapes, self.spec.name)
         (context, scratch), addresses = self._contexts[key], {name: buffer.address for name, buffer in bound.items()}
 
         def enqueue(stream: CudaStream) -> None:
             for name, address in addresses.items():  # launches of one size share the context
                 context.set_tensor_address(name, address)
             if not context.execute_async_v3(int(stream.handle)):
-                raise EngineError(f"{self._spec.name}: the engine failed to start: {self._plans.log.reason()}.")
+                raise EngineError(f"{self.spec.name}: the engine failed to start: {self._plans.log.reason()}.")
 
         return DeviceLaunch(
-            device, self._spec.name, enqueue, on_run=self._count, keeps=(context, scratch, *bound.values())
+            device, self.spec.name, enqueue, on_run=self._count, keeps=(context, scratch, *bound.values())
         )
 
     def close(self) -> None:
@@ -182,21 +174,21 @@ class TensorRTSession:
         self._contexts.clear()
 
     def _count(self) -> None:
-        self._launches += 1
+        self.launches += 1
 
     def _check_tensors(self, engine: Engine) -> None:
         found = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
-        expected = {tensor.name for tensor in (*self._spec.inputs, *self._spec.outputs)} | self._weights.keys()
+        expected = {tensor.name for tensor in (*self.spec.inputs, *self.spec.outputs)} | self._weights.keys()
         if found != expected:
             raise EngineError(
-                f"{self._spec.name}: the plan's tensors and those of its spec and weights differ in "
+                f"{self.spec.name}: the plan's tensors and those of its spec and weights differ in "
                 f"{', '.join(sorted(found ^ expected))}. {_REBUILD}"
             )
         for name, weight in self._weights.items():  # the plan would read past a smaller one
             shape = tuple(engine.get_tensor_shape(name))
             if shape != weight.shape:
                 raise EngineError(
-                    f"{self._spec.name}: weight {name} is {weight.shape}, and its plan takes {shape}. {_REBUILD}"
+                    f"{self.spec.name}: weight {name} is {weight.shape}, and its plan takes {shape}. {_REBUILD}"
                 )
 
 

@@ -6,23 +6,22 @@ engine's error. PyTorch is imported when the first session is opened, never with
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final
 
-from adacorr_deploy.core.engine_build import EngineBuild
 from adacorr_deploy.core.errors import BackendUnavailableError, EngineError
-from adacorr_deploy.core.specs import DType, ModelSpec, PartSpec
-from adacorr_deploy.engines.backend import Artefact, Buffer, Launch
+from adacorr_deploy.core.specs import DType, PartSpec
+from adacorr_deploy.engines.backend import Artefact, Buffer
 from adacorr_deploy.engines.binding import check_binding
-from adacorr_deploy.engines.decision_graphs import no_decisions
-from adacorr_deploy.engines.host_memory import HostBuffer, host_array
+from adacorr_deploy.engines.host_backend import HostBackend
+from adacorr_deploy.engines.host_memory import host_array
 
 if TYPE_CHECKING:
     import torch
 
 
-class TorchBackend:
+class TorchBackend(HostBackend):
     """Runs parts given as modules: part name → module whose forward takes the inputs by name.
 
     A module returns its outputs as a tuple in the order of the part's spec (or one tensor, if there is one output).
@@ -30,15 +29,9 @@ class TorchBackend:
 
     name: Final = "torch"
     precisions: Final = frozenset({DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16})
-    hardware: Final = "CPU"
-    opens_onnx: Final = True
-    engine_build: Final = None
 
     def __init__(self, modules: Mapping[str, torch.nn.Module]) -> None:
         self._modules = dict(modules)
-
-    def for_model(self, model: ModelSpec) -> None:
-        """Take note of nothing: parts run at any size."""
 
     def build(self, onnx_path: Path, spec: PartSpec, artefact_dir: Path) -> Artefact:
         """Return `onnx_path` as it is: the module takes its place.
@@ -49,13 +42,6 @@ class TorchBackend:
         self._module(spec)
         return Artefact(path=onnx_path)
 
-    def is_available(self) -> bool:
-        """Return True: a CPU is."""
-        return True
-
-    def check_compatible(self, build: EngineBuild | None) -> None:
-        """Return at once: nothing is compiled for a machine."""
-
     def open(self, artefact: Artefact, spec: PartSpec) -> TorchSession:
         """Open the part's module; no file is read.
 
@@ -64,30 +50,6 @@ class TorchBackend:
             BackendUnavailableError: If PyTorch is not installed.
         """
         return TorchSession(spec, self._module(spec))
-
-    def open_noise(self, spec: PartSpec) -> None:
-        """Return None: buffers are in the host's memory."""
-
-    def allocate(self, shape: tuple[int, ...], dtype: DType) -> HostBuffer:
-        """Return a zeroed buffer, 64-byte aligned."""
-        return HostBuffer.allocate(shape, dtype)
-
-    def synchronize(self) -> None:
-        """Return at once: a launch on the CPU is finished when `run` returns."""
-
-    def close(self) -> None:
-        """Return at once: buffers and sessions hold what there is."""
-
-    def fuse(self, launches: Sequence[Launch]) -> None:
-        """Return None: there is nothing to save."""
-
-    def decision_graphs(self) -> NoReturn:
-        """Refuse.
-
-        Raises:
-            EngineError: Always: there are no graphs on a CPU.
-        """
-        raise no_decisions(self.name, "it runs on the host")
 
     def _module(self, spec: PartSpec) -> torch.nn.Module:
         try:
@@ -107,17 +69,9 @@ class TorchSession:
             raise BackendUnavailableError(
                 "The torch backend needs PyTorch: pip install adacorr-deploy[build]"
             ) from error
-        self._spec = spec
+        self.spec = spec
         self._module: torch.nn.Module | None = module.eval()
-        self._launches = 0
-
-    @property
-    def spec(self) -> PartSpec:
-        return self._spec
-
-    @property
-    def launches(self) -> int:
-        return self._launches
+        self.launches = 0
 
     def bind(self, buffers: Mapping[str, Buffer]) -> TorchLaunch:
         """Bind every input and output: the tensors share memory with the buffers.
@@ -127,10 +81,10 @@ class TorchSession:
         """
         import torch
 
-        check_binding(self._spec, buffers)
+        check_binding(self.spec, buffers)
         tensors = {name: torch.from_numpy(host_array(buffer)) for name, buffer in buffers.items()}
-        inputs = {tensor.name: tensors[tensor.name] for tensor in self._spec.inputs}
-        outputs = tuple(tensors[tensor.name] for tensor in self._spec.outputs)
+        inputs = {tensor.name: tensors[tensor.name] for tensor in self.spec.inputs}
+        outputs = tuple(tensors[tensor.name] for tensor in self.spec.outputs)
         return TorchLaunch(self, inputs, outputs)
 
     def run(self, inputs: Mapping[str, torch.Tensor], outputs: tuple[torch.Tensor, ...]) -> None:
@@ -142,17 +96,17 @@ class TorchSession:
         import torch
 
         if self._module is None:
-            raise EngineError(f"{self._spec.name}: the session is closed. Open it again.")
+            raise EngineError(f"{self.spec.name}: the session is closed. Open it again.")
         with torch.inference_mode():
             try:
                 results = self._module(**inputs)
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
-                raise EngineError(f"{self._spec.name}: the PyTorch module failed while running: {error}") from error
+                raise EngineError(f"{self.spec.name}: the PyTorch module failed while running: {error}") from error
             results = (results,) if isinstance(results, torch.Tensor) else tuple(results)
             self._check_results(results, outputs)
             for bound, result in zip(outputs, results, strict=True):
                 bound.copy_(result)
-        self._launches += 1
+        self.launches += 1
 
     def close(self) -> None:
         """Let go of the module."""
@@ -162,7 +116,7 @@ class TorchSession:
         found = [(tuple(result.shape), result.dtype) for result in results]
         wanted = [(tuple(output.shape), output.dtype) for output in outputs]
         if found != wanted:
-            raise EngineError(f"{self._spec.name}: the PyTorch module returned {found}, the spec says {wanted}.")
+            raise EngineError(f"{self.spec.name}: the PyTorch module returned {found}, the spec says {wanted}.")
 
 
 class TorchLaunch:
