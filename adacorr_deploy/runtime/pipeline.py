@@ -41,6 +41,7 @@ from adacorr_deploy.runtime.trace import Trace
 from adacorr_deploy.runtime.workspace import Workspace, allocate_workspace
 
 WORKSPACES_KEPT: Final = 2  # run sizes whose buffers stay allocated; a third takes the place of the longest unused
+_LATER: Final = frozenset({DECODE_PART, TEXT_ENCODER_PART})  # parts that are opened when they are asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,10 +100,7 @@ class Pipeline:
                 resources.callback(backend.close)
             check_backend(bundle, backend)
             sessions = {}
-            for name in bundle.manifest.parts.keys() - {
-                DECODE_PART,
-                TEXT_ENCODER_PART,
-            }:  # opened when they are asked for
+            for name in (each for each in bundle.manifest.parts if each not in _LATER):
                 sessions[name] = open_part(bundle, name, backend)
                 resources.callback(sessions[name].close)
             if (noise := backend.open_noise(noise_spec(bundle.manifest.model))) is not None:
