@@ -67,24 +67,26 @@ def flops_of_graph(path: Path, sizes: Mapping[str, int]) -> int | None:
     """Return the operations of one launch of an ONNX graph; None if it is none, or a product in it has no known size.
 
     Args:
-        path: The ONNX file; weights outside it are not read.
+        path: The ONNX file; of weights outside it only the smallest are read.
         sizes: Of the named axes of its inputs.
     """
-    import onnx
+    import onnx_ir as ir
     from google.protobuf.message import DecodeError
+    from onnxscript.optimizer import fold_constants
 
     try:
-        model = onnx.load(path, load_external_data=False)
+        graph = ir.load(path)
     except DecodeError:
         return None
-    for value in model.graph.input:
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param in sizes:
-                dim.dim_value = sizes[dim.dim_param]
-    for value in model.graph.output:  # what they say of named axes would contradict what follows from the inputs
-        value.type.tensor_type.ClearField("shape")
-    shapes = _shapes(onnx.shape_inference.infer_shapes(model, data_prop=True))
-    total = 0
+    for value in graph.graph.inputs:
+        if value.shape is not None:
+            dims = (dim if isinstance(dim, int) else sizes.get(dim.value or "", dim) for dim in value.shape)
+            value.shape = ir.Shape(dims)
+    for value in graph.graph.outputs:  # what they say of named axes would contradict what follows from the inputs
+        value.shape = None
+    fold_constants(graph, onnx_shape_inference=True)  # onnx alone follows no size through a division, as of frames
+    model = ir.to_proto(graph)
+    shapes, total = _shapes(model), 0
     for node in model.graph.node:
         if (count := _PRODUCTS.get(node.op_type)) is None:
             continue

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, parser
 
 from adacorr_deploy.quality.flops import flops_of_graph
 
@@ -68,3 +68,24 @@ def test_attention_counts_scores_and_their_product_with_the_values(tmp_path: Pat
 def test_what_is_no_graph_has_no_count(tmp_path: Path) -> None:
     (tmp_path / "no.onnx").write_bytes(b"condition")
     assert flops_of_graph(tmp_path / "no.onnx", SIZES) is None
+
+
+def test_a_size_is_followed_through_a_division(tmp_path: Path) -> None:
+    """Models of clips part tokens from frames so: (rows, 12, 7) becomes (2 · rows, 6, 7) by the sizes themselves."""
+    model = parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 20]>
+        clips (float[rows, 12, 7] a, float[7, 11] b) => (float[pieces, tokens, 11] y) {
+            shape = Shape (a)
+            one = Constant <value_ints = [1]> ()
+            two = Constant <value_ints = [2]> ()
+            width = Constant <value_ints = [7]> ()
+            rest = Constant <value_ints = [-1]> ()
+            length = Gather <axis = 0> (shape, one)
+            half = Div (length, two)
+            parted = Concat <axis = 0> (rest, half, width)
+            x = Reshape (a, parted)
+            y = MatMul (x, b)
+        }"""
+    )
+    onnx.save(model, tmp_path / "clips.onnx")
+    assert flops_of_graph(tmp_path / "clips.onnx", SIZES) == 2 * (2 * 6) * 6 * 7 * 11
