@@ -84,7 +84,7 @@ class Study:
         task = progress.add_task(f"{samples} samples", total=len(runs))
         for run in runs:
             options = replace(run.options, samples=samples)
-            sampled_with = f"{options.sampler or 'own'}-{options.steps}"
+            sampled_with = f"{options.sampler.value if options.sampler else 'own'}-{options.steps}"
             store = ResultStore.open(
                 self._folder / sampled_with, RunKey.of(self._pipeline, options, self._source.identity)
             )
