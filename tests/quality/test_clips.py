@@ -20,7 +20,8 @@ from adacorr_deploy.quality.features import feature_source
 from adacorr_deploy.quality.metrics import psnr_db, ssim_per_image
 from adacorr_deploy.runtime import Pipeline, SampleRequest, SampleResult, sample_with_policy
 from adacorr_deploy.runtime.denoise import LatentsObserver
-from tests.quality.test_calibrate import PREDICTORS, RTOL, STEPS, options, skipping_error
+from tests.quality.calibrating import PREDICTORS, STEPS, options
+from tests.quality.test_calibrate import RTOL, skipping_error
 from tests.runtime.conftest import write_bundle
 from tests.runtime.fake_backend import FakeBackend
 from tests.runtime.tiny_clips import FRAMES, TinyClips

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,6 @@ from adacorr_deploy.quality.profile_quantities import (
     polynomial_fit,
 )
 from adacorr_deploy.runtime import Pipeline, SampleRequest
-from tests.runtime.conftest import write_bundle
 from tests.runtime.fake_backend import FakeBackend
 from tests.runtime.scripted import PlainRun, Script
 from tests.runtime.tiny_dit import SCHEDULE, UNITS, WIDTH, TinyDiT
@@ -40,22 +38,6 @@ PARTS = len(UNITS)
 
 Array = NDArray[np.float64]
 Pairs = list[tuple[Array, Array]]  # what a span adds now, and what it added before
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
-    model = TinyDiT()
-    path = write_bundle(tmp_path_factory.mktemp("bundles") / "tiny", model)
-    with Pipeline.open(path, backend=FakeBackend.of(model)) as opened:
-        yield opened
-
-
-@pytest.fixture
-def backend(pipeline: Pipeline) -> FakeBackend:
-    backend = pipeline.backend
-    assert isinstance(backend, FakeBackend)
-    backend.order.clear()
-    return backend
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -15,24 +14,14 @@ from adacorr_deploy.caching.profile import AffineMap
 from adacorr_deploy.core.errors import CalibrationError
 from adacorr_deploy.quality.calibrate import CALIBRATION_SEED, CalibrationOptions, calibrate
 from adacorr_deploy.runtime import Pipeline, SampleRequest
-from tests.runtime.conftest import write_bundle
-from tests.runtime.fake_backend import FakeBackend
 from tests.runtime.scripted import Script
-from tests.runtime.tiny_dit import WIDTH, TinyDiT
+from tests.runtime.tiny_dit import WIDTH
 
 STEPS, IMAGES, GUIDANCE = 8, 2, 3.0
 RTOL = 2e-3  # errors are small differences of float32 latents; the two sides add up in another order
 RESIDUAL = Predictor(kind=PredictorKind.RESIDUAL)
 PARTS = tuple(CachingSpan(first=part, stop=part + 1) for part in range(3))
 WHOLE = (CachingSpan(first=0, stop=3),)
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
-    model = TinyDiT()
-    path = write_bundle(tmp_path_factory.mktemp("bundles") / "tiny", model)
-    with Pipeline.open(path, backend=FakeBackend.of(model)) as opened:
-        yield opened
 
 
 def calibrated(
