@@ -9,7 +9,8 @@ from adacorr_deploy.caching.decisions import Controller, keeps_output
 from adacorr_deploy.caching.revision import Revision
 from adacorr_deploy.core.errors import PolicyError
 from adacorr_deploy.core.manifest import Manifest
-from adacorr_deploy.core.samplers import SamplerTable
+from adacorr_deploy.core.samplers import SamplerTable, quiet_samplers
+from adacorr_deploy.core.schedules import Schedule
 from adacorr_deploy.core.specs import ModelSpec
 from adacorr_deploy.runtime.buffers import MAX_HISTORY, RunSize
 from adacorr_deploy.runtime.conditions import check_negative
@@ -82,13 +83,23 @@ def planned_run(manifest: Manifest, request: SampleRequest, controller: Controll
             f"sampler {request.sampler.value} takes its noise from the model's variance, which a policy over whole "
             "steps does not predict. Choose a policy with a block predictor, or --sampler ddim."
         )
-    if controller.revision is not Revision.NONE and any(table.noisy_steps):
-        raise PolicyError(
-            f"sampler {request.sampler.value} adds noise, and the policy takes skipped steps again (predictor.revision "
-            f"{controller.revision.value}). Choose a policy without revision, or a sampler that adds none."
-        )
+    check_revision(controller.revision, request, table, manifest.schedule)
     spans = own_layout(controller.spans, len(model.units))
     size = RunSize.of(request, history=history, whole_steps=whole, spans=spans, outputs=controller.revision.evaluations)
     if model.latents.shape_at(size.latents) == model.latent_shape:  # asked for, or not: the same buffers
         size = replace(size, latents=None)
     return PlannedRun(model=model, request=request, table=table, controller=controller, size=size)
+
+
+def check_revision(revision: Revision, request: SampleRequest, table: SamplerTable, schedule: Schedule) -> None:
+    """Refuse a policy that takes steps again with a sampler that adds noise: it would have to be drawn again.
+
+    Raises:
+        PolicyError: If both are so.
+    """
+    if revision is not Revision.NONE and any(table.noisy_steps):
+        raise PolicyError(
+            f"sampler {request.sampler_label} adds noise, and the policy takes skipped steps again "
+            f"(predictor.revision {revision.value}). Choose a policy without revision, or a sampler that adds none: "
+            f"{' or '.join(quiet_samplers(schedule))}."
+        )

@@ -51,6 +51,11 @@ class SampleRequest:
         return model.latents.shape_at(self.size)
 
     @property
+    def sampler_label(self) -> str:
+        """`ddpm`, `ddim with eta 0.5`: the sampler as messages name it."""
+        return f"{self.sampler.value} with eta {self.eta:g}" if self.eta else self.sampler.value
+
+    @property
     def branches(self) -> int:
         return 1 if self.guidance == 1.0 else 2
 

@@ -25,8 +25,8 @@ from adacorr_deploy.runtime.denoise import LatentsObserver, Progress
 from adacorr_deploy.runtime.device_decisions import sample_decided_on_device
 from adacorr_deploy.runtime.measurements import calibrations, profiles
 from adacorr_deploy.runtime.pipeline import Pipeline, SampleResult
-from adacorr_deploy.runtime.planned_run import PlannedRun, planned_run
-from adacorr_deploy.runtime.request import SampleRequest, check_request
+from adacorr_deploy.runtime.planned_run import PlannedRun, check_revision, planned_run
+from adacorr_deploy.runtime.request import SampleRequest, check_request, table_from_request
 
 
 def sample_with_policy(
@@ -106,7 +106,7 @@ def controller_for_request(pipeline: Pipeline, request: SampleRequest, policy: P
 
     Raises:
         CalibrationError: If the policy needs a calibration that the bundle doesn't hold for this run.
-        PolicyError: If the policy protects a block that the bundle doesn't have.
+        PolicyError: If the policy protects a block that the bundle doesn't have, or takes steps again that add noise.
         RequestError: If the request is out of range.
         EngineError: If the policy decides on the device, and the backend can't.
     """
@@ -160,6 +160,8 @@ def _calibration_for_request(bundle: Bundle, request: SampleRequest, policy: Pol
     check_request(request, bundle.manifest.model, bundle.manifest.schedule)
     _check_protected_blocks(policy, len(bundle.manifest.model.units))
     if not policy.needs_calibration:
+        table = table_from_request(request, bundle.manifest.model, bundle.manifest.schedule)
+        check_revision(policy.revision, request, table, bundle.manifest.schedule)
         return None
     _check_no_noise(request, policy, bundle.manifest.schedule)
     found = calibrations(bundle).values()
@@ -171,11 +173,10 @@ def _calibration_for_request(bundle: Bundle, request: SampleRequest, policy: Pol
 
 def _check_no_noise(request: SampleRequest, policy: Policy, schedule: Schedule) -> None:
     if request.sampler.adds_noise(request.eta):
-        given = f"{request.sampler.value} with eta {request.eta:g}" if request.eta else request.sampler.value
         raise CalibrationError(
-            f"policy {policy.name} needs a calibration, and the run's sampler is {given}, whose noise none can follow. "
-            f"Calibrated policies work with --sampler {' or '.join(quiet_samplers(schedule))}; these need no "
-            f"calibration: {UNCALIBRATED}."
+            f"policy {policy.name} needs a calibration, and the run's sampler is {request.sampler_label}, whose noise "
+            f"none can follow. Calibrated policies work with --sampler {' or '.join(quiet_samplers(schedule))}; these "
+            f"need no calibration: {UNCALIBRATED}."
         )
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from adacorr_deploy.caching.policy import PRESETS, IntervalGate, Policy, policy_named
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
-from adacorr_deploy.core.errors import CalibrationError, EngineError, RequestError
+from adacorr_deploy.core.errors import CalibrationError, EngineError, PolicyError, RequestError
 from adacorr_deploy.core.samplers import Sampler
 from adacorr_deploy.core.specs import DecoderSpec, DType, ModelSpec
 from adacorr_deploy.quality import bench as module
@@ -318,6 +318,14 @@ def test_of_a_million_images_the_first_and_the_last_request_are_made_to_be_check
     monkeypatch.setattr(bench_options, "example_request", noted)
     check_runs(pipeline, [FORA], replace(OPTIONS, images=999_999))
     assert [(request.seed, request.batch) for request in made] == [(OPTIONS.seed, 2), (OPTIONS.seed + 999_998, 1)]
+
+
+def test_noise_that_a_revision_would_draw_again_is_refused_before_anything_runs(
+    pipeline: Pipeline, backend: FakeBackend
+) -> None:
+    with pytest.raises(PolicyError, match="sampler ddpm adds noise"):
+        bench(pipeline, [FORA, policy_named("fora+revised")], replace(OPTIONS, sampler=Sampler.DDPM))
+    assert backend.order == []
 
 
 @pytest.mark.parametrize(("images", "lower"), [(8, "--batch"), (100_000, "--images")])

@@ -13,17 +13,15 @@ from adacorr_deploy.caching.calibration import calibration_from_json
 from adacorr_deploy.caching.decisions import Action, Prediction, SlotHistory
 from adacorr_deploy.caching.polynomials import polynomial_coefficients
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
-from adacorr_deploy.caching.revision import Revision
 from adacorr_deploy.caching.scores import robust_score
 from adacorr_deploy.core.samplers import Sampler
 from adacorr_deploy.plugins import oracle
 from adacorr_deploy.quality.calibrate import CALIBRATION_SEED, CalibrationOptions, calibrate
 from adacorr_deploy.runtime import Pipeline, SampleRequest
-from tests.quality.calibrating import GUIDANCE, IMAGES, PREDICTORS, STEPS, Calibrate, both_predictors, options
+from tests.quality.calibrating import GUIDANCE, IMAGES, PREDICTORS, REVISED, STEPS, Calibrate, both_predictors, options
 from tests.runtime.fake_backend import FakeBackend
 from tests.runtime.scripted import Script
 
-REVISED = Predictor(kind=PredictorKind.OUTPUT_TAYLOR, revision=Revision.QUADRATIC)
 REQUEST = SampleRequest((0, 1), steps=STEPS, guidance=GUIDANCE, seed=CALIBRATION_SEED)
 RTOL = 2e-3  # errors are small differences of float32 latents; the two sides add up in another order
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from adacorr_deploy.caching.calibration import calibration_from_json
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
+from adacorr_deploy.caching.revision import Revision
 from adacorr_deploy.core.errors import CalibrationError, EngineError, RequestError
 from adacorr_deploy.core.samplers import Sampler
 from adacorr_deploy.quality import memory_need
@@ -19,7 +20,7 @@ from adacorr_deploy.quality.calibrate import CalibrationOptions, calibrate, need
 from adacorr_deploy.quality.partials import Partials
 from adacorr_deploy.runtime import Pipeline, SampleRequest
 from adacorr_deploy.runtime.buffers import RunSize
-from tests.quality.calibrating import PREDICTORS, STEPS, Calibrate, both_predictors, options
+from tests.quality.calibrating import PREDICTORS, REVISED, STEPS, Calibrate, both_predictors, options
 from tests.runtime.conftest import write_bundle
 from tests.runtime.fake_backend import FakeBackend
 from tests.runtime.tiny_dit import Part, Tensors, TinyDiT
@@ -51,13 +52,15 @@ def test_options_out_of_range_are_refused(pipeline: Pipeline, change: dict[str, 
 
 def needed(pipeline: Pipeline, asked: CalibrationOptions) -> int:
     request = SampleRequest((0,) * asked.images, steps=asked.steps, guidance=asked.guidance)
-    size = RunSize.of(request, history=asked.predictor.history, whole_steps=asked.predictor.whole_step)
+    predictor = asked.predictor
+    outputs = predictor.revision.evaluations
+    size = RunSize.of(request, history=predictor.history, whole_steps=predictor.whole_step, outputs=outputs)
     return needed_bytes(pipeline.manifest.model, size, asked)
 
 
 @pytest.mark.parametrize(
     "predictor",
-    [Predictor(), Predictor(order=2), Predictor(kind=PredictorKind.OUTPUT_TAYLOR)],
+    [Predictor(), Predictor(order=2), Predictor(kind=PredictorKind.OUTPUT_TAYLOR), REVISED],
     ids=lambda predictor: predictor.label,
 )
 def test_what_does_not_fit_into_memory_is_refused_before_the_first_launch(
@@ -76,21 +79,33 @@ def test_what_does_not_fit_into_memory_is_refused_before_the_first_launch(
 
 @pytest.mark.parametrize(
     "predictor",
-    [Predictor(order=2), Predictor(kind=PredictorKind.OUTPUT_TAYLOR)],
+    [
+        Predictor(order=2),
+        Predictor(kind=PredictorKind.OUTPUT_TAYLOR),
+        REVISED,
+        Predictor(kind=PredictorKind.HOLD, revision=Revision.QUADRATIC),  # reads more outputs than units
+    ],
     ids=lambda predictor: predictor.label,
 )
 def test_the_estimate_of_memory_is_what_is_really_kept(
     pipeline: Pipeline, backend: FakeBackend, predictor: Predictor
 ) -> None:
     asked = CalibrationOptions(steps=24, images=20, predictor=predictor)
-    held: list[int] = []  # whenever a launch begins: a fake engine's own temporaries are none of calibration's
-    backend.before_launch = lambda part: held.append(tracemalloc.get_traced_memory()[0])
+    most = 0
+
+    def held(part: str) -> None:
+        """Look whenever a launch begins: a fake engine's own temporaries and notes are none of calibration's."""
+        nonlocal most
+        backend.order.clear()
+        most = max(most, tracemalloc.get_traced_memory()[0])
+
+    backend.before_launch = held
     tracemalloc.start()
     try:
         calibrate(pipeline, asked)
     finally:
         tracemalloc.stop()
-    assert max(held) / 2 < needed(pipeline, asked) < max(held)
+    assert most / 2 < needed(pipeline, asked) < most
 
 
 def overflowing(function: Part, *, fails_at: Callable[[int], bool]) -> Part:

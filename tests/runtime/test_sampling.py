@@ -16,8 +16,8 @@ import pytest
 
 from adacorr_deploy.caching.calibration import MAX_MEASURE, Calibration
 from adacorr_deploy.caching.decisions import Action
-from adacorr_deploy.caching.policy import PRESETS, Policy, policy_named
-from adacorr_deploy.caching.predictors import Predictor, PredictorKind
+from adacorr_deploy.caching.policy import DEFAULT_POLICY, PRESETS, Policy, policy_named
+from adacorr_deploy.caching.predictors import Predictor
 from adacorr_deploy.core.bundle import store_in_bundle
 from adacorr_deploy.core.errors import BundleError, CalibrationError, PolicyError, RequestError, SamplingCancelledError
 from adacorr_deploy.core.manifest import MANIFEST_NAME
@@ -31,7 +31,7 @@ from tests.runtime.tiny_dit import TinyDiT
 
 REQUEST = SampleRequest((0, 2), steps=STEPS, guidance=4.0, seed=7)
 FULL = STEPS * 3  # block launches without caching
-OUTPUT = Predictor(kind=PredictorKind.OUTPUT_TAYLOR)
+OUTPUT = PRESETS[DEFAULT_POLICY].predictor
 CALIBRATED = ("robust", "robust-blocks", "scheduled", "scheduled-blocks", "paper-lazy")
 
 
@@ -97,6 +97,18 @@ def test_a_calibration_for_another_run_is_refused_by_what_differs(
     assert difference in refusal(own_pipeline, request, PRESETS["robust"])
 
 
+@pytest.mark.parametrize(
+    ("changed", "told"), [({"sampler": Sampler.DDPM}, "sampler ddpm"), ({"eta": 0.5}, "sampler ddim with eta 0.5")]
+)
+def test_noise_that_a_revision_would_draw_again_is_refused_before_the_work_starts(
+    own_pipeline: Pipeline, changed: dict[str, object], told: str
+) -> None:
+    request = replace(REQUEST, **changed)  # type: ignore[arg-type]
+    controller_for_request(own_pipeline, request, policy_named("fora"))
+    with pytest.raises(PolicyError, match=f"{told} adds noise, .* a sampler that adds none: ddim or dpmpp-2m"):
+        controller_for_request(own_pipeline, request, policy_named("fora+revised"))
+
+
 def test_a_calibration_of_another_checkpoint_is_refused(own_pipeline: Pipeline) -> None:
     store(own_pipeline, for_pipeline(own_pipeline, OUTPUT, checkpoint_sha256="1" * 64))
     assert "checkpoint_sha256 is 111" in refusal(own_pipeline, REQUEST, PRESETS["robust"])
@@ -105,8 +117,8 @@ def test_a_calibration_of_another_checkpoint_is_refused(own_pipeline: Pipeline) 
 def test_a_calibration_of_another_predictor_is_refused(own_pipeline: Pipeline) -> None:
     store(own_pipeline, for_pipeline(own_pipeline, Predictor()))
     message = refusal(own_pipeline, REQUEST, PRESETS["robust"])
-    assert "the bundle's are for predictor gated-taylor-1, not output-taylor-1" in message
-    assert "--predictor output-taylor --order 1" in message
+    assert "the bundle's are for predictor gated-taylor-1, not output-taylor-1-quadratic" in message
+    assert "--predictor output-taylor --order 1 --revision quadratic, or" in message
 
 
 @pytest.mark.parametrize("name", CALIBRATED)
@@ -263,7 +275,7 @@ def test_a_listed_calibration_with_values_that_none_has_is_refused_before_sampli
     message = refusal(own_pipeline, REQUEST, PRESETS[name])
     assert "calibration/bad" in message
     assert said in message
-    command = "--sampler ddim --steps 12 --guidance 4 --predictor output-taylor --order 1"
+    command = "--sampler ddim --steps 12 --guidance 4 --predictor output-taylor --order 1 --revision quadratic"
     assert message.endswith(f"Make it again with: adacorr-calibrate {own_pipeline.bundle.path} {command}")
     assert backend.order == []
 
