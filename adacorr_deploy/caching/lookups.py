@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from adacorr_deploy.caching.calibration import Calibration, caching_spans
+from adacorr_deploy.caching.calibration import Calibration, CalibrationKey, caching_spans, calibrate_command
 from adacorr_deploy.caching.decisions import Affine, Observation, Observed, Span, SpanCache
 from adacorr_deploy.caching.gates.rule import ErrorTable
 from adacorr_deploy.caching.planner import planner_for
@@ -42,14 +42,18 @@ class RequestLookups:
         if self.made.predictor != wanted:
             raise CalibrationError(
                 f"policy {self.policy} predicts by {wanted.label}, the calibration was made for "
-                f"{self.made.predictor.label}. Calibrate with --predictor {wanted.kind.value} --order {wanted.order}."
+                f"{self.made.predictor.label}. Calibrate with: {self._calibrate_command(self.made.key)}"
             )
         if self.made.spans != caching_spans(self.spans):
             raise CalibrationError(
                 f"policy {self.policy} keeps residuals of other spans than the calibration was made for. "
-                f"Calibrate with: adacorr-calibrate BUNDLE --policies {word_for_commands(self.policy)}"
+                f"Calibrate with: {self._calibrate_command(self.made.key)}"
             )
         return self.made
+
+    def _calibrate_command(self, key: CalibrationKey) -> str:
+        policy = self.policy if caching_spans(self.spans) else None
+        return calibrate_command("BUNDLE", key, self.settings.predictor, policy=policy)
 
     @property
     def paper_floors(self) -> Sequence[float]:

@@ -94,8 +94,8 @@ def calibrate(  # noqa: PLR0913, PLR0917  one parameter is one option
         Revision | None,
         typer.Option(
             "--revision",
-            help="How skipped steps are taken again once the next evaluation is known.  Default: "
-            f"{_PREDICTOR.revision.value} with the default predictor, none with others.",
+            help="How skipped steps are taken again once the next evaluation is known; the policy's must be the same.  "
+            f"Default: {_PREDICTOR.revision.value} without --predictor, none with it.",
             show_default=False,
         ),
     ] = None,

@@ -204,7 +204,7 @@ def test_a_calibrated_policy_without_calibration_or_with_another_predictor_is_re
     policy = PRESETS["robust"]
     with pytest.raises(CalibrationError, match="adacorr-calibrate"):
         controller_for_policy(policy, Run(steps=STEPS, blocks=BLOCKS), None)
-    with pytest.raises(CalibrationError, match="--order 2"):
+    with pytest.raises(CalibrationError, match=r"adacorr-calibrate BUNDLE --sampler .* --order 2"):
         controller_for_policy(
             policy.model_copy(update={"predictor": Predictor(order=2)}), Run(steps=STEPS, blocks=BLOCKS), calibration()
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from inspect import signature
 from pathlib import Path
 
@@ -76,6 +77,21 @@ def test_the_predictor_asked_for_is_the_one_measured(command: Command, own_bundl
     found = command("calibrate", own_bundle, "--steps", 6, "--images", 1, "--revision", "linear", "--json")
     stored = json.loads(Path(str(found.json["calibration"])).read_text())
     assert stored["predictor"] == {"kind": "output-taylor", "order": 1, "revision": "linear"}
+
+
+@pytest.mark.parametrize("policy", ["robust@2", "fora+adacorrection@2", "fbcache+adacorrection@2"])
+def test_the_command_that_a_refused_policy_is_told_makes_its_calibration(
+    command: Command, own_bundle: Path, tmp_path: Path, policy: str
+) -> None:
+    """In a bundle whose calibration for these runs is without revision, as all were before there was any."""
+    before = ("--steps", 6, "--images", 1, "--predictor", "output-taylor")
+    assert command("calibrate", own_bundle, *before).code == 0
+    run = ("run", own_bundle, "-o", tmp_path / "out", "--steps", 6, "--policy", policy)
+    error = command(*run).error
+    assert "the bundle's are for predictor output-taylor-1, not " in error
+    name, *words = shlex.split(error.partition("Make one with: ")[2].partition(", or choose")[0])
+    assert command(name.removeprefix("adacorr-"), *words, "--images", 1).code == 0
+    assert command(*run).code == 0
 
 
 @pytest.mark.parametrize(
