@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Protocol
 
-from adacorr_deploy.caching.calibration import CalibrationKey
-from adacorr_deploy.caching.policy import UNCALIBRATED
+from adacorr_deploy.caching.calibration import Calibration
+from adacorr_deploy.caching.policy import UNCALIBRATED, Policy
 from adacorr_deploy.core.errors import (
     AdaCorrError,
     CalibrationError,
@@ -113,15 +113,21 @@ def outcome_of(error: AdaCorrError) -> Outcome:
             return Outcome.FAILED
 
 
-def for_a_client(policy: str, request: SampleRequest, runs: Sequence[CalibrationKey]) -> str:
+def for_a_client(policy: Policy, request: SampleRequest, held: Sequence[Calibration]) -> str:
     """Return what a client is told whose policy needs a calibration that the server doesn't hold: what it may ask."""
-    held = dict.fromkeys(f"{run.sampler} with {run.steps} steps and guidance {run.guidance:g}" for run in runs)
-    instead = f"Ask for a run that it is calibrated for ({'; '.join(held)}), or" if held else "It holds none. Ask"
+    asked = _run_label(request.sampler.value, request.steps, request.guidance)
+    of_policy = [each.key for each in held if not policy.needs_costs or each.predictor == policy.predictor]
+    runs = dict.fromkeys(_run_label(key.sampler, key.steps, key.guidance) for key in of_policy)
+    runs.pop(asked, None)  # measured, but for other spans, or without the profile that the policy looks up
+    instead = f"Ask for a run that it is calibrated for ({'; '.join(runs)}), or" if runs else "Ask"
     return (
-        f"policy {policy} needs a calibration that this server doesn't hold for {request.sampler.value} with "
-        f"{request.steps} steps and guidance {request.guidance:g}. {instead} for a policy that needs none: "
-        f"{UNCALIBRATED}, or quality exact."
+        f"policy {policy.name} needs a calibration that this server doesn't hold for {asked}. {instead} for a policy "
+        f"that needs none: {UNCALIBRATED}, or quality exact."
     )
+
+
+def _run_label(sampler: str, steps: int, guidance: float) -> str:
+    return f"{sampler} with {steps} steps and guidance {guidance:g}"
 
 
 def status_of(error: AdaCorrError) -> Status:

@@ -17,7 +17,7 @@ from functools import partial
 from types import TracebackType
 from typing import Final
 
-from adacorr_deploy.caching.calibration import CalibrationKey
+from adacorr_deploy.caching.calibration import Calibration
 from adacorr_deploy.core.errors import AdaCorrError, CalibrationError, EngineError, RequestError
 from adacorr_deploy.core.untrusted import clipped
 from adacorr_deploy.runtime import Prompts, SampleRequest
@@ -73,7 +73,7 @@ class SamplingService:
         *,
         images: ImagesOfLatents | None = None,
         prompts: PromptDesk | None = None,
-        runs: Sequence[CalibrationKey] = (),
+        calibrations: Sequence[Calibration] = (),
     ) -> None:
         """Make a service; nothing runs before it is entered.
 
@@ -83,12 +83,12 @@ class SamplingService:
             reports: Take what happens.
             images: Decodes latents, and is called from one thread; None where latents are the images.
             prompts: Encodes the texts of orders; None where none has any. It is closed with the service.
-            runs: That the bundle is calibrated for: a client who asks for another is told of them.
+            calibrations: The bundle's: a client who asks for a run that has none is told of those that have.
         """
         self._engine = engine
         self._images = images or pixels_from_latents
         self._prompts = prompts
-        self._runs = tuple(runs)
+        self._calibrations = tuple(calibrations)
         self._book = book
         self._reports = reports
         self._pending: dict[int, _Pending] = {}
@@ -223,7 +223,7 @@ class SamplingService:
     def _for_a_client(self, order: Order, error: AdaCorrError) -> AdaCorrError:
         """Return what the client is told: the text of a missing calibration has the operator's command, for the log."""
         if isinstance(error, CalibrationError):
-            return CalibrationError(for_a_client(order.policy.name, order.request, self._runs))
+            return CalibrationError(for_a_client(order.policy, order.request, self._calibrations))
         return error
 
     # --- Streams -------------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ class TritonPythonModel:
                 Reports(recorder=Recorder(TritonMetrics()), log=log, tracing=tracing),
                 images=decoder,
                 prompts=prompts,
-                runs=[each.key for each in calibrations(pipeline.bundle).values()],
+                calibrations=[*calibrations(pipeline.bundle).values()],
             )
             self._service = resources.enter_context(service)
             self._log = log

@@ -89,10 +89,10 @@ def test_a_client_is_told_what_to_ask_in_place_of_an_uncalibrated_run_and_the_lo
     book: OrderBook, served_bundle: Bundle
 ) -> None:
     bench = Bench(book)
-    held = [each.key for each in calibrations(served_bundle).values()]
+    held = [*calibrations(served_bundle).values()]
     command = "policy robust needs a calibration. Make one with: adacorr-calibrate /srv/secret.bundle --steps 9"
     bench.engine.refusal = CalibrationError(command)
-    bench.service = SamplingService(bench.engine, book, bench.reports, runs=[*held, *held])
+    bench.service = SamplingService(bench.engine, book, bench.reports, calibrations=[*held, *held])
     with bench.service:
         client = bench.ask({"class_labels": np.array([1]), "steps": np.array([9])})
     status, text = client.failure
@@ -103,6 +103,26 @@ def test_a_client_is_told_what_to_ask_in_place_of_an_uncalibrated_run_and_the_lo
         f"{UNCALIBRATED}, or quality exact."
     )
     assert [line["message"] for line in bench.log] == [command]
+
+
+@pytest.mark.parametrize(("policy", "steps"), [("robust-blocks", 9), ("teacache", 8)])
+def test_a_client_is_not_sent_to_a_run_that_its_policy_would_be_refused_for_too(
+    book: OrderBook, served_bundle: Bundle, policy: str, steps: int
+) -> None:
+    """The bundle's calibration is robust's: of another predictor, and without a profile."""
+    bench = Bench(book)
+    bench.engine.refusal = CalibrationError("the command")
+    held = [*calibrations(served_bundle).values()]
+    bench.service = SamplingService(bench.engine, book, bench.reports, calibrations=held)
+    with bench.service:
+        asked = {"class_labels": np.array([1]), "steps": np.array([steps]), "policy": text_tensor([policy])}
+        client = bench.ask(asked)
+    status, text = client.failure
+    assert status is Status.INVALID
+    assert text == (
+        f"policy {policy} needs a calibration that this server doesn't hold for ddim with {steps} steps and guidance "
+        f"4. Ask for a policy that needs none: {UNCALIBRATED}, or quality exact."
+    )
 
 
 def command(name: str, stream: str | None = None) -> Tensors:
