@@ -19,6 +19,7 @@ from adacorr_deploy.caching.controllers import Run, StaticController
 from adacorr_deploy.caching.guards import Guards
 from adacorr_deploy.caching.policy import Policy, ScheduleGate
 from adacorr_deploy.caching.predictors import Predictor, PredictorKind
+from adacorr_deploy.caching.revision import Revision
 from adacorr_deploy.core.bundle import Bundle
 from adacorr_deploy.core.errors import AdaCorrError
 from adacorr_deploy.core.specs import PartSpec
@@ -215,11 +216,15 @@ def monolith_buffers(spec: PartSpec, space: Workspace, latents: Buffer, latents_
 
 
 def static_controller(kind: PredictorKind, run: Run, evaluated: frozenset[int]) -> StaticController:
-    """Return what evaluates these steps and predicts the others to first order, whatever is measured."""
+    """Return what evaluates these steps and predicts the others to first order, whatever is measured.
+
+    Outputs are revised as the presets over whole steps do.
+    """
+    revision = Revision.QUADRATIC if kind is PredictorKind.OUTPUT_TAYLOR else Revision.NONE
     policy = Policy(
         name=f"static {kind.value}",
         gate=ScheduleGate(),
-        predictor=Predictor(kind=kind, order=HISTORY - 1),
+        predictor=Predictor(kind=kind, order=HISTORY - 1, revision=revision),
         guards=Guards(final_steps=0, max_age_steps=1000),
     )
     return StaticController(policy, run, evaluated, "benchmark")
