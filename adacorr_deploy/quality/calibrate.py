@@ -4,9 +4,10 @@ The cost of skipping k steps is measured in two factors. The skip itself is run 
 step, gap and k: that takes no block launch, unless skipped steps are revised; what a skip leaves is then known once the
 next step was evaluated. How much of that error the rest of the run passes on to the final latents is measured on every
 third step (of longer runs, at seventeen) by running it, and interpolated: from the second evaluation on, it hardly
-depends on how the error came about. So a calibration takes about 11·S evaluated steps for S steps, with revision 47·S,
-instead of the S²·K²·G/2 of running every skip to its end. tests/quality/test_calibrate.py runs skips to their ends and
-compares: within 0.2 % where the gain was measured, within an order of magnitude where it is interpolated.
+depends on how the error came about. So a calibration takes about 9·S evaluated steps for S steps, with revision 39·S,
+or 15·S where no more than one evaluation before a skip is read (launches counted at S = 50), instead of the S²·K²·G/2
+of running every skip to its end. tests/quality/test_calibrate.py runs skips to their ends and compares: within 0.2 %
+where the gain was measured, within an order of magnitude where it is interpolated.
 """
 
 from __future__ import annotations
