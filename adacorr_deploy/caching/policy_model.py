@@ -212,6 +212,11 @@ class Policy(BaseModel):
         if division.granularity not in gate.granularities:
             known = " or ".join(each.value for each in gate.granularities)
             raise ValueError(f"spans.granularity is {division.granularity.value}; gate {gate.kind} takes {known}")
+        if isinstance(gate, AdaCacheGate) and self.predictor.kind.cache is SpanCache.UNITS:
+            raise ValueError(
+                f"predictor {self.predictor.kind.value} keeps units; gate {gate.kind} compares what is kept: give one "
+                "of residuals or output-taylor"
+            )
         if isinstance(gate, FirstBlocksGate) and not division.first:
             raise ValueError(f"gate {gate.kind} measures the first blocks: give spans.first, 1 or more")
         if isinstance(gate, AdaCorrectionGate | PaperGate) and (division.first or division.last):

@@ -98,7 +98,7 @@ class Denoiser:
     on_latents: LatentsObserver | None = None
     observer: Observer = field(init=False)
     _revised: RevisedSteps = field(init=False)
-    _evaluated: bool = True  # all of the present step, as far as it was decided
+    _actions: set[Action] = field(default_factory=set)  # on the present step's spans that keep anything
     _errors: deque[tuple[int, int, Reading]] = field(default_factory=deque)  # step and span; not yet read
 
     def __post_init__(self) -> None:
@@ -128,7 +128,7 @@ class Denoiser:
         spans = self.controller.spans
         for step, noise in enumerate(self.draws):
             self._deliver_errors(step)
-            self._evaluated = True
+            self._actions.clear()
             self.space.embed(step)
             if keeps_output(spans):
                 yield from self._whole_step(step, noise)
@@ -137,9 +137,9 @@ class Denoiser:
                     decision = self._decided(step, index, slot.history)
                     yield from self._act(step, index, span, slot, decision)
                 self.space.head(step, noise)
-                if self._evaluated:
+                if self._actions <= {Action.EVALUATE}:
                     self.space.slots.output.record(step)
-            self._revised.finished(step, evaluated=self._evaluated)
+            self._revised.finished(step, self._actions)
             self._report(step)
 
     def final_latents(self) -> NDArray[np.float32]:
@@ -155,7 +155,8 @@ class Denoiser:
         self._stop_if_cancelled(step)
         decision = self.controller.decide(step, index, history, self.observer.signals(step, index, history))
         self.observer.keep(step, index, Kept.STEP)
-        self._evaluated &= decision.action is Action.EVALUATE
+        if self.controller.spans[index].cache is not SpanCache.NONE:
+            self._actions.add(decision.action)
         for part in self.controller.spans[index].parts:
             self.trace.record(step, part, decision, history.age(step))
         return decision

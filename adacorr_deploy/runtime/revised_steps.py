@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 
-from adacorr_deploy.caching.decisions import Prediction
+from adacorr_deploy.caching.decisions import Action, Prediction
 from adacorr_deploy.caching.revision import Revision
 from adacorr_deploy.runtime.workspace import Workspace
 
@@ -15,21 +16,30 @@ class RevisedSteps:
 
     space: Workspace
     revision: Revision
-    _skipped: int = 0
+    _skipped: int | None = 0  # in a row; None: not one after the other, since a step was evaluated in part
 
-    def finished(self, step: int, *, evaluated: bool) -> None:
-        """Take note of a step whose latents stand ready; if all of it was evaluated, revise those that led to it."""
+    def finished(self, step: int, actions: Set[Action]) -> None:
+        """Take note of a step whose latents stand ready; if all of it was evaluated, revise those that led to it.
+
+        What a step evaluated in part, or blended, an interpolation would throw away: nothing is revised across it.
+
+        Args:
+            step: The step.
+            actions: Of all its spans that keep anything.
+        """
         if self.revision is Revision.NONE:
             return
-        if evaluated:
+        if actions <= {Action.EVALUATE}:
             if self._skipped:
                 self.space.restore_latents(step - self._skipped)
                 take_again(self.space, self.revision, step - self._skipped, step)
             self._skipped = 0
-        else:
+        elif actions == {Action.REUSE} and self._skipped is not None:
             if not self._skipped:
                 self.space.keep_latents(step)
             self._skipped += 1
+        else:
+            self._skipped = None
 
 
 def take_again(space: Workspace, revision: Revision, first: int, evaluated: int) -> None:

@@ -227,7 +227,7 @@ class OrderBook:
             known = ", ".join([*PRESETS, *self.policies])
             raise PolicyError(
                 f"policy is {clipped(given.policy)}, allowed are {known}, presets with a target as in robust@2.5, and "
-                "with AdaCorrection on top as in fora@3+adacorrection@2."
+                "with AdaCorrection or revision on top as in fora@3+adacorrection@2 and fbcache+revised."
             )
         return policy_named(given.policy)
 

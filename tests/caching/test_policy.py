@@ -298,6 +298,14 @@ def test_the_longest_history_is_three() -> None:
     assert max(Predictor(kind=kind, order=2).history for kind in PredictorKind) == 3
 
 
+@pytest.mark.parametrize("kind", ["hold", "gated-taylor"])
+def test_a_gate_that_compares_what_is_kept_takes_no_units(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps({"name": "x", "gate": {"kind": "adacache"}, "predictor": {"kind": kind}}))
+    with pytest.raises(PolicyError, match=f"predictor {kind} keeps units; gate adacache compares what is kept"):
+        policy_named(str(path))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

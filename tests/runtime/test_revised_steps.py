@@ -84,6 +84,22 @@ def test_after_an_evaluation_the_latents_are_the_samplers_on_interpolated_output
     assert result.launches == len(EVALUATED) * len(model.spec.units)  # no block was launched to take steps again
 
 
+@pytest.mark.parametrize("other", [Action.EVALUATE, Action.CORRECT])
+def test_nothing_is_revised_across_a_step_that_was_evaluated_in_part(pipeline: Pipeline, other: Action) -> None:
+    """What such a step evaluated would be thrown away: it, and the steps skipped around it, stay as they are."""
+
+    def partly(revision: Revision) -> Script:
+        def choose(step: int, block: int) -> Action:
+            if step % 4 == 0:
+                return Action.EVALUATE
+            return other if step % 4 == 2 and block == 1 else Action.REUSE
+
+        return Script(choose=choose, coefficients=(1.5, -0.5), revision=revision)
+
+    plain = pipeline.sample(REQUEST, partly(Revision.NONE), history=2)
+    np.testing.assert_array_equal(pipeline.sample(REQUEST, partly(Revision.LINEAR), history=2).latents, plain.latents)
+
+
 @pytest.mark.parametrize("whole_steps", [True, False])
 def test_without_skipped_steps_a_revision_changes_no_bit(pipeline: Pipeline, whole_steps: bool) -> None:
     every = Script(whole_steps=whole_steps, revision=Revision.QUADRATIC)
