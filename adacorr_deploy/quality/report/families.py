@@ -20,7 +20,7 @@ _BASELINES: Final = ("none", "fewer-steps")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """Policies that differ in their target alone, or in AdaCorrection on top.
+    """Policies that differ in their target alone, or in what is on top.
 
     Attributes:
         name: What they have in common.
