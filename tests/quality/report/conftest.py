@@ -65,7 +65,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
 
 
 @pytest.fixture(scope="package")
-def measured(pipeline: Pipeline) -> Iterator[Bench]:
+def measured(pipeline: Pipeline) -> Bench:
     """A bench whose times are made up, so that its rows are the same on every machine, and whose one policy fails."""
 
     def timed(opened: Pipeline, policy: Policy, options: BenchOptions) -> float:
@@ -86,7 +86,7 @@ def measured(pipeline: Pipeline) -> Iterator[Bench]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench_module, "_seconds_for_all", timed)
         patch.setattr(bench_sampling, "sample_with_policy", failing)
-        yield bench(pipeline, policies, OPTIONS, source=feature_source(), shown=True)
+        return bench(pipeline, policies, OPTIONS, source=feature_source(), shown=True)
 
 
 @pytest.fixture(scope="package")
