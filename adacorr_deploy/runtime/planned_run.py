@@ -83,7 +83,7 @@ def planned_run(manifest: Manifest, request: SampleRequest, controller: Controll
             f"sampler {request.sampler.value} takes its noise from the model's variance, which a policy over whole "
             "steps does not predict. Choose a policy with a block predictor, or --sampler ddim."
         )
-    check_revision(controller.revision, request, table, manifest.schedule)
+    check_revision(controller.revision, request, manifest.schedule)
     spans = own_layout(controller.spans, len(model.units))
     size = RunSize.of(request, history=history, whole_steps=whole, spans=spans, outputs=controller.revision.evaluations)
     if model.latents.shape_at(size.latents) == model.latent_shape:  # asked for, or not: the same buffers
@@ -91,13 +91,13 @@ def planned_run(manifest: Manifest, request: SampleRequest, controller: Controll
     return PlannedRun(model=model, request=request, table=table, controller=controller, size=size)
 
 
-def check_revision(revision: Revision, request: SampleRequest, table: SamplerTable, schedule: Schedule) -> None:
+def check_revision(revision: Revision, request: SampleRequest, schedule: Schedule) -> None:
     """Refuse a policy that takes steps again with a sampler that adds noise: it would have to be drawn again.
 
     Raises:
         PolicyError: If both are so.
     """
-    if revision is not Revision.NONE and any(table.noisy_steps):
+    if revision is not Revision.NONE and request.sampler.adds_noise(request.eta):
         raise PolicyError(
             f"sampler {request.sampler_label} adds noise, and the policy takes skipped steps again "
             f"(predictor.revision {revision.value}). Choose a policy without revision, or a sampler that adds none: "

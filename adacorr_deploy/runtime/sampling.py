@@ -26,7 +26,7 @@ from adacorr_deploy.runtime.device_decisions import sample_decided_on_device
 from adacorr_deploy.runtime.measurements import calibrations, profiles
 from adacorr_deploy.runtime.pipeline import Pipeline, SampleResult
 from adacorr_deploy.runtime.planned_run import PlannedRun, check_revision, planned_run
-from adacorr_deploy.runtime.request import SampleRequest, check_request, table_from_request
+from adacorr_deploy.runtime.request import SampleRequest, check_request
 
 
 def sample_with_policy(
@@ -160,8 +160,7 @@ def _calibration_for_request(bundle: Bundle, request: SampleRequest, policy: Pol
     check_request(request, bundle.manifest.model, bundle.manifest.schedule)
     _check_protected_blocks(policy, len(bundle.manifest.model.units))
     if not policy.needs_calibration:
-        table = table_from_request(request, bundle.manifest.model, bundle.manifest.schedule)
-        check_revision(policy.revision, request, table, bundle.manifest.schedule)
+        check_revision(policy.revision, request, bundle.manifest.schedule)
         return None
     _check_no_noise(request, policy, bundle.manifest.schedule)
     found = calibrations(bundle).values()

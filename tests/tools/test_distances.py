@@ -95,11 +95,22 @@ def test_a_sampler_and_its_steps_make_an_uncached_run() -> None:
         Run.named("euler/20", OPTIONS)
 
 
-def test_what_is_no_pair_is_told_before_anything_is_sampled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("--pairs", "fora@2"), "'fora@2' is no pair. Write A=B"),
+        (("--advance", "0"), "--advance is 0, allowed are whole numbers from 1"),
+    ],
+)
+def test_what_is_no_study_is_told_before_anything_is_sampled(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    given: tuple[str, str],
+    message: str,
 ) -> None:
-    arguments = ["distances.py", str(tmp_path / "none.bundle"), "-o", str(tmp_path / "out"), "--pairs", "fora@2"]
+    arguments = ["distances.py", str(tmp_path / "none.bundle"), "-o", str(tmp_path / "out"), *given]
     monkeypatch.setattr(sys, "argv", arguments)
     assert main() == 2
-    assert "'fora@2' is no pair. Write A=B" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

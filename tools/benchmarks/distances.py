@@ -28,7 +28,7 @@ from rich.progress import Progress
 from adacorr_deploy.caching.policy import Policy, policy_named
 from adacorr_deploy.core.errors import AdaCorrError, RequestError
 from adacorr_deploy.core.samplers import Sampler
-from adacorr_deploy.quality.bench_options import BenchOptions
+from adacorr_deploy.quality.bench_options import MAX_IMAGES, BenchOptions
 from adacorr_deploy.quality.bench_sampling import Sampler as BenchSampler
 from adacorr_deploy.quality.bench_store import ResultStore, RunKey
 from adacorr_deploy.quality.features import FeatureSource, feature_source
@@ -40,6 +40,7 @@ from adacorr_deploy.quality.metrics import (
     feature_statistics,
 )
 from adacorr_deploy.runtime import Pipeline
+from adacorr_deploy.runtime.request import check_integer
 
 UNCACHED = "none"
 
@@ -129,6 +130,7 @@ def cells(intervals: dict[str, BootstrapInterval]) -> dict[str, list[float]]:
 
 def study(args: argparse.Namespace) -> dict[str, object]:
     """Sample, print, and return everything as one document."""
+    check_integer("--advance", args.advance, 1, MAX_IMAGES)
     pairs = [tuple(pair.split("=")) for pair in args.pairs.split(",") if pair]
     if wrong := next(("=".join(pair) for pair in pairs if len(pair) != 2), None):
         raise RequestError(f"--pairs: {wrong!r} is no pair. Write A=B, with commas between the pairs.")
